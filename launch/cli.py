@@ -1,0 +1,89 @@
+"""The command `moeplace`: one module of `moeplace.launch.commands` per subcommand.
+
+Only the parser is built here. A command module has `HELP`, `add_arguments(parser)` and `run(args) -> exit code`, and
+imports what is heavy (torch, Ray, transformers, ortools, numba) inside `run`, so that `--help` answers at once.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+
+COMMANDS = {  # name -> module in moeplace.launch.commands, in the order of --help
+    "quickstart": "quickstart",
+    "profile": "profile",
+    "import": "import_trace",
+    "stats": "stats",
+    "solve": "solve",
+    "evaluate": "evaluate",
+    "compare": "compare",
+}
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0 = done, 1 = failed or infeasible, 2 = usage, 130 = interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = build_parser(arguments).parse_args(arguments)
+    except SystemExit as stop:  # argparse has printed already
+        return int(stop.code or 0)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    warnings.showwarning = _show_warning
+    from moeplace.profiling.errors import MoeplaceError
+
+    try:
+        return int(args.run(args))
+    except MoeplaceError as error:
+        return _fail(args, str(error))
+    except KeyboardInterrupt:
+        print("moeplace: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away: nothing to say to it
+        return FAILED
+    except MemoryError:
+        return _fail(args, "out of memory")
+    except OSError as error:
+        return _fail(args, f"{error.filename or 'system'}: {error.strerror or error}")
+    except Exception as error:  # a defect of ours: still one sentence, the rest on request
+        return _fail(args, f"internal error: {type(error).__name__}: {error} (--traceback shows where)")
+
+
+def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; arguments of a subcommand are added only when `arguments` names it."""
+    parser = argparse.ArgumentParser(
+        prog="moeplace",
+        description="Placement compiler for serving Mixture-of-Experts models.",
+    )
+    parser.add_argument("--version", action="version", version=f"moeplace {version('moeplace')}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(f"moeplace.launch.commands.{module_name}")
+        sub = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
+        if name in arguments:
+            module.add_arguments(sub)
+        sub.add_argument("--verbose", action="store_true", help="say more on standard error")
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        sub.set_defaults(run=module.run)
+    return parser
+
+
+def _fail(args: argparse.Namespace, sentence: str) -> int:
+    if args.traceback:
+        traceback.print_exc()
+    print(f"moeplace: {' '.join(sentence.split())}", file=sys.stderr)
+    return FAILED
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    if category.__name__ == "MoeplaceWarning":
+        print(f"moeplace: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

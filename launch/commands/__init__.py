@@ -1,0 +1,1 @@
+"""The subcommands of `moeplace`, one module each."""

@@ -1,0 +1,66 @@
+"""Compiled loops over routing traces: one pass, no temporaries.
+
+Shape letters: T tokens, L MoE layers, E experts per layer, K top-k. Compiled by numba at first use and cached on disk.
+"""
+
+import numpy as np
+from numba import njit
+
+
+@njit(cache=True, nogil=True)
+def find_bad_assignment(ids_TLK: np.ndarray, limit_L: np.ndarray) -> tuple[int, int, int, int]:
+    """First (kind, token, layer, slot) that breaks a rule: kind 1 = id out of -1..limit-1, 2 = twice, 0 = all well."""
+    tokens, layers, top_k = ids_TLK.shape
+    for t in range(tokens):
+        for layer in range(layers):
+            limit = limit_L[layer]
+            for k in range(top_k):
+                e = ids_TLK[t, layer, k]
+                if e < -1 or e >= limit:
+                    return 1, t, layer, k
+                if e >= 0:
+                    for j in range(k):
+                        if ids_TLK[t, layer, j] == e:
+                            return 2, t, layer, k
+    return 0, 0, 0, 0
+
+
+@njit(cache=True, nogil=True)
+def count_load(ids_TLK: np.ndarray, experts_L: np.ndarray, load_LE: np.ndarray) -> None:
+    """Add the assignments of every expert to `load_LE` (int64); -1 and null experts are skipped."""
+    tokens, layers, top_k = ids_TLK.shape
+    for t in range(tokens):
+        for layer in range(layers):
+            for k in range(top_k):
+                e = ids_TLK[t, layer, k]
+                if 0 <= e < experts_L[layer]:
+                    load_LE[layer, e] += 1
+
+
+@njit(cache=True, nogil=True)
+def count_transitions(ids_TLK: np.ndarray, experts_L: np.ndarray, transitions_LEE: np.ndarray) -> None:
+    """Add the primary-expert pairs of consecutive MoE layers to `transitions_LEE` (L-1, E, E)."""
+    tokens, layers, _ = ids_TLK.shape
+    for t in range(tokens):
+        for layer in range(layers - 1):
+            i, j = ids_TLK[t, layer, 0], ids_TLK[t, layer + 1, 0]
+            if 0 <= i < experts_L[layer] and 0 <= j < experts_L[layer + 1]:
+                transitions_LEE[layer, i, j] += 1
+
+
+@njit(cache=True, nogil=True)
+def count_coactivation(ids_TLK: np.ndarray, experts_L: np.ndarray, coactivation_LEE: np.ndarray) -> None:
+    """Add the pairs of experts that serve one token in one layer to `coactivation_LEE` (L, E, E), symmetric."""
+    tokens, layers, top_k = ids_TLK.shape
+    for t in range(tokens):
+        for layer in range(layers):
+            limit = experts_L[layer]
+            for k in range(top_k):
+                e = ids_TLK[t, layer, k]
+                if e < 0 or e >= limit:
+                    continue
+                for j in range(k):
+                    f = ids_TLK[t, layer, j]
+                    if 0 <= f < limit:
+                        coactivation_LEE[layer, e, f] += 1
+                        coactivation_LEE[layer, f, e] += 1

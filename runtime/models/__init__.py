@@ -1,0 +1,1 @@
+"""Attention, norms and routers of the supported architectures; no communication."""
