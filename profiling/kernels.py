@@ -64,3 +64,38 @@ def count_coactivation(ids_TLK: np.ndarray, experts_L: np.ndarray, coactivation_
                     if 0 <= f < limit:
                         coactivation_LEE[layer, e, f] += 1
                         coactivation_LEE[layer, f, e] += 1
+
+
+@njit(cache=True, nogil=True)
+def count_layers(
+    ids_TLK: np.ndarray,
+    experts_L: np.ndarray,
+    first: int,
+    last: int,
+    load_LE: np.ndarray,
+    transitions_LEE: np.ndarray,
+    pairs_LEE: np.ndarray,
+) -> None:
+    """Add load, transitions (layer to layer + 1) and ordered pairs of layers `first`..`last` - 1 to the int64 tables.
+
+    Layers outermost: the table of one layer stays in cache, and threads that take different layers share no table.
+    `pairs_LEE[l, e, f]` counts tokens that list f before e; co-activation is this plus its transpose.
+    """
+    tokens, layers, top_k = ids_TLK.shape
+    for layer in range(first, last):
+        limit = experts_L[layer]
+        has_next = layer + 1 < layers
+        for t in range(tokens):
+            for k in range(top_k):
+                e = ids_TLK[t, layer, k]
+                if e < 0 or e >= limit:
+                    continue
+                load_LE[layer, e] += 1
+                for j in range(k):
+                    f = ids_TLK[t, layer, j]
+                    if 0 <= f < limit:
+                        pairs_LEE[layer, e, f] += 1
+            if has_next:
+                i, j = ids_TLK[t, layer, 0], ids_TLK[t, layer + 1, 0]
+                if 0 <= i < limit and 0 <= j < experts_L[layer + 1]:
+                    transitions_LEE[layer, i, j] += 1
