@@ -1,0 +1,170 @@
+"""Predicted seconds of one step, from what an evaluation counted and what a calibration measured.
+
+    seconds = sum over layers of [ sum over exchanges of (latency + transfer) + expert time ] + the K/V exchange
+
+    transfer    = the busiest rank's bytes per tier / that tier's bandwidth, both tiers added; between nodes also the
+                  busiest node's bytes / the node's shared bandwidth, whichever is longer
+    expert time = max over ranks of fixed + per_token * tokens + per_activated * activated experts, both divided by
+                  the rank's relative speed
+
+Shape letters: L MoE layers, R ranks, N nodes.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from moeplace.placement.cluster import INTER_NODE, INTRA_NODE, Cluster, Link
+from moeplace.profiling.errors import FormatError, InputError
+from moeplace.profiling.files import read_json, write_json
+
+CALIBRATION_FORMAT = "moeplace.calibration/1"
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Sizes of one step.
+
+    Attributes:
+        batch: tokens of one step over all ranks.
+        hidden_size: D, elements that travel per token copy.
+        dtype_bytes: bytes per element.
+        kv_dim: K/V elements per token and layer, which `coherent` exchanges once per step.
+    """
+
+    batch: int = 256
+    hidden_size: int = 2048
+    dtype_bytes: int = 2
+    kv_dim: int = 576
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "hidden_size", "dtype_bytes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.kv_dim < 0:
+            raise InputError(f"kv_dim ({self.kv_dim}) must not be negative")
+
+
+@dataclass(frozen=True)
+class ExpertTime:
+    """Seconds a rank of speed 1 spends on one layer's experts: affine in its tokens and its activated experts."""
+
+    fixed: float = 10e-6
+    per_token: float = 45e-9
+    per_activated: float = 6e-6
+
+    def __post_init__(self) -> None:
+        for name in ("fixed", "per_token", "per_activated"):
+            if getattr(self, name) < 0:
+                raise InputError(f"expert time {name} ({getattr(self, name)} s) must not be negative")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured on a cluster, or the defaults of `cluster.py` and `ExpertTime`.
+
+    Attributes:
+        intra, inter: latency and bandwidth of both tiers.
+        expert: time of the expert computation.
+        other_seconds_per_layer: what a layer costs beside experts and exchanges, the same for every placement.
+        conditions: where and how it was measured.
+    """
+
+    intra: Link = INTRA_NODE
+    inter: Link = INTER_NODE
+    expert: ExpertTime = ExpertTime()
+    other_seconds_per_layer: float = 0.0
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+    def apply(self, cluster: Cluster) -> Cluster:
+        """`cluster` with the measured links."""
+        return cluster.replace(intra=self.intra, inter=self.inter)
+
+    def save(self, path: str | Path) -> None:
+        """Write a calibration file, atomically."""
+        links = {
+            tier: {
+                "latency": link.latency,
+                "bandwidth": link.bandwidth,
+                "node_bandwidth": link.node_bandwidth if np.isfinite(link.node_bandwidth) else None,
+            }
+            for tier, link in (("intra", self.intra), ("inter", self.inter))
+        }
+        expert = {name: getattr(self.expert, name) for name in ("fixed", "per_token", "per_activated")}
+        document = {"format": CALIBRATION_FORMAT, **links, "expert": expert}
+        document["other_seconds_per_layer"] = self.other_seconds_per_layer
+        write_json(path, {**document, "conditions": self.conditions})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a calibration file.
+
+        Raises:
+            InputError: there is no such file or a value breaks a rule.
+            FormatError: it is not a calibration file.
+        """
+        document = read_json(path)
+        if not isinstance(document, dict) or document.get("format") != CALIBRATION_FORMAT:
+            raise FormatError(f"{path} is not a calibration file: it lacks the tag {CALIBRATION_FORMAT!r}")
+        try:
+            links = {}
+            for tier in ("intra", "inter"):
+                values = dict(document[tier])
+                values["node_bandwidth"] = values.get("node_bandwidth") or float("inf")
+                links[tier] = Link(**values)
+            return cls(
+                **links,
+                expert=ExpertTime(**document["expert"]),
+                other_seconds_per_layer=float(document.get("other_seconds_per_layer", 0.0)),
+                conditions=dict(document.get("conditions", {})),
+            )
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{path} is not a calibration file: {error}") from error
+
+
+def transfer_seconds(copies_RR: np.ndarray, cluster: Cluster, bytes_per_copy: float) -> float:
+    """Seconds of one exchange without its latency: the busiest rank (and node) per tier.
+
+    Args:
+        copies_RR: (R, R) copies of a hidden vector from rank to rank; the diagonal is ignored.
+        cluster: links and nodes.
+        bytes_per_copy: bytes of one copy.
+    """
+    node = cluster.node_of_rank
+    same = node[:, None] == node[None, :]
+    remote = copies_RR * ~np.eye(len(node), dtype=bool)
+    inside, across = remote * same, remote * ~same
+
+    def busiest(matrix: np.ndarray) -> float:
+        return float(max(matrix.sum(axis=0).max(), matrix.sum(axis=1).max()))
+
+    seconds = busiest(inside) / cluster.intra.bandwidth
+    if cluster.num_nodes > 1:
+        out_N = np.bincount(node, across.sum(axis=1))
+        in_N = np.bincount(node, across.sum(axis=0))
+        by_rank = busiest(across) / cluster.inter.bandwidth
+        by_node = float(max(out_N.max(), in_N.max())) / cluster.inter.node_bandwidth
+        seconds += max(by_rank, by_node)
+    return seconds * bytes_per_copy
+
+
+def collective_latency(cluster: Cluster) -> float:
+    """Seconds that a collective over the whole cluster costs, whatever it carries; 0 on one rank."""
+    if cluster.num_ranks == 1:
+        return 0.0
+    return cluster.inter.latency if cluster.num_nodes > 1 else cluster.intra.latency
+
+
+def expert_seconds(tokens_R: np.ndarray, activated_R: np.ndarray, cluster: Cluster, expert: ExpertTime) -> float:
+    """Seconds until the slowest rank has computed one layer's experts.
+
+    Args:
+        tokens_R: (..., R) routed tokens per rank; leading axes are steps, over which the mean is taken.
+        activated_R: (..., R) activated experts per rank.
+    """
+    work = expert.per_token * tokens_R + expert.per_activated * activated_R
+    return expert.fixed + float((work / cluster.speed_of_rank).max(axis=-1).mean())

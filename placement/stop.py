@@ -1,0 +1,42 @@
+"""Budget: how long a solver may run, what it draws its random numbers from, and whom it tells."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Handed to every solver.
+
+    Attributes:
+        time_limit: seconds from `started` on. Searches do a fixed amount of work that follows from this number and
+            the problem's size, so that a seed gives the same placement on every machine fast enough to finish it; the
+            clock only cuts in on slower ones.
+        seed: of all random draws.
+        started: clock reading at the start, from `time.monotonic`.
+        report: called with the share of the work done (0..1), for a progress bar.
+    """
+
+    time_limit: float
+    seed: int = 0
+    started: float = field(default_factory=time.monotonic)
+    report: Callable[[float], None] = lambda share: None
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def remaining(self) -> float:
+        return max(self.time_limit - self.elapsed, 0.0)
+
+    @property
+    def expired(self) -> bool:
+        return self.remaining <= 0
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """A generator for one purpose, independent of the others: (seed, key) determine it."""
+        return np.random.default_rng((self.seed, *key))
