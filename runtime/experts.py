@@ -1,0 +1,243 @@
+"""ExpertStore: the expert weights of this rank and their computation.
+
+    slot of this rank  --row_of_slot-->  storage row  -->  gate_up[row], down[row], biases[row]
+
+Slots are what a placement talks about; storage rows hold weights. Rows beyond the slots are staging: weights are
+written there while the old ones serve, and `commit` then changes the slot table only.
+
+Shape letters: L MoE layers, C slots per rank, D hidden size, H expert hidden size, N token rows, K top-k, M
+assignments (token row, slot) of this rank.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from moeplace.profiling.errors import InputError
+from moeplace.runtime.counters import Counters
+
+Part = Literal["gate_up", "down", "gate_up_bias", "down_bias"]
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
+    """(M, 2H) gate then up -> (M, H): the activation of most MoE models."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights:
+    """Weights of one MoE layer on one rank, by storage row.
+
+    Attributes:
+        gate_up: (rows, 2H, D), the gate first.
+        down: (rows, D, H).
+        gate_up_bias: (rows, 2H) or None.
+        down_bias: (rows, D) or None.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls, rows: int, hidden: int, expert_hidden: int, *, bias: bool, dtype: torch.dtype, device: str | torch.device
+    ) -> "ExpertWeights":
+        """Room for `rows` experts, uninitialised."""
+
+        def room(*shape: int) -> torch.Tensor:
+            return torch.empty(rows, *shape, dtype=dtype, device=device)
+
+        biases = (room(2 * expert_hidden), room(hidden)) if bias else (None, None)
+        return cls(room(2 * expert_hidden, hidden), room(hidden, expert_hidden), *biases)
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        """The tensors that exist, by name."""
+        named = {
+            "gate_up": self.gate_up,
+            "down": self.down,
+            "gate_up_bias": self.gate_up_bias,
+            "down_bias": self.down_bias,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}  # type: ignore[misc]
+
+
+class ExpertStore:
+    """All experts of this rank.
+
+    Attributes:
+        weights: per MoE layer.
+        row_of_slot: (L, C) int64, storage row of each slot.
+        activation: from gate_up to the input of down.
+    """
+
+    def __init__(
+        self,
+        weights: list[ExpertWeights],
+        *,
+        slots: int,
+        counters: Counters,
+        activation: Activation = gated_silu,
+    ) -> None:
+        for layer, layer_weights in enumerate(weights):
+            if len(layer_weights.gate_up) < slots:
+                raise InputError(
+                    f"MoE layer {layer} has {len(layer_weights.gate_up)} expert rows, which must be at least its "
+                    f"{slots} slots"
+                )
+        self.weights = weights
+        self.activation = activation
+        device = weights[0].gate_up.device
+        self.row_of_slot = torch.arange(slots, device=device).repeat(len(weights), 1)
+        self._counters = counters
+        # On a GPU the counts stay there until they are read: a copy to the host per layer would stop the pipeline.
+        self._pending = (
+            torch.zeros(len(weights), 2, dtype=torch.int64, device=device) if device.type == "cuda" else None
+        )
+
+    def write(self, layer: int, row: int, part: Part, value: torch.Tensor) -> None:
+        """Copy one part of one expert into a storage row (of a slot while loading, of staging while serving)."""
+        target = self.weights[layer].parts()[part][row]
+        if target.shape != value.shape:
+            raise InputError(f"{part} of an expert has shape {tuple(value.shape)}, not {tuple(target.shape)}")
+        target.copy_(value)
+
+    def read(self, layer: int, slot: int) -> dict[Part, torch.Tensor]:
+        """Views of the parts of the expert in a slot."""
+        row = int(self.row_of_slot[layer, slot])
+        return {part: tensor[row] for part, tensor in self.weights[layer].parts().items()}
+
+    def free_rows(self, layer: int) -> list[int]:
+        """Storage rows of a layer that no slot uses: its staging room."""
+        used = set(self.row_of_slot[layer].tolist())
+        return [row for row in range(len(self.weights[layer].gate_up)) if row not in used]
+
+    def commit(self, layer: int, rows: dict[int, int]) -> None:
+        """Let slots of a layer use other storage rows: slot -> row. Takes effect with the next `compute`."""
+        table = self.row_of_slot.clone()  # a new table: a computation in flight keeps the old one
+        for slot, row in rows.items():
+            table[layer, slot] = row
+        used = table[layer].tolist()
+        if len(set(used)) != len(used):
+            raise InputError(f"two slots of MoE layer {layer} would share a storage row: {used}")
+        self.row_of_slot = table
+
+    def compute(self, layer: int, x: torch.Tensor, slots: torch.Tensor, gate_weights: torch.Tensor) -> torch.Tensor:
+        """Weighted sum over this rank's experts, for every row.
+
+        Args:
+            layer: MoE layer.
+            x: (N, D) normalised hidden rows.
+            slots: (N, K) int64 slots of this rank, -1 = not here.
+            gate_weights: (N, K) weights of the sum.
+
+        Returns:
+            (N, D) of x's type: partial sums; zero rows where no slot is here.
+        """
+        start = time.perf_counter()
+        on_cpu = x.device.type == "cpu"
+        result = (
+            self._compute_present(layer, x, slots, gate_weights)
+            if on_cpu
+            else self._compute_all(layer, x, slots, gate_weights)
+        )
+        self._counters.seconds["experts"] += time.perf_counter() - start
+        return result
+
+    def flush_counts(self) -> None:
+        """Bring counts that wait on the GPU to the counters."""
+        if self._pending is not None:
+            for layer, (tokens, activated) in enumerate(self._pending.tolist()):
+                self._counters.tokens[layer] += tokens
+                self._counters.activated[layer] += activated
+            self._pending.zero_()
+
+    def _compute_present(
+        self, layer: int, x_ND: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor
+    ) -> torch.Tensor:
+        """On the CPU, where sizes are free to read: only the assignments that exist are touched."""
+        rows, top_k = slots_NK.shape
+        flat = slots_NK.reshape(-1)
+        present_M = (flat >= 0).nonzero().squeeze(1)
+        if not len(present_M):
+            return torch.zeros_like(x_ND)
+        storage_M, order_M = self.row_of_slot[layer][flat[present_M]].sort(stable=True)
+        source_M = present_M[order_M]  # index into (N, K), grouped by storage row
+        counts = torch.bincount(storage_M, minlength=len(self.weights[layer].gate_up))
+        self._counters.tokens[layer] += len(present_M)
+        self._counters.activated[layer] += int(counts.count_nonzero())
+        out_MD = self._apply(layer, x_ND[source_M // top_k], storage_M, counts)
+        out_MD = out_MD * weights_NK.reshape(-1)[source_M, None]
+        room = torch.empty if len(present_M) == rows * top_k else torch.zeros
+        sum_ND = room(rows * top_k, x_ND.shape[1], dtype=out_MD.dtype)
+        sum_ND[source_M] = out_MD
+        if top_k > 1:
+            sum_ND = sum_ND.view(rows, top_k, -1).sum(1)
+        return sum_ND.to(x_ND.dtype)
+
+    def _compute_all(
+        self, layer: int, x_ND: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor
+    ) -> torch.Tensor:
+        """On a GPU: fixed shapes and no copy to the host; absent assignments sort to the end and are masked."""
+        rows, top_k = slots_NK.shape
+        total = len(self.weights[layer].gate_up)
+        flat = slots_NK.reshape(-1)
+        storage = torch.where(flat >= 0, self.row_of_slot[layer][flat.clamp(min=0)], total)
+        storage_M, source_M = storage.sort(stable=True)
+        ones = torch.ones_like(storage_M)
+        counts = torch.zeros(total + 1, dtype=torch.int64, device=x_ND.device).scatter_add_(0, storage_M, ones)[:total]
+        if self._pending is not None:
+            self._pending[layer] += torch.stack([counts.sum(), counts.count_nonzero()])
+        absent_M = (storage_M == total)[:, None]
+        x_MD = x_ND[source_M // top_k].masked_fill(absent_M, 0)
+        out_MD = self._apply(layer, x_MD, storage_M.clamp(max=total - 1), counts)
+        out_MD = (out_MD * weights_NK.reshape(-1)[source_M, None]).masked_fill(absent_M, 0)
+        sum_ND = torch.empty_like(out_MD)
+        sum_ND[source_M] = out_MD
+        return sum_ND.view(rows, top_k, -1).sum(1).to(x_ND.dtype)
+
+    def _apply(self, layer: int, x_MD: torch.Tensor, storage_M: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        weights = self.weights[layer]
+        ends = counts.cumsum(0).to(torch.int32)
+        hidden = grouped_linear(x_MD, weights.gate_up, ends)
+        if weights.gate_up_bias is not None:
+            hidden += weights.gate_up_bias[storage_M]
+        out_MD = grouped_linear(self.activation(hidden), weights.down, ends)
+        if weights.down_bias is not None:
+            out_MD += weights.down_bias[storage_M]
+        return out_MD
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """One matrix product per group of consecutive rows.
+
+    `torch._grouped_mm` and a loop over groups that have rows are equally fast on a CPU (see
+    benchmarks/results), except that few rows over many groups favour the loop; float64 is supported by the loop only.
+
+    Args:
+        x: (M, in) rows, grouped.
+        weight: (groups, out, in).
+        ends: (groups,) int32, index after the last row of each group.
+    """
+    on_cpu = x.device.type == "cpu"
+    if not on_cpu or (x.dtype != torch.float64 and 4 * len(x) >= len(weight)):
+        return torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    return looped_linear(x, weight, ends)
+
+
+def looped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """`grouped_linear` as a loop: the reference, and the faster form for few rows on a CPU."""
+    out = x.new_empty(len(x), weight.shape[1])
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            torch.mm(x[start:end], weight[group].t(), out=out[start:end])
+            start = end
+    return out

@@ -1,0 +1,301 @@
+"""RankGroup: one process group. Every collective of the runtime goes through it and is counted there.
+
+Groups are raw process groups on a prefix of a store, not the global default group: a new membership is a new group
+under a new prefix, and several can be alive at once.
+
+Shape letters: R ranks.
+"""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moeplace.profiling.errors import InputError
+from moeplace.runtime.counters import OUTSIDE, TIERS, Counters
+from moeplace.runtime.errors import DisagreementError, PeerLostError
+
+logger = logging.getLogger(__name__)
+
+_GAVE_UP = "gave up: "
+
+
+class RankGroup:
+    """A process group that counts.
+
+    Attributes:
+        rank: this rank.
+        size: ranks in the group.
+        node_of_rank: (R,) int64, node of each rank; decides the tier of every byte.
+        device: where tensors of collectives live.
+        counters: where collectives and bytes are counted; shared with the node group.
+        short_messages: whether a receive buffer may be larger than what arrives, see `all_to_all`.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        *,
+        rank: int,
+        size: int,
+        timeout: float,
+        node_of_rank: np.ndarray | None = None,
+        device: str | torch.device = "cpu",
+        counters: Counters | None = None,
+        short_messages: bool | None = None,
+    ) -> None:
+        """Connect to the other ranks of `store`.
+
+        Args:
+            timeout: seconds after which a collective that does not end is given up.
+            short_messages: None = what the back end can do; False pads every message to its capacity, as NCCL needs.
+
+        Raises:
+            PeerLostError: not all ranks came within the timeout.
+        """
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.device = torch.device(device)
+        self.counters = Counters() if counters is None else counters
+        self.node_of_rank = np.zeros(size, dtype=np.int64) if node_of_rank is None else np.asarray(node_of_rank)
+        if len(self.node_of_rank) != size:
+            raise InputError(f"there are {size} ranks, but node_of_rank lists {len(self.node_of_rank)}")
+        self._store = store
+        self._layer = OUTSIDE
+        self._node_group: RankGroup | None = None
+        self._ranks = list(range(size))
+        on_node = self.node_of_rank == self.node_of_rank[rank]
+        tier = np.where(on_node, 1, 2)
+        tier[rank] = 0
+        self._tier_of_peer: list[str] = [TIERS[t] for t in tier]
+        with self._guard("connecting"):
+            self._group = _make_process_group(store, rank, size, timeout, self.device)
+        gloo = self.device.type == "cpu"
+        self.short_messages = gloo if short_messages is None else short_messages and gloo
+
+    @classmethod
+    def from_environment(
+        cls, *, timeout: float, node_of_rank: np.ndarray | None = None, device: str | None = None
+    ) -> Self:
+        """Connect to the ranks that torchrun (or a launcher that sets the same variables) started.
+
+        Without those variables the group is this one process.
+
+        Raises:
+            PeerLostError: not all ranks came within the timeout.
+        """
+        if device is None:
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        if "RANK" not in os.environ:
+            return cls(dist.HashStore(), rank=0, size=1, timeout=timeout, device=device)
+        limit = timedelta(seconds=timeout)
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=limit)))
+        store.set_timeout(limit)
+        # A fresh prefix per attempt: torchrun restarts all workers on the same store.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"moeplace/{attempt}", store)
+        return cls(store, rank=rank, size=size, timeout=timeout, node_of_rank=node_of_rank, device=device)
+
+    def with_nodes(self, node_of_rank: np.ndarray) -> "RankGroup":
+        """The same ranks, told apart by another node map: a new group on the same store."""
+        if np.array_equal(node_of_rank, self.node_of_rank):
+            return self
+        digest = hashlib.sha256(np.asarray(node_of_rank, dtype=np.int64).tobytes()).hexdigest()[:12]
+        return RankGroup(
+            dist.PrefixStore(f"nodes-{digest}", self._store),
+            rank=self.rank,
+            size=self.size,
+            timeout=self.timeout,
+            node_of_rank=node_of_rank,
+            device=self.device,
+            counters=self.counters,
+            short_messages=self.short_messages,
+        )
+
+    @property
+    def num_nodes(self) -> int:
+        return int(self.node_of_rank[-1]) + 1
+
+    @property
+    def node_ranks(self) -> list[int]:
+        """The ranks of this rank's node."""
+        return np.flatnonzero(self.node_of_rank == self.node_of_rank[self.rank]).tolist()
+
+    def node_group(self) -> "RankGroup":
+        """The group of this rank's node, made on first use (every rank of the node must then ask for it)."""
+        if self._node_group is None:
+            mates = self.node_ranks
+            self._node_group = RankGroup(
+                dist.PrefixStore(f"node{self.node_of_rank[self.rank]}", self._store),
+                rank=mates.index(self.rank),
+                size=len(mates),
+                timeout=self.timeout,
+                device=self.device,
+                counters=self.counters,
+                short_messages=self.short_messages,
+            )
+        return self._node_group
+
+    @contextmanager
+    def layer(self, layer: int) -> Iterator[None]:
+        """Collectives inside belong to this MoE layer."""
+        groups = [self] if self._node_group is None else [self, self._node_group]
+        for group in groups:
+            group._layer = layer
+        try:
+            yield
+        finally:
+            for group in groups:
+                group._layer = OUTSIDE
+
+    def agree(self, items: dict[str, str]) -> None:
+        """Compare values over all ranks, through the store: no collective is issued.
+
+        Raises:
+            DisagreementError: some rank has another value, or gave up; every rank raises it.
+            PeerLostError: a rank did not report in time.
+        """
+        if self.size == 1:
+            return
+        names = sorted(items)
+        mine = "\n".join(f"{name}={items[name]}" for name in names)
+        self._store.set(f"agree/{self.rank}", mine)
+        for peer in self._ranks:
+            with self._guard(f"waiting for rank {peer}"):
+                self._store.wait([f"agree/{peer}"], timedelta(seconds=self.timeout))
+                theirs = self._store.get(f"agree/{peer}").decode()
+            if theirs.startswith(_GAVE_UP):
+                raise DisagreementError(f"rank {peer} {theirs}")
+            if theirs != mine:
+                self._raise_difference(peer, mine, theirs)
+
+    def _raise_difference(self, peer: int, mine: str, theirs: str) -> None:
+        for ours, other in zip(mine.split("\n"), theirs.split("\n"), strict=False):
+            if ours != other:
+                name, value = ours.split("=", 1)
+                other_value = other.split("=", 1)[-1]
+                raise DisagreementError(
+                    f"ranks {min(self.rank, peer)} and {max(self.rank, peer)} disagree about the {name}: "
+                    f"{value} on rank {self.rank}, {other_value} on rank {peer}; all ranks must be given the same"
+                )
+        raise DisagreementError(f"ranks {self.rank} and {peer} compare different things")
+
+    def give_up(self, reason: str) -> None:
+        """Tell ranks that wait in `agree` that this one will not come."""
+        if self.size > 1:
+            self._store.set(f"agree/{self.rank}", _GAVE_UP + " ".join(reason.split()))
+
+    def all_to_all(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+        *,
+        kind: str,
+    ) -> None:
+        """Send consecutive blocks of rows of `input` to the ranks; receive into consecutive blocks of `output`.
+
+        With `short_messages` an entry of `output_splits` is a capacity: gloo receives what was sent and leaves the rest
+        of the block alone, so that no size has to be agreed and nothing is padded on the wire. Otherwise both sides
+        must name the same sizes.
+
+        Args:
+            output: (sum of output_splits, ...) contiguous.
+            input: (sum of input_splits, ...) contiguous.
+            kind: the name under which it is counted.
+
+        Raises:
+            PeerLostError: a peer is gone.
+        """
+        row_bytes = input.element_size() * int(np.prod(input.shape[1:], dtype=np.int64))
+        self._count(kind, [rows * row_bytes for rows in input_splits])
+        with self._guard(kind):
+            self._group.alltoall_base(output, input, list(output_splits), list(input_splits)).wait()
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, kind: str) -> None:
+        """`output` (R, ...) gets `input` (...) of every rank."""
+        size = input.numel() * input.element_size()
+        self._count(kind, [size] * self.size)
+        with self._guard(kind):
+            self._group._allgather_base(output.view(-1), input.view(-1)).wait()
+
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, *, kind: str) -> None:
+        """`output` (...) gets the sum over ranks of this rank's block of `input` (R, ...)."""
+        size = output.numel() * output.element_size()
+        self._count(kind, [size] * self.size)
+        with self._guard(kind):
+            self._group._reduce_scatter_base(output.view(-1), input.view(-1)).wait()
+
+    def all_reduce(self, tensor: torch.Tensor, *, kind: str) -> None:
+        """Sum over ranks, in place."""
+        # A ring sends every element 2 (R - 1) / R times; spread evenly over the peers.
+        size = 2 * tensor.numel() * tensor.element_size() // self.size
+        self._count(kind, [size] * self.size)
+        with self._guard(kind):
+            self._group.allreduce([tensor]).wait()
+
+    def broadcast(self, tensor: torch.Tensor, *, root: int, kind: str) -> None:
+        """Overwrite `tensor` with that of `root`."""
+        size = tensor.numel() * tensor.element_size()
+        self._count(kind, [size if self.rank == root else 0] * self.size)
+        with self._guard(kind):
+            self._group.broadcast(tensor, root).wait()
+
+    def broadcast_bytes(self, content: bytes, *, root: int, kind: str) -> bytes:
+        """The bytes of `root`, on every rank."""
+        if self.size == 1:
+            return content
+        length = torch.tensor([len(content)], dtype=torch.int64, device=self.device)
+        self.broadcast(length, root=root, kind=kind)
+        buffer = torch.zeros(int(length.item()), dtype=torch.uint8, device=self.device)
+        if self.rank == root and content:
+            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        if len(buffer):
+            self.broadcast(buffer, root=root, kind=kind)
+        return buffer.cpu().numpy().tobytes()
+
+    def _count(self, kind: str, bytes_to_peer: list[int]) -> None:
+        self.counters.collectives[self._layer, kind] += 1
+        for tier, sent in zip(self._tier_of_peer, bytes_to_peer, strict=True):
+            if sent:
+                self.counters.bytes_sent[tier] += sent
+
+    @contextmanager
+    def _guard(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if "invalid tensor" in str(error) or "splits" in str(error):
+                raise  # a defect of ours, not a lost peer
+            place = f"MoE layer {self._layer}" if self._layer != OUTSIDE else "no MoE layer"
+            logger.debug("rank %d: %s failed", self.rank, doing, exc_info=True)
+            raise PeerLostError(
+                f"rank {self.rank} of {self.size} lost a peer during {doing} ({place}): "
+                f"{_first_sentence(str(error))} (timeout {self.timeout:g} s)"
+            ) from error
+
+
+def _first_sentence(text: str) -> str:
+    """gloo's message without the source file in front and the advice behind."""
+    text = re.sub(r"^\[[^\]]*\]\s*", "", " ".join(text.split()))
+    return text.split(". ")[0][:160]
+
+
+def _make_process_group(
+    store: dist.Store, rank: int, size: int, timeout: float, device: torch.device
+) -> "dist.ProcessGroup":
+    limit = timedelta(seconds=timeout)
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = limit
+        torch.cuda.set_device(device)
+        return dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
+    return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, limit)

@@ -1,0 +1,129 @@
+"""RankPool: persistent processes that run test bodies as ranks of gloo (or NCCL) process groups.
+
+`pool.run(body, *args, size=3)` calls the module-level function `body(context, *args)` on the first three workers, each
+with its rank, and returns their results in order. There is no port: workers meet in a `FileStore`. Timeouts nest:
+process group < run < test. A failure or a timeout ends the workers; the next run starts fresh ones.
+"""
+
+import faulthandler
+import multiprocessing as mp
+import queue
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GROUP_TIMEOUT = 20.0
+RUN_TIMEOUT = 60.0
+START_TIMEOUT = 90.0
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a body knows of itself.
+
+    Attributes:
+        rank: its rank.
+        size: ranks that run it.
+        store: a store of these ranks alone, new for every run.
+        timeout: seconds for its process groups.
+    """
+
+    rank: int
+    size: int
+    store: Any
+    timeout: float
+
+
+class RankPool:
+    """Workers that live as long as nothing fails."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._context = mp.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="moeplace-ranks-")
+        self._workers: list[Any] = []
+        self._tasks: list[Any] = []
+        self._results: Any = None
+        self._runs = 0
+
+    def run(
+        self, body: Callable[..., Any], *args: Any, size: int | None = None, timeout: float = RUN_TIMEOUT
+    ) -> list[Any]:
+        """Results of `body(context, *args)` by rank.
+
+        Raises:
+            AssertionError: a rank failed (its traceback is the message) or did not finish in time.
+        """
+        size = self.size if size is None else size
+        if not self._workers:
+            self._start()
+        self._runs += 1
+        store = str(Path(self._folder.name) / f"store-{self._runs}")
+        for rank in range(size):
+            self._tasks[rank].put((self._runs, body, args, rank, size, store))
+        return self._collect(size, time.monotonic() + timeout)
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.join()
+        self._workers = []
+
+    def _start(self) -> None:
+        self._results = self._context.Queue()
+        self._tasks = [self._context.Queue() for _ in range(self.size)]
+        self._workers = [
+            self._context.Process(target=_work, args=(tasks, self._results), daemon=True) for tasks in self._tasks
+        ]
+        for worker in self._workers:
+            worker.start()
+        deadline = time.monotonic() + START_TIMEOUT
+        for _ in self._workers:
+            self._results.get(timeout=max(deadline - time.monotonic(), 0.1))
+
+    def _collect(self, size: int, deadline: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        while len(results) + len(failures) < size:
+            try:
+                run, rank, result, trace = self._results.get(timeout=0.2)
+            except queue.Empty:
+                dead = [rank for rank, worker in enumerate(self._workers) if not worker.is_alive()]
+                if dead or time.monotonic() > deadline:
+                    missing = sorted(set(range(size)) - set(results) - set(failures))
+                    failures.update({rank: "died" if rank in dead else "did not finish" for rank in missing})
+                continue
+            if run != self._runs:
+                continue
+            if trace is None:
+                results[rank] = result
+            else:
+                failures[rank] = trace
+                deadline = min(deadline, time.monotonic() + 2 * GROUP_TIMEOUT)
+        if failures:
+            self.close()
+            raise AssertionError("\n".join(f"rank {rank}: {trace}" for rank, trace in sorted(failures.items())))
+        return [results[rank] for rank in range(size)]
+
+
+def _work(tasks: Any, results: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    faulthandler.enable(sys.stderr)
+    torch.set_num_threads(1)
+    results.put((0, -1, None, None))
+    while True:
+        run, body, args, rank, size, path = tasks.get()
+        try:
+            context = RankContext(rank, size, dist.FileStore(path, size), GROUP_TIMEOUT)
+            results.put((run, rank, body(context, *args), None))
+        except BaseException:
+            results.put((run, rank, None, traceback.format_exc()))

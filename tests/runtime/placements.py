@@ -1,0 +1,36 @@
+"""Random valid placements for tests of the runtime."""
+
+import numpy as np
+
+from moeplace.placement.placement import EMPTY_SLOT, Placement
+
+
+def random_placement(
+    num_layers: int,
+    num_experts: int,
+    num_ranks: int,
+    *,
+    seed: int,
+    extra_slots: int = 1,
+    nodes: int = 1,
+    **fields: object,
+) -> Placement:
+    """Experts on random ranks, `extra_slots` per rank beyond the least, filled with replicas or left empty."""
+    rng = np.random.default_rng(seed)
+    slots = -(-num_experts // num_ranks) + extra_slots
+    table = np.full((num_layers, num_ranks, slots), EMPTY_SLOT)
+    for layer in table:
+        for expert in rng.permutation(num_experts):
+            free = [r for r in range(num_ranks) if (layer[r] < 0).any()]
+            rank = rng.choice(free)
+            layer[rank, np.flatnonzero(layer[rank] < 0)[0]] = expert
+        for rank in range(num_ranks):
+            for slot in np.flatnonzero(layer[rank] < 0):
+                expert = rng.integers(num_experts)
+                if expert not in layer[rank] and rng.random() < 0.8:
+                    layer[rank, slot] = expert
+            layer[rank] = rng.permutation(layer[rank])
+    node = np.arange(num_ranks) * nodes // num_ranks
+    rows = table.reshape(num_layers, -1)
+    experts = np.full(num_layers, num_experts)
+    return Placement(rows, np.full(num_ranks, slots), node, experts, **fields)
