@@ -2,7 +2,7 @@
 
 The router modules of OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3 and GPT-OSS return the tuple
 (logits (T, E), weights (T, K), ids (T, K)). A hook keeps references only; ids and weights are copied once per forward
-pass and appended to the trace file, so memory does not grow with the corpus.
+pass and appended to the trace file in pieces, so memory does not grow with the corpus.
 
 Shape letters: T tokens of a pass, L MoE layers, E experts per layer, K top-k, D hidden size.
 """
@@ -25,6 +25,7 @@ from moeplace.profiling.gate_accuracy import GateAccuracy
 from moeplace.profiling.trace_file import TraceWriter
 
 _ROUTER_NAMES = ("gate", "router")
+_PIECE_TOKENS = 1 << 14  # appended to the file at once
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -106,6 +107,7 @@ class Recorder:
         self._rows_B = np.zeros(0, dtype=np.int64)
         self._next_sequence = 0
         self._writer: TraceWriter | None = None
+        self._pending: list[dict[str, np.ndarray]] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -123,6 +125,8 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if kind is None and self._pending:
+            self._flush()
         if self._writer is not None:
             self._writer.__exit__(kind, error, trace)
         elif kind is None:
@@ -131,7 +135,7 @@ class Recorder:
     @property
     def num_tokens(self) -> int:
         """Tokens recorded so far."""
-        return self._writer.num_tokens if self._writer else 0
+        return (self._writer.num_tokens if self._writer else 0) + self._pending_tokens
 
     @property
     def gate_accuracy(self) -> GateAccuracy | None:
@@ -206,14 +210,28 @@ class Recorder:
             ids_TLK, weights_TLK = ids_TLK[keep_T], weights_TLK[keep_T]
         ids_TLK, weights_TLK = sort_by_weight(ids_TLK, weights_TLK)
         tokens = len(ids_TLK)
-        self._open(ids_TLK.shape[2]).append(
-            ids_TLK,
-            topk_weights=weights_TLK,
-            sequence_ids=sequences_T,
-            positions=positions_T,
-            is_decode=np.full(tokens, is_decode),
-            workload=np.full(tokens, self.workload) if self._workload_names else None,
-        )
+        piece = {
+            "topk_ids": ids_TLK,
+            "topk_weights": weights_TLK,
+            "sequence_ids": sequences_T,
+            "positions": positions_T,
+            "is_decode": np.full(tokens, is_decode),
+        }
+        if self._workload_names:
+            piece["workload"] = np.full(tokens, self.workload)
+        self._pending.append(piece)
+        if self._pending_tokens >= _PIECE_TOKENS:
+            self._flush()
+
+    @property
+    def _pending_tokens(self) -> int:
+        return sum(len(piece["topk_ids"]) for piece in self._pending)
+
+    def _flush(self) -> None:
+        """Move what is held in memory to the file; in large pieces, because each has a fixed cost."""
+        arrays = {name: np.concatenate([piece[name] for piece in self._pending]) for name in self._pending[0]}
+        self._pending.clear()
+        self._open(arrays["topk_ids"].shape[2]).append(arrays.pop("topk_ids"), **arrays)
 
     def _count_gates(self, keep_T: np.ndarray, ids_TLK: np.ndarray) -> None:
         if self._gates is None:
