@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from moeplace.runtime.group import RankGroup
-from moeplace.runtime.rows import META_WIDTH, TOKEN, RowLayout
+from moeplace.runtime.rows import TOKEN, RowLayout
 
 LAYER = TOKEN + 1
 

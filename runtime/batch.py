@@ -1,0 +1,187 @@
+"""Requests, sequences and the scheduler of continuous batching.
+
+Every rank runs the same scheduler on the same requests, so that all know which sequences a step serves and where.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+from moeplace.profiling.errors import InputError
+from moeplace.runtime.sampling import SamplingParameters
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user wants completed.
+
+    Attributes:
+        request_id: a name, unique among the requests in flight.
+        token_ids: the prompt.
+        max_new_tokens: most tokens to add.
+        sampling: how to choose them.
+        stop_ids: token ids that end the completion; None = the model's.
+
+    Raises:
+        InputError: the prompt is empty, or a value is out of range.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    max_new_tokens: int = 64
+    sampling: SamplingParameters = SamplingParameters()
+    stop_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", tuple(int(token) for token in self.token_ids))
+        if not self.token_ids:
+            raise InputError(f"request {self.request_id!r} has an empty prompt; at least one token is needed")
+        if self.max_new_tokens < 1:
+            raise InputError(f"request {self.request_id!r}: max_new_tokens ({self.max_new_tokens}) must be at least 1")
+
+    @property
+    def length_limit(self) -> int:
+        """Most positions its sequence can take."""
+        return len(self.token_ids) + self.max_new_tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        """From plain data, as `to_json` gives it."""
+        stop_ids = document.get("stop_ids")
+        return cls(
+            request_id=str(document["request_id"]),
+            token_ids=tuple(document["token_ids"]),
+            max_new_tokens=int(document["max_new_tokens"]),
+            sampling=SamplingParameters(**document["sampling"]),
+            stop_ids=None if stop_ids is None else tuple(stop_ids),
+        )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of a request.
+
+    Attributes:
+        request_id: its name.
+        token_ids: the tokens added, the stopping one included.
+        finish_reason: "stop" = a stop id came; "length" = max_new_tokens reached.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(eq=False)
+class RunningSequence:
+    """A request that has a place.
+
+    Attributes:
+        request: what it serves.
+        home: rank that keeps its attention state.
+        row: its row in the K/V cache.
+        token_ids: prompt and what was added so far.
+        cached: positions whose K/V exist (at home).
+        replicated: positions whose K/V exist on every rank.
+    """
+
+    request: Request
+    home: int
+    row: int
+    token_ids: list[int] = field(default_factory=list)
+    cached: int = 0
+    replicated: int = 0
+
+    @property
+    def added(self) -> tuple[int, ...]:
+        return tuple(self.token_ids[len(self.request.token_ids) :])
+
+    def finish_reason(self, stop_ids: Items[int]) -> Literal["stop", "length"] | None:
+        """Why it ends now, None = it goes on."""
+        stops = stop_ids if self.request.stop_ids is None else self.request.stop_ids
+        if self.added and self.added[-1] in stops:
+            return "stop"
+        return "length" if len(self.added) >= self.request.max_new_tokens else None
+
+
+class Scheduler:
+    """Which sequences run, where they live, and who waits.
+
+    Attributes:
+        waiting: requests without a place, first come first served.
+        running: sequences with a place, in the order of admission.
+    """
+
+    def __init__(self, *, num_ranks: int, rows: int, positions: int, replicated: bool, max_prefill_tokens: int) -> None:
+        """`rows` cache rows of `positions` on every rank; with `replicated` a sequence takes its row on all ranks."""
+        self.num_ranks, self.positions = num_ranks, positions
+        self.max_prefill_tokens = max_prefill_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: list[RunningSequence] = []
+        pools = 1 if replicated else num_ranks
+        self._free = [list(range(rows)) for _ in range(pools)]
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InputError: it can never fit, or its name is in use.
+        """
+        if request.length_limit > self.positions:
+            raise InputError(
+                f"request {request.request_id!r} needs {request.length_limit} positions (prompt "
+                f"{len(request.token_ids)} + max_new_tokens {request.max_new_tokens}), but the K/V cache holds at most "
+                f"{self.positions} per sequence"
+            )
+        taken = {r.request_id for r in self.waiting} | {s.request.request_id for s in self.running}
+        if request.request_id in taken:
+            raise InputError(f"request {request.request_id!r} is already in flight; names must be unique")
+        self.waiting.append(request)
+
+    def admit(self) -> list[RunningSequence]:
+        """Give waiting requests a place: in order, while rows and the prefill limit of a pass allow (at least one)."""
+        admitted: list[RunningSequence] = []
+        tokens = 0
+        while self.waiting:
+            request = self.waiting[0]
+            tokens += len(request.token_ids)
+            if admitted and tokens > self.max_prefill_tokens:
+                break
+            sequence = self.place(request)
+            if sequence is None:
+                break
+            admitted.append(sequence)
+            self.waiting.popleft()
+        return admitted
+
+    def place(self, request: Request) -> RunningSequence | None:
+        """A sequence at the home with the fewest sequences (the lowest of equals); None = no row is free."""
+        load = [0] * self.num_ranks
+        for sequence in self.running:
+            load[sequence.home] += 1
+        homes = [home for home in range(self.num_ranks) if self._pool(home)]
+        if not homes:
+            return None
+        home = min(homes, key=load.__getitem__)
+        sequence = RunningSequence(request, home, heapq.heappop(self._pool(home)), list(request.token_ids))
+        self.running.append(sequence)
+        return sequence
+
+    def release(self, sequence: RunningSequence) -> None:
+        """Take a sequence's place back."""
+        self.running.remove(sequence)
+        heapq.heappush(self._pool(sequence.home), sequence.row)
+
+    def _pool(self, home: int) -> list[int]:
+        return self._free[0 if len(self._free) == 1 else home]
