@@ -99,3 +99,25 @@ def count_layers(
                 i, j = ids_TLK[t, layer, 0], ids_TLK[t, layer + 1, 0]
                 if 0 <= i < limit and 0 <= j < experts_L[layer + 1]:
                     transitions_LEE[layer, i, j] += 1
+
+
+@njit(cache=True, nogil=True)
+def sort_rows(ids_MK: np.ndarray, weights_MK: np.ndarray) -> None:
+    """Order every row in place: -1 last, else by falling weight; stable. Without weights (no rows) only -1 moves."""
+    rows, top_k = ids_MK.shape
+    weighted = len(weights_MK) == rows
+    for m in range(rows):
+        for k in range(1, top_k):
+            e = ids_MK[m, k]
+            if e < 0:
+                continue
+            w = weights_MK[m, k] if weighted else weights_MK.dtype.type(0)
+            j = k
+            while j > 0 and (ids_MK[m, j - 1] < 0 or (weighted and weights_MK[m, j - 1] < w)):
+                ids_MK[m, j] = ids_MK[m, j - 1]
+                if weighted:
+                    weights_MK[m, j] = weights_MK[m, j - 1]
+                j -= 1
+            ids_MK[m, j] = e
+            if weighted:
+                weights_MK[m, j] = w

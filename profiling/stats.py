@@ -3,9 +3,6 @@
 Shape letters: T tokens, L MoE layers, E experts per layer, K top-k, U distinct k-sets.
 """
 
-import mmap
-import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Self
@@ -14,9 +11,10 @@ import numpy as np
 
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.kernels import count_layers
+from moeplace.profiling.parallel import chunks, workers
 from moeplace.profiling.trace import NO_EXPERT, RoutingTrace
 
-CHUNK_TOKENS = 1 << 13
+_MOST_TABLE_BYTES = 1 << 33
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,24 +61,26 @@ class RoutingStats:
         """Count the ids (T, L, K) of a trace or of one step; ids of null experts and -1 are skipped.
 
         Raises:
-            InputError: the ids are not of shape (T, L, K) with L = len(experts_per_layer).
+            InputError: the ids are not of shape (T, L, K) with L = len(experts_per_layer), or the tables would not fit.
         """
         experts_L = np.ascontiguousarray(experts_per_layer, dtype=np.int64)
         layers, most = len(experts_L), int(experts_L.max())
         if topk_ids.ndim != 3 or topk_ids.shape[1] != layers:
             raise InputError(f"topk_ids must have shape (tokens, {layers}, top-k), not {topk_ids.shape}")
+        if 16 * layers * most**2 > _MOST_TABLE_BYTES:
+            raise InputError(f"tables of {layers} layers x {most} x {most} experts need more than 8 GiB")
         load_LE = np.zeros((layers, most), dtype=np.int64)
         transitions_LEE = np.zeros((layers - 1, most, most), dtype=np.int64)
         pairs_LEE = np.zeros((layers, most, most), dtype=np.int64)
-        workers = max(1, min(threads or os.cpu_count() or 1, layers))
-        edges = [layers * w // workers for w in range(workers + 1)]
+        parts = min(threads or workers(), layers)
+        edges = [layers * part // parts for part in range(parts + 1)]
 
         def count(part: int, ids_TLK: np.ndarray) -> None:
             count_layers(ids_TLK, experts_L, edges[part], edges[part + 1], load_LE, transitions_LEE, pairs_LEE)
 
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(parts) as pool:
             for ids_TLK in chunks(topk_ids):
-                list(pool.map(count, range(workers), [ids_TLK] * workers))
+                list(pool.map(count, range(parts), [ids_TLK] * parts))
         for pairs_EE in pairs_LEE:
             pairs_EE += pairs_EE.T.copy()
         return cls(load_LE, transitions_LEE, pairs_LEE, experts_L, len(topk_ids))
@@ -138,25 +138,6 @@ class RoutingStats:
         """Whether both hold the same counts."""
         names = ("load", "transitions", "coactivation", "experts_per_layer", "num_tokens")
         return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
-
-
-def chunks(array: np.ndarray, size: int = CHUNK_TOKENS) -> Iterator[np.ndarray]:
-    """Pieces of `array` along its first axis; pages of a memory map are given back once a piece is done with."""
-    mapped = _mapping(array)
-    for start in range(0, len(array), size):
-        yield array[start : start + size]
-        if mapped is not None and start // size % 64 == 63:
-            mapped.madvise(mmap.MADV_DONTNEED)
-    if mapped is not None:
-        mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _mapping(array: np.ndarray) -> mmap.mmap | None:
-    """The memory map behind an array that is not written to, or None."""
-    base: object = array
-    while isinstance(base, np.ndarray | memoryview):
-        base = base.base if isinstance(base, np.ndarray) else base.obj
-    return base if isinstance(base, mmap.mmap) and not array.flags.writeable else None
 
 
 def distinct_ksets(ids_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

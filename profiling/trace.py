@@ -11,13 +11,18 @@ import numpy as np
 
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.kernels import find_bad_assignment
+from moeplace.profiling.parallel import CHUNK_TOKENS, chunks, thread_pool, workers
 
 NO_EXPERT = -1
 """Entry of `topk_ids` where a token has fewer than K experts (ragged top-k)."""
 
 Split = Literal["all", "train", "test"]
 
+MOST_EXPERTS = 1 << 20
+"""Per layer; a greater number is a damaged file."""
+
 _BAD_ID, _TWICE = 1, 2
+_CHECKED_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +76,8 @@ class RoutingTrace:
         if layers < 1 or top_k < 1:
             raise InputError(f"topk_ids of shape {ids.shape} must have at least one layer and one expert per token")
         experts = np.asarray(self.experts_per_layer, dtype=np.int64)
-        if experts.shape != (layers,) or (experts < 1).any():
-            raise InputError(f"experts_per_layer must be {layers} positive numbers, not {experts.tolist()}")
+        if experts.shape != (layers,) or (experts < 1).any() or (experts > MOST_EXPERTS).any():
+            raise InputError(f"experts_per_layer must be {layers} numbers in 1..{MOST_EXPERTS}, not {experts.tolist()}")
         layer_ids = np.arange(layers) if self.layer_ids is None else np.asarray(self.layer_ids, dtype=np.int64)
         if layer_ids.shape != (layers,) or (np.diff(layer_ids) <= 0).any() or layer_ids[0] < 0:
             raise InputError(f"layer_ids must be {layers} rising decoder-layer indices, not {layer_ids.tolist()}")
@@ -233,15 +238,29 @@ def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
 
 
 def _check_ids(ids_TLK: np.ndarray, limit_L: np.ndarray) -> None:
-    kind, token, layer, slot = find_bad_assignment(ids_TLK, limit_L)
+    start = 0
+    for piece in chunks(ids_TLK, _CHECKED_AT_ONCE):
+        parts = np.array_split(piece, workers(len(piece) // CHUNK_TOKENS + 1))
+        if len(parts) == 1:  # a step or a small piece: starting threads would cost more than the check
+            findings = [find_bad_assignment(piece, limit_L)]
+        else:
+            with thread_pool(len(parts)) as pool:
+                findings = list(pool.map(find_bad_assignment, parts, [limit_L] * len(parts)))
+        for part, finding in zip(parts, findings, strict=True):
+            _raise_bad(finding, part, limit_L, start)
+            start += len(part)
+
+
+def _raise_bad(finding: tuple[int, int, int, int], ids_TLK: np.ndarray, limit_L: np.ndarray, start: int) -> None:
+    kind, token, layer, slot = finding
     if kind == _BAD_ID:
         raise InputError(
-            f"expert id {ids_TLK[token, layer, slot]} of token {token} in MoE layer {layer} "
+            f"expert id {ids_TLK[token, layer, slot]} of token {start + token} in MoE layer {layer} "
             f"must lie in 0..{limit_L[layer] - 1}, or be -1 for none"
         )
     if kind == _TWICE:
         raise InputError(
-            f"token {token} has expert {ids_TLK[token, layer, slot]} twice in MoE layer {layer}; "
+            f"token {start + token} has expert {ids_TLK[token, layer, slot]} twice in MoE layer {layer}; "
             "the experts of a token must differ"
         )
 

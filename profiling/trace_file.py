@@ -8,10 +8,8 @@ are stored, not deflated, so that a trace larger than memory can be mapped; noth
 import io
 import json
 import shutil
-import struct
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -19,7 +17,8 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from moeplace.profiling.errors import FormatError, InputError
-from moeplace.profiling.files import atomic_write, require_file
+from moeplace.profiling.files import atomic_write
+from moeplace.profiling.npz_file import read_npz
 from moeplace.profiling.trace import RoutingTrace
 
 FORMAT = "moeplace.trace/1"
@@ -106,6 +105,7 @@ class TraceWriter:
             odd = sorted(present ^ set(self._files))
             raise InputError(f"every piece of a trace needs the same arrays; {', '.join(odd)} is not in all of them")
         for name in present:
+            self._check_range(name, arrays[name])
             np.ascontiguousarray(arrays[name], dtype=self._dtype(name)).tofile(self._files[name])
         self._tokens += piece.num_tokens
 
@@ -127,6 +127,15 @@ class TraceWriter:
             for file in self._files.values():
                 file.close()
             self._folder.cleanup()
+
+    def _check_range(self, name: str, array: np.ndarray) -> None:
+        """Raise where storing would change a number."""
+        stored = np.dtype(self._dtype(name))
+        if stored.kind != "i" or name == "experts" or not array.size:
+            return
+        low, high = int(array.min()), int(array.max())
+        if low < np.iinfo(stored).min or high > np.iinfo(stored).max:
+            raise InputError(f"{name} {low if low < 0 else high} must fit into {8 * stored.itemsize} bits")
 
     def _dtype(self, name: str) -> str:
         return self._id_dtype if name == "experts" else _DTYPES[name]
@@ -177,57 +186,8 @@ def load_trace(path: str | Path) -> RoutingTrace:
         return RoutingTrace(**fields, **meta)
     except InputError as error:
         raise type(error)(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(f"{path} is not a moeplace trace: its metadata is damaged") from error
-
-
-def read_npz(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every member of an `.npz`; stored members are memory-mapped, deflated ones are read.
-
-    Raises:
-        InputError: there is no such file.
-        FormatError: it is not an `.npz`, is truncated, or holds Python objects.
-    """
-    require_file(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if info.filename.endswith(".npy"):
-                    yield info.filename.removesuffix(".npy"), _read_member(path, archive, info)
-    except InputError:
-        raise
-    except (ValueError, EOFError, OSError, struct.error, SyntaxError, NotImplementedError, RuntimeError) as error:
-        raise FormatError(f"{path} is not a readable .npz file: {error}") from error
-    except zipfile.BadZipFile as error:
-        raise FormatError(f"{path} is not an .npz file, or it is truncated") from error
-    except Exception as error:
-        if type(error).__name__ in ("error", "TokenError"):  # zlib.error, tokenize.TokenError: damaged bytes
-            raise FormatError(f"{path} is not a readable .npz file: {error}") from error
-        raise
-
-
-def _read_member(path: str | Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    if info.compress_type != zipfile.ZIP_STORED:
-        with archive.open(info) as member:
-            return np.lib.format.read_array(member, allow_pickle=False)
-    with open(path, "rb") as file:
-        file.seek(info.header_offset)
-        local = file.read(30)
-        if len(local) < 30 or local[:4] != b"PK\x03\x04":
-            raise FormatError(f"{path} is not an .npz file, or it is truncated")
-        name_length, extra_length = struct.unpack("<HH", local[26:30])
-        file.seek(info.header_offset + 30 + name_length + extra_length)
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
-        if dtype.hasobject:
-            raise FormatError(f"{path} holds Python objects in {info.filename}, which are never loaded")
-        offset = file.tell()
-    if not int(np.prod(shape)):
-        return np.empty(shape, dtype)
-    return np.asarray(np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C"))
 
 
 _METADATA = (

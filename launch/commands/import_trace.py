@@ -1,19 +1,65 @@
 """`moeplace import`: other programs' traces and loads."""
 
 import argparse
+import sys
 
 HELP = "read other programs' routing traces and expert loads"
-SOURCES = ("npz", "sglang", "vllm", "trtllm", "exflow", "load")
+SOURCES = {
+    "npz": "trace interchange: experts (T, L, K), weights, sequence_ids, positions",
+    "sglang": "SGLang recorder dumps (.pt file or folder), or routed_experts as JSON lines",
+    "vllm": "vLLM routed_experts or eplb_load_stats as JSON lines",
+    "trtllm": "TensorRT-LLM expert statistics (folder)",
+    "exflow": "ExFlow trace.npy (tokens, layers), top-1",
+    "load": "load matrix (L, E): .npy, .npz or .json",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="FILE", help="what to read")
-    parser.add_argument("--from", dest="source_format", required=True, choices=SOURCES, help="format of FILE")
-    parser.add_argument("--out", required=True, metavar="T", help="trace file (or load file) to write")
+    listing = "; ".join(f"{name} = {text}" for name, text in SOURCES.items())
+    parser.add_argument("source", metavar="FILE", help="file or folder to read")
+    parser.add_argument("--from", dest="source_format", required=True, choices=SOURCES, help=listing)
+    parser.add_argument("--out", required=True, metavar="T", help="trace file to write, or load file for mere loads")
+    parser.add_argument("--top-k", type=int, metavar="K", help="keep the first K experts of every token; 1 = primary")
+    parser.add_argument("--num-experts", type=int, metavar="E", help="experts per layer (default: greatest id + 1)")
+    parser.add_argument("--null-experts", type=int, default=0, metavar="N", help="ids E..E+N-1 are null experts (0)")
+    parser.add_argument(
+        "--layer-ids", type=layer_range, metavar="IDS", help="decoder layers of the MoE layers: 1-26, 3,5,7"
+    )
+    parser.add_argument(
+        "--num-hidden-layers", type=int, default=0, metavar="N", help="decoder layers, dense ones included"
+    )
+    parser.add_argument("--model", default="", metavar="NAME", help="name of the model")
+    parser.add_argument("--expert-bytes", type=int, metavar="B", help="bytes of one expert's weights")
+    parser.add_argument("--hidden-size", type=int, default=0, metavar="D", help="hidden size of the model")
+    parser.add_argument("--workload-names", default="", metavar="A,B", help="names of the workload tags")
+
+
+def layer_range(text: str) -> tuple[int, ...]:
+    """`1-3,7` as (1, 2, 3, 7)."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or int(last or first) >= 1 << 16:
+            raise argparse.ArgumentTypeError(f"{part!r} is neither a layer nor a range of layers such as 1-26")
+        layers.extend(range(int(first), int(last or first) + 1))
+    return tuple(layers)
 
 
 def run(args: argparse.Namespace) -> int:
-    from moeplace.profiling.import_npz import import_npz
+    from moeplace.profiling.imports.common import ImportOptions
+    from moeplace.profiling.imports.sources import import_from
 
-    import_npz(args.source, args.out)
+    options = ImportOptions(
+        top_k=args.top_k,
+        num_experts=args.num_experts,
+        null_experts=args.null_experts,
+        layer_ids=args.layer_ids,
+        num_hidden_layers=args.num_hidden_layers,
+        model=args.model,
+        expert_bytes=args.expert_bytes,
+        hidden_size=args.hidden_size,
+        workload_names=tuple(name.strip() for name in args.workload_names.split(",")) if args.workload_names else (),
+        progress=sys.stderr.isatty(),
+    )
+    print(import_from(args.source_format, args.source, args.out, options).summary())
     return 0

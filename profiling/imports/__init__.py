@@ -1,0 +1,1 @@
+"""Readers of other programs' routing traces and expert loads, one module per program."""

@@ -1,0 +1,136 @@
+"""The trace interchange: an `.npz` with `experts` (T, L, K) and optional companions."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from moeplace.profiling.errors import FormatError, InputError
+from moeplace.profiling.imports.common import (
+    MOST_LAYERS,
+    Imported,
+    ImportOptions,
+    Piece,
+    TraceOutline,
+    expert_count,
+    id_range,
+    pseudo_sequences,
+    write_trace,
+)
+from moeplace.profiling.npz_file import read_npz
+from moeplace.profiling.parallel import CHUNK_TOKENS, chunks
+
+_PER_TOKEN = ("sequence_ids", "positions", "is_decode", "workload")
+_MOST_TOP_K = 1024
+_MOST_WORKLOADS = 1 << 15
+
+
+def import_npz(source: str | Path, out: str | Path, options: ImportOptions) -> Imported:
+    """Read `experts` int (T, L, K), optional `weights` (T, L, K), `sequence_ids`, `positions`, `is_decode`, and
+    `workload` or `task` (T,) with optional `workload_names`; ids -1 = none.
+
+    Raises:
+        InputError: there is no such file, or its contents break a rule.
+        FormatError: it is not an `.npz`, or not a trace.
+    """
+    arrays = dict(read_npz(source))
+    if "experts" not in arrays:
+        hint = "; a load matrix is read with --from load" if "load" in arrays else ""
+        raise FormatError(
+            f"{source} has no array `experts`{hint} (it has {', '.join(sorted(arrays)[:8]) or 'nothing'})"
+        )
+    ids_TLK = arrays["experts"]
+    _check_cube(source, ids_TLK)
+    layers, top_k = ids_TLK.shape[1:]
+    low, high = id_range(ids_TLK)
+    if low < -1:
+        raise InputError(f"{source}: expert id {low} must be at least -1 (-1 = none)")
+    notes: list[str] = []
+    experts = expert_count(high, options, notes)
+    companions = _companions(source, arrays, ids_TLK.shape, notes)
+    names = _workload_names(source, arrays, companions.get("workload"), options)
+    outline = TraceOutline(np.full(layers, experts), top_k, workload_names=names, notes=notes)
+    weights_TLK = arrays.get("weights")
+    if weights_TLK is not None and (weights_TLK.shape != ids_TLK.shape or weights_TLK.dtype.kind != "f"):
+        raise FormatError(f"{source}: weights must be floats of shape {ids_TLK.shape}, not {_kind(weights_TLK)}")
+    return write_trace(out, outline, _pieces(ids_TLK, weights_TLK, companions, options.progress), options)
+
+
+def _check_cube(source: str | Path, ids_TLK: np.ndarray) -> None:
+    if ids_TLK.ndim != 3 or ids_TLK.dtype.kind not in "iu":
+        raise FormatError(f"{source}: experts must be integers of shape (tokens, layers, top-k), not {_kind(ids_TLK)}")
+    tokens, layers, top_k = ids_TLK.shape
+    if not tokens or not 1 <= layers <= MOST_LAYERS or not 1 <= top_k <= _MOST_TOP_K:
+        raise FormatError(
+            f"{source}: experts of shape {ids_TLK.shape} must have a token, 1..{MOST_LAYERS} layers "
+            f"and top-k 1..{_MOST_TOP_K}"
+        )
+
+
+def _companions(
+    source: str | Path, arrays: dict[str, np.ndarray], shape: tuple[int, ...], notes: list[str]
+) -> dict[str, np.ndarray]:
+    """The per-token arrays of a source, in range; sequence ids are made up where absent."""
+    if "workload" not in arrays and "task" in arrays:
+        arrays["workload"] = arrays["task"]
+    found = {name: arrays[name] for name in _PER_TOKEN if name in arrays}
+    for name, array in found.items():
+        if array.shape != shape[:1] or array.dtype.kind not in "iub":
+            raise FormatError(f"{source}: {name} must be integers of shape ({shape[0]},), not {_kind(array)}")
+    if "is_decode" in found:
+        found["is_decode"] = found["is_decode"].astype(bool)
+    if "sequence_ids" not in found:
+        found["sequence_ids"] = pseudo_sequences(shape[0], notes)
+    low, high = id_range(found["sequence_ids"])
+    if low < 0 or high >= 2**31:  # hashes of requests: number them as they first appear
+        _, first, inverse = np.unique(found["sequence_ids"], return_index=True, return_inverse=True)
+        found["sequence_ids"] = np.argsort(np.argsort(first))[inverse]
+        notes.append("sequence ids renumbered in order of appearance")
+    return found
+
+
+def _workload_names(
+    source: str | Path, arrays: dict[str, np.ndarray], workload_T: np.ndarray | None, options: ImportOptions
+) -> tuple[str, ...]:
+    if workload_T is None:
+        if options.workload_names:
+            raise InputError(f"workload-names are given, but {source} has no array `workload` or `task`")
+        return ()
+    low, high = id_range(workload_T)
+    if low < 0 or high >= _MOST_WORKLOADS:
+        raise FormatError(f"{source}: workload index {low if low < 0 else high} must lie in 0..{_MOST_WORKLOADS - 1}")
+    names = options.workload_names
+    stored = arrays.get("workload_names")
+    if not names and stored is not None and stored.ndim == 1 and stored.dtype.kind == "U":
+        names = tuple(str(name) for name in stored)
+    names = names or tuple(str(index) for index in range(high + 1))
+    if len(names) <= high or len(set(names)) != len(names):
+        raise InputError(f"workload-names must be {high + 1} different names for {source}, not {len(names)}")
+    return names
+
+
+def _pieces(
+    ids_TLK: np.ndarray, weights_TLK: np.ndarray | None, companions: dict[str, np.ndarray], progress: bool
+) -> Iterator[Piece]:
+    from tqdm import tqdm
+
+    weights = chunks(weights_TLK) if weights_TLK is not None else None
+    start = 0
+    with tqdm(total=len(ids_TLK), unit="token", desc="import", disable=not progress) as bar:
+        for ids in chunks(ids_TLK):
+            piece = {name: array[start : start + CHUNK_TOKENS] for name, array in companions.items()}
+            piece["topk_ids"] = _signed(ids)
+            if weights is not None:
+                piece["topk_weights"] = next(weights)
+            yield piece
+            start += len(ids)
+            bar.update(len(ids))
+
+
+def _signed(ids: np.ndarray) -> np.ndarray:
+    """Native int16, int32 or int64 ids; `id_range` has shown that they fit."""
+    return ids.astype(np.int16 if ids.dtype.itemsize <= 2 and ids.dtype.kind == "i" else np.int32, copy=False)
+
+
+def _kind(array: np.ndarray) -> str:
+    return f"{array.dtype} {array.shape}"
