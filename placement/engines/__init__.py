@@ -1,1 +1,136 @@
-"""Readers and writers of other engines' placement files."""
+"""Placement files of serving engines: written with every check the engines lack, and read back.
+
+`write_engine_placement` adds a sidecar `<file>.moeplace.json` with what the format cannot hold; `read_engine_placement`
+uses it where it lies beside the file.
+"""
+
+import importlib
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from moeplace.placement.engines.form import Export, Facts, Rows, build_placement
+from moeplace.placement.placement import Placement
+from moeplace.profiling.errors import FormatError, InputError, MoeplaceWarning
+from moeplace.profiling.files import read_json, require_file, write_json
+
+ENGINES = {  # name -> module of this package
+    "sglang": "sglang",
+    "vllm": "vllm",
+    "trtllm": "trtllm",
+    "vllm-ascend": "vllm_ascend",
+    "omni": "omni",
+    "exflow": "exflow",
+}
+SIDECAR_FORMAT = "moeplace.export/1"
+
+
+class Engine(Protocol):
+    """A module of this package."""
+
+    def write(self, placement: Placement, path: Path) -> Export:
+        """Write the engine's file or raise InputError naming the layer that it cannot express."""
+        ...
+
+    def read(self, path: Path, known: Facts) -> Rows:
+        """Read the engine's file or raise FormatError; `known` is what the caller and the sidecar say."""
+        ...
+
+
+def write_engine_placement(
+    path: str | Path, placement: Placement, engine: str, *, provenance: dict[str, Any] | None = None
+) -> Export:
+    """Write `placement` as the file that `engine` loads, read it back, and write the sidecar.
+
+    Raises:
+        InputError: there is no such engine, its format cannot express the placement (the message names the layer), or
+            the file cannot be written.
+    """
+    target, module = Path(path), _engine(engine)
+    export = module.write(placement, target)
+    facts = _facts(placement)
+    again = build_placement(module.read(target, facts), facts, str(target), engine)
+    if not np.array_equal(again.copies_LER, placement.copies_LER):
+        raise FormatError(f"{target} does not read back as the placement that was written")
+    sidecar = {
+        "format": SIDECAR_FORMAT,
+        "engine": engine,
+        "files": list(export.files),
+        "start": export.start,
+        "notes": list(export.notes),
+        "facts": asdict(facts),
+        "digest": placement.digest,
+        "reads_back_as": again.digest,
+        **(provenance or {}),
+    }
+    write_json(sidecar_path(target), sidecar)
+    return export
+
+
+def read_engine_placement(path: str | Path, engine: str, **options: Any) -> Placement:
+    """Read an engine's placement file.
+
+    Args:
+        path: the file.
+        engine: a name of ENGINES.
+        **options: fields of `Facts` that the file leaves open (`num_ranks`, `ranks_per_node`, `num_experts`,
+            `layer_ids`, `num_hidden_layers`, `mode`); a sidecar beside the file is asked for the rest.
+
+    Raises:
+        InputError: there is no such engine or file, or something needed is not known.
+        FormatError: the file is not what the engine loads, or no valid placement.
+    """
+    source, module = require_file(path), _engine(engine)
+    beside = _read_sidecar(source, engine)
+    known = Facts(**options) if beside is None else Facts(**options).over(beside[0])
+    placement = build_placement(module.read(source, known), known, str(source), engine)
+    if beside is not None and not options and placement.digest != beside[1]:
+        warnings.warn(f"{source} was changed after it was exported", MoeplaceWarning, stacklevel=2)
+    return placement
+
+
+def sidecar_path(path: str | Path) -> Path:
+    """Where the sidecar of an exported file lies."""
+    return Path(path).with_name(f"{Path(path).name}.moeplace.json")
+
+
+def _engine(name: str) -> Engine:
+    if name not in ENGINES:
+        raise InputError(f"engine {name!r} must be one of {', '.join(ENGINES)}")
+    module: Any = importlib.import_module(f"moeplace.placement.engines.{ENGINES[name]}")
+    engine: Engine = module
+    return engine
+
+
+def _facts(placement: Placement) -> Facts:
+    """All that a file may leave open."""
+    return Facts(
+        num_ranks=placement.num_ranks,
+        ranks_per_node=tuple(np.bincount(placement.node_of_rank).tolist()),
+        num_experts=placement.num_experts,
+        layer_ids=() if placement.layer_ids is None else tuple(placement.layer_ids.tolist()),
+        num_hidden_layers=placement.num_hidden_layers,
+        mode=placement.mode,
+    )
+
+
+def _read_sidecar(path: Path, engine: str) -> tuple[Facts, str] | None:
+    """Facts and digest of the sidecar of `path`, None where there is none of this engine."""
+    beside = sidecar_path(path)
+    if not beside.exists():
+        return None
+    document = read_json(beside)
+    if not isinstance(document, dict) or document.get("format") != SIDECAR_FORMAT:
+        raise FormatError(f"{beside} is not a sidecar of an export: it lacks the tag {SIDECAR_FORMAT!r}")
+    if document.get("engine") != engine:
+        return None
+    try:
+        facts = document["facts"]
+        numbers = {name: int(facts[name]) for name in ("num_ranks", "num_experts", "num_hidden_layers")}
+        lists = {name: tuple(int(value) for value in facts[name]) for name in ("ranks_per_node", "layer_ids")}
+        return Facts(**numbers, **lists, mode=str(facts["mode"])), str(document["reads_back_as"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise FormatError(f"{beside} is not a sidecar of an export: {error}") from error

@@ -1,0 +1,63 @@
+"""SGLang: `--init-expert-location`, JSON with one row for every decoder layer, dense ones included."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from moeplace.placement.engines.form import Export, Facts, Rows, check_form, redundant_slots
+from moeplace.placement.placement import Placement
+from moeplace.profiling.errors import FormatError, InputError, MoeplaceWarning
+from moeplace.profiling.files import atomic_write, read_json
+
+KEY = "physical_to_logical_map"
+NOTE = (
+    "SGLang gives model classes without get_model_config_for_expert_location (OLMoE, Mixtral, PhiMoE, GraniteMoE in "
+    "0.5.23) no placement and stops at their first MoE layer"
+)
+
+
+def write(placement: Placement, path: Path) -> Export:
+    """Write the placement; a dense layer gets the trivial row `i % E`."""
+    if path.suffix != ".json":
+        raise InputError(f"{path} must end in .json: SGLang takes any other name for the JSON text itself")
+    check_form(placement, "SGLang")
+    rows = np.tile(np.arange(placement.num_slots) % placement.num_experts, (placement.num_hidden_layers, 1))
+    rows[placement.layer_ids] = placement.slot_to_expert
+    text = ",\n".join(json.dumps(row) for row in rows.tolist())
+    with atomic_write(path) as file:
+        file.write(f'{{"{KEY}": [\n{text}\n]}}\n'.encode())
+    start = (
+        f"--ep-size {placement.num_ranks} --ep-num-redundant-experts {redundant_slots(placement)} "
+        f"--init-expert-location {path}"
+    )
+    return Export((str(path),), start, (NOTE,))
+
+
+def read(path: Path, known: Facts) -> Rows:
+    """Read rows; which of them are MoE layers only `known.layer_ids` can tell."""
+    if path.suffix == ".pt":
+        raise InputError(f"{path} is a torch archive: save its {KEY} as JSON to read it")
+    document = read_json(path)
+    if not isinstance(document, dict) or KEY not in document:
+        loads = isinstance(document, dict) and "logical_count" in document
+        why = "it holds loads (logical_count), not a placement" if loads else f"it lacks the key {KEY!r}"
+        raise FormatError(f"{path} is not an SGLang placement: {why}")
+    unknown = sorted(set(document) - {KEY})
+    if unknown:
+        raise FormatError(f"{path} has the key {unknown[0]!r}, which SGLang does not know and stops at")
+    rows = document[KEY]
+    if not isinstance(rows, list):
+        raise FormatError(f"{path}: {KEY} must be a list of rows")
+    if known.layer_ids is None:
+        warnings.warn(
+            f"{path} does not say which decoder layers are dense: all {len(rows)} rows are taken for MoE layers",
+            MoeplaceWarning,
+            stacklevel=3,
+        )
+        return Rows(rows, Facts(num_hidden_layers=len(rows)))
+    outside = [layer for layer in known.layer_ids if not 0 <= layer < len(rows)]
+    if outside:
+        raise InputError(f"{path} has {len(rows)} rows, so decoder layer {outside[0]} is not among them")
+    return Rows([rows[layer] for layer in known.layer_ids], Facts(num_hidden_layers=len(rows)))
