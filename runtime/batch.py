@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from moeplace.profiling.errors import InputError
-from moeplace.runtime.sampling import SamplingParameters
+from moeplace.runtime.sampling import GREEDY, SamplingParameters
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Request:
     request_id: str
     token_ids: tuple[int, ...]
     max_new_tokens: int = 64
-    sampling: SamplingParameters = SamplingParameters()
+    sampling: SamplingParameters = GREEDY
     stop_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:

@@ -66,6 +66,9 @@ class EngineLimits:
                 raise InputError(f"{name} ({getattr(self, name)}) must be at least 1")
 
 
+DEFAULT_LIMITS = EngineLimits()
+
+
 class Engine:
     """See the module.
 
@@ -85,7 +88,7 @@ class Engine:
         mode: str = "auto",
         group: RankGroup | None = None,
         dtype: torch.dtype | None = None,
-        limits: EngineLimits = EngineLimits(),
+        limits: EngineLimits = DEFAULT_LIMITS,
         node_aware: bool = False,
         capacity: CapacityRule | None = None,
         predictor: Predictor | None = None,

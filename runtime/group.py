@@ -69,6 +69,7 @@ class RankGroup:
             raise InputError(f"there are {size} ranks, but node_of_rank lists {len(self.node_of_rank)}")
         self._store = store
         self._layer = OUTSIDE
+        self._agreements = 0
         self._node_group: RankGroup | None = None
         self._ranks = list(range(size))
         on_node = self.node_of_rank == self.node_of_rank[rank]
@@ -166,11 +167,13 @@ class RankGroup:
             return
         names = sorted(items)
         mine = "\n".join(f"{name}={items[name]}" for name in names)
-        self._store.set(f"agree/{self.rank}", mine)
+        self._agreements += 1  # a key of its own per agreement: stores keep what was written
+        self._store.set(f"agree/{self._agreements}/{self.rank}", mine)
         for peer in self._ranks:
+            key = f"agree/{self._agreements}/{peer}"
             with self._guard(f"waiting for rank {peer}"):
-                self._store.wait([f"agree/{peer}"], timedelta(seconds=self.timeout))
-                theirs = self._store.get(f"agree/{peer}").decode()
+                self._store.wait([key], timedelta(seconds=self.timeout))
+                theirs = self._store.get(key).decode()
             if theirs.startswith(_GAVE_UP):
                 raise DisagreementError(f"rank {peer} {theirs}")
             if theirs != mine:
@@ -190,7 +193,7 @@ class RankGroup:
     def give_up(self, reason: str) -> None:
         """Tell ranks that wait in `agree` that this one will not come."""
         if self.size > 1:
-            self._store.set(f"agree/{self.rank}", _GAVE_UP + " ".join(reason.split()))
+            self._store.set(f"agree/{self._agreements + 1}/{self.rank}", _GAVE_UP + " ".join(reason.split()))
 
     def all_to_all(
         self,

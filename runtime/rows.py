@@ -7,8 +7,8 @@ A message from one rank to another is a block of equal rows; its header lies in 
 
 `count` says how many rows the message means, so no sizes are exchanged beforehand. An empty message is one row with
 count 0. Both sides know how many rows fit (the capacity). What exceeds it follows in an extra round with exact sizes,
-of which every rank learns from the flags of the first round: all messages of a rank carry the same flags, and every rank
-hears from every other.
+of which every rank learns from the flags of the first round: all messages of a rank carry the same flags, and every
+rank hears from every other.
 
 Shape letters: R ranks, n copies to send, N rows received.
 """

@@ -40,6 +40,10 @@ class SamplingParameters:
             raise InputError(f"seed ({self.seed}) must lie in 0..2147483647")
 
 
+GREEDY = SamplingParameters()
+"""The most likely token, always."""
+
+
 def sample(logits: torch.Tensor, parameters: SamplingParameters, *, position: int) -> int:
     """One token id from logits (V,).
 
