@@ -21,6 +21,9 @@ COMMANDS = {  # name -> module in moeplace.launch.commands, in the order of --he
     "solve": "solve",
     "evaluate": "evaluate",
     "compare": "compare",
+    "plan": "plan",
+    "export": "export",
+    "import-placement": "import_placement",
 }
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
