@@ -1,8 +1,9 @@
-"""SGLang: `--init-expert-location`, JSON with one row for every decoder layer, dense ones included."""
+"""SGLang: `--init-expert-location`, JSON (or read from `.pt`) with one row for every decoder layer, dense included."""
 
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +38,7 @@ def write(placement: Placement, path: Path) -> Export:
 
 def read(path: Path, known: Facts) -> Rows:
     """Read rows; which of them are MoE layers only `known.layer_ids` can tell."""
-    if path.suffix == ".pt":
-        raise InputError(f"{path} is a torch archive: save its {KEY} as JSON to read it")
-    document = read_json(path)
+    document = _read_archive(path) if path.suffix == ".pt" else read_json(path)
     if not isinstance(document, dict) or KEY not in document:
         loads = isinstance(document, dict) and "logical_count" in document
         why = "it holds loads (logical_count), not a placement" if loads else f"it lacks the key {KEY!r}"
@@ -61,3 +60,15 @@ def read(path: Path, known: Facts) -> Rows:
     if outside:
         raise InputError(f"{path} has {len(rows)} rows, so decoder layer {outside[0]} is not among them")
     return Rows([rows[layer] for layer in known.layer_ids], Facts(num_hidden_layers=len(rows)))
+
+
+def _read_archive(path: Path) -> Any:
+    """The dictionary of a `.pt` file, its map as lists; nothing in it is executed."""
+    from moeplace.profiling.torch_archive import StoredTensor, read_torch_archive
+
+    document = read_torch_archive(path)
+    if isinstance(document, dict) and isinstance(tensor := document.get(KEY), StoredTensor):
+        if len(tensor.shape) != 2 or tensor.dtype.kind != "i":
+            raise FormatError(f"{path}: {KEY} must be integers (layers, slots), not {tensor.dtype} {tensor.shape}")
+        document = {**document, KEY: tensor.read().tolist()}
+    return document

@@ -336,6 +336,19 @@ def test_positions_win_over_numbers(tmp_path: Path) -> None:
     assert placement.slot_to_expert.tolist() == ROWS[::-1]
 
 
+def test_sglang_archives(tmp_path: Path) -> None:
+    """A `.pt` with a tensor or with lists is read without torch; other shapes and types are refused."""
+    torch = pytest.importorskip("torch")
+    file, rows = tmp_path / "p.pt", [[0, 1, 2, 3, 0, 1], *ROWS]
+    for value in (torch.tensor(rows), torch.tensor(rows, dtype=torch.int32), rows):
+        torch.save({"physical_to_logical_map": value}, file)
+        placement = read_engine_placement(file, "sglang", num_ranks=2, layer_ids=(1, 2))
+        assert placement.equals(toy())
+    torch.save({"physical_to_logical_map": torch.tensor(rows, dtype=torch.float32)}, file)
+    with pytest.raises(FormatError, match=r"must be integers \(layers, slots\), not float32"):
+        read_engine_placement(file, "sglang", num_ranks=2, layer_ids=(1, 2))
+
+
 def test_vllm_lists(tmp_path: Path) -> None:
     """The list of lists, and one list for all layers; other records beside the mapping are passed over."""
     file = tmp_path / "m.json"
