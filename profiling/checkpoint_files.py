@@ -1,15 +1,13 @@
 """The files of a Hugging Face checkpoint folder, checked before anything heavy is loaded and without executing any."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from moeplace.profiling.errors import FormatError, InputError
-from moeplace.profiling.files import read_json, require_file
+from moeplace.profiling.files import read_json
+from moeplace.profiling.tensor_file import check_safetensors
 
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
 
 
 def check_checkpoint(folder: str | Path) -> Path:
@@ -57,26 +55,3 @@ def _shards(folder: Path) -> list[Path]:
             )
         raise FormatError(f"{folder} is not a checkpoint folder: it has no .safetensors file")
     return shards
-
-
-def check_safetensors(path: str | Path) -> dict[str, Any]:
-    """The header of a safetensors file whose size is what the header says.
-
-    Raises:
-        FormatError: the header is damaged, or bytes are missing or left over.
-    """
-    size = require_file(path).stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise FormatError(f"{path} is not a safetensors file, or it is truncated")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise FormatError(f"{path} is not a safetensors file: its header is damaged") from error
-    if size != expected:
-        raise FormatError(f"{path} has {size} bytes, its header says {expected}: it is truncated or damaged")
-    return header

@@ -5,11 +5,23 @@ from pathlib import Path
 
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.imports.common import Imported, ImportOptions
+from moeplace.profiling.imports.exflow import import_exflow
+from moeplace.profiling.imports.loads import import_load
 from moeplace.profiling.imports.npz import import_npz
+from moeplace.profiling.imports.sglang import import_sglang
+from moeplace.profiling.imports.trtllm import import_trtllm
+from moeplace.profiling.imports.vllm import import_vllm
 
 Importer = Callable[[str | Path, str | Path, ImportOptions], Imported]
 
-IMPORTERS: dict[str, Importer] = {"npz": import_npz}
+IMPORTERS: dict[str, Importer] = {
+    "npz": import_npz,
+    "sglang": import_sglang,
+    "vllm": import_vllm,
+    "trtllm": import_trtllm,
+    "exflow": import_exflow,
+    "load": import_load,
+}
 
 
 def import_from(name: str, source: str | Path, out: str | Path, options: ImportOptions) -> Imported:

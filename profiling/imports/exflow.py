@@ -1,0 +1,62 @@
+"""ExFlow: `trace.npy`, (tokens, L) integers, the top-1 expert of every MoE layer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from moeplace.profiling.errors import FormatError
+from moeplace.profiling.imports.common import (
+    MOST_LAYERS,
+    Imported,
+    ImportOptions,
+    Piece,
+    TraceOutline,
+    expert_count,
+    id_range,
+    pseudo_sequences,
+    warn,
+    write_trace,
+)
+from moeplace.profiling.npz_file import read_npy
+from moeplace.profiling.parallel import CHUNK_TOKENS, chunks
+
+_SORTED_DESCENTS = 0.02
+_JUDGED_TOKENS = 100
+
+
+def import_exflow(source: str | Path, out: str | Path, options: ImportOptions) -> Imported:
+    """Read a trace array; warns where its columns are sorted in blocks, as in arrays rebuilt from histograms.
+
+    Raises:
+        InputError: there is no such file, or an id breaks a rule.
+        FormatError: it is not integers of shape (tokens, layers).
+    """
+    ids_TL = read_npy(source)
+    if ids_TL.ndim != 2 or ids_TL.dtype.kind not in "iu" or not ids_TL.size or ids_TL.shape[1] > MOST_LAYERS:
+        raise FormatError(f"{source}: an ExFlow trace is integers (tokens, layers), not {ids_TL.dtype} {ids_TL.shape}")
+    low, high = id_range(ids_TL)
+    if low < 0:
+        raise FormatError(f"{source}: expert id {low} must not be negative")
+    notes: list[str] = []
+    experts = expert_count(high, options, notes)
+    if len(ids_TL) >= _JUDGED_TOKENS and experts > 1 and _descents(ids_TL).max() < _SORTED_DESCENTS:
+        note = "all columns are piecewise sorted, as if rebuilt from histograms: their affinity is an artefact"
+        notes.append(note)
+        warn(f"{source}: {note}")
+    outline = TraceOutline(np.full(ids_TL.shape[1], experts), 1, notes=notes)
+    return write_trace(out, outline, _pieces(ids_TL, pseudo_sequences(len(ids_TL), notes)), options)
+
+
+def _descents(ids_TL: np.ndarray) -> np.ndarray:
+    """(L,) share of neighbouring tokens whose id falls: about half in a real trace."""
+    falls_L = np.zeros(ids_TL.shape[1], dtype=np.int64)
+    for piece in chunks(ids_TL):
+        falls_L += (piece[1:] < piece[:-1]).sum(axis=0)
+    return falls_L / max(len(ids_TL) - 1, 1)
+
+
+def _pieces(ids_TL: np.ndarray, sequence_ids: np.ndarray) -> Iterator[Piece]:
+    for number, piece in enumerate(chunks(ids_TL)):
+        tokens = slice(number * CHUNK_TOKENS, (number + 1) * CHUNK_TOKENS)
+        yield {"topk_ids": piece[:, :, None].astype(np.int32), "sequence_ids": sequence_ids[tokens]}
