@@ -6,8 +6,6 @@ would be.
 Shape letters: M tokens at home, R ranks.
 """
 
-import time
-
 import torch
 
 from moeplace.runtime.dispatch_combine import Copies
@@ -38,7 +36,6 @@ class AllGatherDispatcher:
 
     def _gather(self, home: Copies, width: int) -> Copies:
         """(R * width) rows of all ranks; the padding of a rank has no experts."""
-        start = time.perf_counter()
         layout = home.layout()
         mine = torch.zeros(width, layout.row_bytes, dtype=torch.uint8, device=home.hidden.device)
         layout.view(mine, "slots").fill_(-1)
@@ -47,12 +44,9 @@ class AllGatherDispatcher:
             layout.view(mine, name)[:tokens] = value
         everyone = mine.new_empty(self.group.size * width, layout.row_bytes)
         self.group.all_gather(everyone, mine, kind="all-gather")
-        self.runtime.counters.seconds["exchange"] += time.perf_counter() - start
         return Copies.unpack(layout, everyone)
 
     def _reduce(self, partial: torch.Tensor, width: int) -> torch.Tensor:
-        start = time.perf_counter()
         mine = partial.new_empty(width, partial.shape[1])
         self.group.reduce_scatter(mine, partial, kind="reduce-scatter")
-        self.runtime.counters.seconds["exchange"] += time.perf_counter() - start
         return mine

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moeplace.placement.placement import Placement
-from moeplace.profiling.checkpoint_files import check_checkpoint, check_safetensors
+from moeplace.profiling.checkpoint_files import check_checkpoint
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import read_json
 from moeplace.runtime.experts import Part
@@ -58,11 +58,9 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = check_checkpoint(path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
-        self._headers = {shard: check_safetensors(shard) for shard in _shards(self.path)}
-        self._shard_of = {
-            name: shard for shard, header in self._headers.items() for name in header if name != "__metadata__"
-        }
+        self._shards = _shards(self.path)
         self._open: dict[Path, Any] = {}
+        self._shard_of: dict[str, Path] = {name: shard for shard in self._shards for name in self._opened(shard).keys()}
         self._stems: dict[int, str] = {}
         self._find_experts()
 
@@ -130,10 +128,10 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """A hash of the configuration, of every tensor's name, type and shape, and of samples of the values."""
         content = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for shard, header in sorted(self._headers.items()):
-            content.update(json.dumps(header, sort_keys=True).encode())
+        for shard in self._shards:
             size = shard.stat().st_size
             with open(shard, "rb") as file:
+                content.update(file.read(int.from_bytes(file.read(8), "little")))  # names, types, shapes
                 for sample in range(16):
                     file.seek(sample * max(size - _SAMPLED_BYTES, 0) // 15)
                     content.update(file.read(_SAMPLED_BYTES))
@@ -211,12 +209,15 @@ class Checkpoint:
         return self._file(name).get_slice(name)[row]
 
     def _shape(self, name: str) -> list[int]:
-        return list(self._headers[self._shard_of[name]][name]["shape"])
+        return list(self._file(name).get_slice(name).get_shape())
 
     def _file(self, name: str) -> Any:
         shard = self._shard_of.get(name)
         if shard is None:
             raise FormatError(f"{self.path} lacks the tensor {name}")
+        return self._opened(shard)
+
+    def _opened(self, shard: Path) -> Any:
         if shard not in self._open:
             try:
                 self._open[shard] = safe_open(shard, framework="pt", device="cpu")

@@ -14,7 +14,6 @@ flags of the first.
 Shape letters: M tokens of this rank before, N rows on it after the exchange, K top-k, R ranks.
 """
 
-import time
 from typing import Protocol
 
 import torch
@@ -115,7 +114,6 @@ class CoherentDispatcher:
         count_MR: torch.Tensor,
         step: Step,
     ) -> Received:
-        start = time.perf_counter()
         in_use = count_MR > 0
         spread = bool((in_use.sum(1) > 1).any())
         in_use[:, self.group.rank] = False
@@ -135,7 +133,6 @@ class CoherentDispatcher:
         if ledger is not None:
             ledger.announce([held if p == self.group.rank else n for p, n in enumerate(received.extras)])
         self.runtime.counters.copies_sent += len(source)
-        self.runtime.counters.seconds["exchange"] += time.perf_counter() - start
         return received
 
     def _capacity(self, layer: int, step: Step) -> Capacity:
@@ -149,7 +146,6 @@ class CoherentDispatcher:
         self, partial: torch.Tensor, token: torch.Tensor, count_NR: torch.Tensor, owner: torch.Tensor
     ) -> torch.Tensor:
         """Sums of the tokens this rank owns now, in the order of their rows; partial sums of others are sent off."""
-        start = time.perf_counter()
         rank, size = self.group.rank, self.group.size
         mine = owner == rank
         leaving = (~mine).nonzero().squeeze(1)
@@ -164,9 +160,7 @@ class CoherentDispatcher:
         expected = torch.bincount(source, minlength=size).tolist()
         sums = partial.new_empty(len(position), partial.shape[1])
         self.group.all_to_all(sums, partial[leaving], expected, sizes, kind="return")
-        total = partial[mine].index_add_(0, by_token[position], sums)
-        self.runtime.counters.seconds["exchange"] += time.perf_counter() - start
-        return total
+        return partial[mine].index_add_(0, by_token[position], sums)
 
 
 def choose_owner(count_NR: torch.Tensor, before_N: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,10 @@
 Shape letters: L MoE layers, E experts per layer.
 """
 
-from collections import Counter
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +31,8 @@ class Counters:
         layer_passes: MoE layers run (layers x steps), the divisor of per-layer means.
         single_exchange: layer passes in which one exchange was enough.
         overflows: layer passes in which some pair exceeded its capacity and an extra round followed.
-        seconds: "exchange" and "experts" -> seconds inside them (host clock).
+        seconds: "exchange" -> seconds inside collectives, waiting for others included; "experts" -> inside the expert
+            computation. By the host's clock: on a GPU, where both run on, that is the time to launch them.
     """
 
     steps: int = 0
@@ -40,13 +44,21 @@ class Counters:
     layer_passes: int = 0
     single_exchange: int = 0
     overflows: int = 0
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def reset(self) -> None:
         """Set every total to zero."""
         self.steps = self.copies_sent = self.layer_passes = self.single_exchange = self.overflows = 0
-        for total in (self.collectives, self.bytes_sent, self.tokens, self.activated, self.seconds):
+        for total in (self.collectives, self.bytes_sent, self.tokens, self.activated):
             total.clear()
+        self.seconds.clear()
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time inside to `seconds[name]`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
 
     def collectives_in_layers(self) -> int:
         """Collectives that belong to MoE layers."""

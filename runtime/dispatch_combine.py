@@ -13,7 +13,6 @@ collectives for fewer bytes between nodes.
 Shape letters: M tokens at home, N copies received, D hidden size, K top-k, R ranks.
 """
 
-import time
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -141,7 +140,6 @@ class DispatchCombineDispatcher:
     def _dispatch(
         self, group: RankGroup, capacity: Capacity | None, source: torch.Tensor, target: torch.Tensor, copies: Copies
     ) -> Dispatched:
-        start = time.perf_counter()
         layout = copies.layout()
         fields = {
             "token": source,
@@ -151,7 +149,6 @@ class DispatchCombineDispatcher:
         }
         received = exchange_rows(group, layout, fields, target, capacity=capacity, kind="dispatch")
         self.runtime.counters.copies_sent += len(source)
-        self.runtime.counters.seconds["exchange"] += time.perf_counter() - start
         return Dispatched(source, received, Copies.unpack(layout, received.rows))
 
     def _compute(self, layer: int, copies: Copies) -> torch.Tensor:
@@ -160,13 +157,10 @@ class DispatchCombineDispatcher:
 
     def _combine(self, group: RankGroup, sent: Dispatched, partial: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
         """`local` plus the partial sums that come back for what was sent; `partial` goes to where it came from."""
-        start = time.perf_counter()
         returned = partial.new_empty(len(sent.source), partial.shape[1])
         received = sent.received
         group.all_to_all(returned, partial.contiguous(), received.sent, received.counts, kind="combine")
-        total = local.index_add(0, sent.source, returned)
-        self.runtime.counters.seconds["exchange"] += time.perf_counter() - start
-        return total
+        return local.index_add(0, sent.source, returned)
 
 
 def count_by_rank(rank_MK: torch.Tensor, num_ranks: int) -> torch.Tensor:

@@ -9,7 +9,6 @@ Shape letters: L MoE layers, C slots per rank, D hidden size, H expert hidden si
 assignments (token row, slot) of this rank.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -141,15 +140,9 @@ class ExpertStore:
         Returns:
             (N, D) of x's type: partial sums; zero rows where no slot is here.
         """
-        start = time.perf_counter()
-        on_cpu = x.device.type == "cpu"
-        result = (
-            self._compute_present(layer, x, slots, gate_weights)
-            if on_cpu
-            else self._compute_all(layer, x, slots, gate_weights)
-        )
-        self._counters.seconds["experts"] += time.perf_counter() - start
-        return result
+        compute = self._compute_present if x.device.type == "cpu" else self._compute_all
+        with self._counters.timed("experts"):
+            return compute(layer, x, slots, gate_weights)
 
     def flush_counts(self) -> None:
         """Bring counts that wait on the GPU to the counters."""

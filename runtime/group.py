@@ -219,37 +219,32 @@ class RankGroup:
             PeerLostError: a peer is gone.
         """
         row_bytes = input.element_size() * int(np.prod(input.shape[1:], dtype=np.int64))
-        self._count(kind, [rows * row_bytes for rows in input_splits])
-        with self._guard(kind):
+        with self._issued(kind, [rows * row_bytes for rows in input_splits]):
             self._group.alltoall_base(output, input, list(output_splits), list(input_splits)).wait()
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, kind: str) -> None:
         """`output` (R, ...) gets `input` (...) of every rank."""
         size = input.numel() * input.element_size()
-        self._count(kind, [size] * self.size)
-        with self._guard(kind):
+        with self._issued(kind, [size] * self.size):
             self._group._allgather_base(output.view(-1), input.view(-1)).wait()
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, *, kind: str) -> None:
         """`output` (...) gets the sum over ranks of this rank's block of `input` (R, ...)."""
         size = output.numel() * output.element_size()
-        self._count(kind, [size] * self.size)
-        with self._guard(kind):
+        with self._issued(kind, [size] * self.size):
             self._group._reduce_scatter_base(output.view(-1), input.view(-1)).wait()
 
     def all_reduce(self, tensor: torch.Tensor, *, kind: str) -> None:
         """Sum over ranks, in place."""
         # A ring sends every element 2 (R - 1) / R times; spread evenly over the peers.
         size = 2 * tensor.numel() * tensor.element_size() // self.size
-        self._count(kind, [size] * self.size)
-        with self._guard(kind):
+        with self._issued(kind, [size] * self.size):
             self._group.allreduce([tensor]).wait()
 
     def broadcast(self, tensor: torch.Tensor, *, root: int, kind: str) -> None:
         """Overwrite `tensor` with that of `root`."""
         size = tensor.numel() * tensor.element_size()
-        self._count(kind, [size if self.rank == root else 0] * self.size)
-        with self._guard(kind):
+        with self._issued(kind, [size if self.rank == root else 0] * self.size):
             self._group.broadcast(tensor, root).wait()
 
     def broadcast_bytes(self, content: bytes, *, root: int, kind: str) -> bytes:
@@ -265,11 +260,15 @@ class RankGroup:
             self.broadcast(buffer, root=root, kind=kind)
         return buffer.cpu().numpy().tobytes()
 
-    def _count(self, kind: str, bytes_to_peer: list[int]) -> None:
+    @contextmanager
+    def _issued(self, kind: str, bytes_to_peer: list[int]) -> Iterator[None]:
+        """Count and time a collective."""
         self.counters.collectives[self._layer, kind] += 1
         for tier, sent in zip(self._tier_of_peer, bytes_to_peer, strict=True):
             if sent:
                 self.counters.bytes_sent[tier] += sent
+        with self.counters.timed("exchange"), self._guard(kind):
+            yield
 
     @contextmanager
     def _guard(self, doing: str) -> Iterator[None]:

@@ -52,7 +52,7 @@ class SlotTables:
             rank_of_slot=torch.as_tensor(np.append(placement.rank_of_slot, -1), device=device),
             first_slot=torch.as_tensor(first_LE, device=device),
             slot_on_rank=torch.as_tensor(slot_LER, device=device),
-            replicated=tuple((placement.replica_counts > 1).any(axis=1).tolist()),
+            replicated=tuple(bool((counts > 1).any()) for counts in placement.replica_counts),
             node_of_rank=torch.as_tensor(np.array(placement.node_of_rank), device=device),
             slots_start=here.start,
             slots_here=here.stop - here.start,
