@@ -24,6 +24,7 @@ COMMANDS = {  # name -> module in moeplace.launch.commands, in the order of --he
     "plan": "plan",
     "export": "export",
     "import-placement": "import_placement",
+    "serve": "serve",
 }
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 

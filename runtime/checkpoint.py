@@ -60,7 +60,9 @@ class Checkpoint:
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         self._shards = _shards(self.path)
         self._open: dict[Path, Any] = {}
-        self._shard_of: dict[str, Path] = {name: shard for shard in self._shards for name in self._opened(shard).keys()}
+        self._shard_of: dict[str, Path] = {}
+        for shard in self._shards:
+            self._shard_of.update(dict.fromkeys(self._opened(shard).keys(), shard))
         self._stems: dict[int, str] = {}
         self._find_experts()
 

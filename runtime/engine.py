@@ -20,9 +20,12 @@ import torch
 import torch.distributed as dist
 
 from moeplace.placement.cluster import even_slots
-from moeplace.placement.placement import Placement, index_order
+from moeplace.placement.cost_model import Calibration, StepShape
+from moeplace.placement.evaluate import require_same_model
+from moeplace.placement.placement import Mode, Placement, index_order
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.files import read_json
+from moeplace.profiling.trace import RoutingTrace
 from moeplace.runtime.batch import Completion, Request, RunningSequence, Scheduler
 from moeplace.runtime.checkpoint import Checkpoint
 from moeplace.runtime.coherent import CapacityRule
@@ -32,7 +35,7 @@ from moeplace.runtime.executor import Executor, by_home, load_experts
 from moeplace.runtime.group import RankGroup
 from moeplace.runtime.kv_cache import KvCache, kv_bytes_per_position
 from moeplace.runtime.models.decoder import Decoder
-from moeplace.runtime.modes import ModeRule, Phase, Predictor, choose_mode_rule
+from moeplace.runtime.modes import ModeRule, Phase, TracePredictor, choose_mode_rule
 from moeplace.runtime.sampling import sample
 
 logger = logging.getLogger(__name__)
@@ -91,7 +94,8 @@ class Engine:
         limits: EngineLimits = DEFAULT_LIMITS,
         node_aware: bool = False,
         capacity: CapacityRule | None = None,
-        predictor: Predictor | None = None,
+        routing: RoutingTrace | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         """Open the checkpoint, agree with the other ranks, and read this rank's share.
 
@@ -102,7 +106,8 @@ class Engine:
             dtype: None = the checkpoint's.
             node_aware: dispatch-combine sends one copy per node.
             capacity: room in messages of the coherent mode; None = the whole batch.
-            predictor: predicted seconds of a pass per mode, for `auto`.
+            routing: recorded routing, from which `auto` predicts every mode; None = `auto` follows the placement.
+            calibration: measured links and expert time for those predictions.
 
         Raises:
             InputError: the model is dense, or the placement is for another model or number of ranks.
@@ -114,8 +119,9 @@ class Engine:
         try:
             self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
             placement = _checked_placement(self.checkpoint, placement, group.size)
-            self._modes: ModeRule = choose_mode_rule(mode, placement, predictor)
             decoder = Decoder(self.checkpoint, dtype=dtype, device=group.device)
+            predictor = _make_predictor(routing, placement, calibration, decoder) if mode == "auto" else None
+            self._modes: ModeRule = choose_mode_rule(mode, placement, predictor)
             rows, positions = _cache_size(limits, decoder, group.size, replicated=self._modes.may_be_coherent)
         except MoeplaceError as error:
             group.give_up(str(error))
@@ -125,6 +131,7 @@ class Engine:
                 "placement": placement.digest,
                 "checkpoint": self.checkpoint.fingerprint,
                 "mode": f"{mode}{' node-aware' if node_aware else ''}",
+                "recorded routing": "none" if routing is None else f"{routing.num_tokens} tokens",
                 "number type": str(decoder.dtype),
                 "limits": f"{rows} sequences of {positions} positions, {limits}",
             }
@@ -246,7 +253,7 @@ class Engine:
             self.group.all_reduce(load, kind="load")
         return load.cpu().numpy()
 
-    def _choose(self, phase: Phase, num_tokens: int) -> Any:
+    def _choose(self, phase: Phase, num_tokens: int) -> Mode:
         choice = self._modes.choose(phase, num_tokens)
         if self._last_choice.get(phase) != choice.mode and self.group.rank == 0:
             logger.info("%s runs in mode %s: %s", phase, choice.mode, choice.reason)
@@ -335,6 +342,17 @@ def _checked_placement(checkpoint: Checkpoint, placement: Placement | None, size
         raise InputError(f"the placement is for {placement.num_ranks} ranks, but {size} are running")
     checkpoint.check_placement(placement)
     return placement
+
+
+def _make_predictor(
+    routing: RoutingTrace | None, placement: Placement, calibration: Calibration | None, decoder: Decoder
+) -> TracePredictor | None:
+    if routing is None:
+        return None
+    require_same_model(routing, placement)
+    kv_dim = kv_bytes_per_position(decoder) // (decoder.num_layers * decoder.dtype.itemsize)
+    shape = StepShape(hidden_size=decoder.hidden_size, dtype_bytes=decoder.dtype.itemsize, kv_dim=kv_dim)
+    return TracePredictor(routing, placement, calibration, shape)
 
 
 def _cache_size(limits: EngineLimits, decoder: Decoder, ranks: int, *, replicated: bool) -> tuple[int, int]:

@@ -3,15 +3,18 @@
 The modes are fixed by the user, taken from the placement file, or chosen per phase and batch size from predictions.
 """
 
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from moeplace.placement.cost_model import Calibration, StepShape
+from moeplace.placement.evaluate import cluster_of, evaluate
 from moeplace.placement.placement import MODES, Mode, Placement
 from moeplace.profiling.errors import InputError
+from moeplace.profiling.trace import RoutingTrace
 
-logger = logging.getLogger(__name__)
+PREDICTION_TOKENS = 8192
+"""Tokens of a trace that a prediction replays: enough for a mean, little enough to do while serving."""
 
 Phase = Literal["prefill", "decode"]
 Predictor = Callable[[Mode, Phase, int], float]
@@ -72,6 +75,40 @@ class PredictedMode:
     @property
     def may_be_coherent(self) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class TracePredictor:
+    """A `Predictor` that replays recorded routing through the cost model, once per mode and power of two of tokens.
+
+    Attributes:
+        trace: routing to expect.
+        placement: the placement in force.
+        calibration: measured links and expert time; None = nominal ones.
+        shape: hidden size, number type and K/V width of the model.
+    """
+
+    trace: RoutingTrace
+    placement: Placement
+    calibration: Calibration | None
+    shape: StepShape
+    _known: dict[tuple[Mode, int], float] = field(default_factory=dict)
+
+    def __call__(self, mode: Mode, phase: Phase, num_tokens: int) -> float:
+        """Predicted seconds of the MoE layers of a pass."""
+        batch = 1 << max(num_tokens - 1, 0).bit_length()
+        if (mode, batch) not in self._known:
+            cluster = cluster_of(self.placement)
+            evaluation = evaluate(
+                self.trace.select(slice(0, PREDICTION_TOKENS)),
+                self.placement,
+                mode=mode,
+                cluster=cluster if self.calibration is None else self.calibration.apply(cluster),
+                shape=StepShape(batch, self.shape.hidden_size, self.shape.dtype_bytes, self.shape.kv_dim),
+                calibration=self.calibration,
+            )
+            self._known[mode, batch] = evaluation.predicted_seconds
+        return self._known[mode, batch]
 
 
 def choose_mode_rule(mode: str, placement: Placement, predictor: Predictor | None = None) -> ModeRule:

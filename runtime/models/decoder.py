@@ -88,6 +88,11 @@ class Decoder:
         """V."""
         return int(self._model.lm_head.out_features)
 
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self._model.lm_head.in_features)
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(M,) token ids -> (M, D)."""
         return self._model.model.embed_tokens(ids)
