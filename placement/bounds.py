@@ -1,0 +1,414 @@
+"""Proven lower bounds on what any placement of a problem can cost, printed with every result.
+
+Each bound holds for the tokens (or loads) of the problem and for all placements that respect its slots and its load
+cap; limits on moves, which only forbid more, are ignored. A held-out figure may cross a bound, it is another trace.
+
+* imbalance: mean over layers of `least_imbalance` (closed forms of `load_bounds`).
+* traffic: d and dn per layer, stayed tokens per boundary: the better of the closed forms of `traffic_bounds` and,
+  while the time lasts, the semidefinite relaxation of `relaxation`.
+* seconds: every term of the cost model at its own bound. The busiest rank moves at least the mean, and computes at
+  least the mean or what the load bounds say of "seconds per expert".
+
+Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, N nodes, C capacity of a part.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeplace.placement.cluster import Cluster
+from moeplace.placement.cost_model import collective_latency, transfer_seconds
+from moeplace.placement.evaluate import step_of_token
+from moeplace.placement.load_bounds import least_imbalance
+from moeplace.placement.problem import Problem
+from moeplace.placement.relaxation import Layout, connectivity_slope, linear_slope, load_spread, lower_bound
+from moeplace.placement.solvers.packing import pack_slots
+from moeplace.placement.traffic_bounds import ksets_of, ranks_per_token, stay_by_load, stay_by_rows, stay_by_spectrum
+from moeplace.profiling.trace import RoutingTrace
+
+FEWEST_ITERATIONS, MOST_ITERATIONS = 40, 150
+TOLERANCE = 1e-9
+"""Taken off every bound that comes from floating-point eigenvalues."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBounds:
+    """Bounds by layer or boundary, means over all tokens.
+
+    Attributes:
+        d_L, dn_L: (L,) least ranks and nodes per token.
+        stay_L, node_stay_L: (L-1,) most tokens whose primary expert stays, as a share of all tokens.
+    """
+
+    d_L: np.ndarray
+    dn_L: np.ndarray
+    stay_L: np.ndarray
+    node_stay_L: np.ndarray
+
+
+def problem_bounds(problem: Problem, *, time_limit: float, caps_L: np.ndarray | None = None) -> dict[str, float]:
+    """Lower bounds on "imbalance" and, where tokens are known, on "traffic" and "seconds".
+
+    Traffic is mean d + node_weight * mean dn in `dispatch-combine`; in `coherent` mode copies per token, for K = 1 on
+    several nodes (1 - stay rate) + node_weight * (1 - node stay rate); 0 in `allgather`.
+
+    Args:
+        problem: the problem.
+        time_limit: seconds; the amount of work follows from it, the clock only cuts in.
+        caps_L: (L,) imbalance that each layer is held to, at least as large as what any accepted placement has; by
+            default the larger of `max_imbalance` and what packing reaches.
+    """
+    layers = range(problem.num_layers)
+    bounds = {"imbalance": float(np.mean([least_imbalance(problem, layer) for layer in layers]))}
+    trace = problem.trace
+    if trace is None:
+        return bounds
+    by_layer = layer_bounds(problem, trace, time_limit=time_limit, caps_L=caps_L)
+    bounds["traffic"] = _traffic(problem, trace, by_layer)
+    bounds["seconds"] = _seconds(problem, trace, by_layer)
+    return bounds
+
+
+def held_imbalance(problem: Problem) -> np.ndarray | None:
+    """(L,) imbalance each layer is held to: the larger of the cap and what packing reaches; None without a cap."""
+    if problem.max_imbalance is None:
+        return None
+    speed_R, rank_S = problem.cluster.speed_of_rank, problem.cluster.rank_of_slot
+    caps = []
+    for layer in range(problem.num_layers):
+        row_S = pack_slots(problem, layer)
+        load_E = problem.load_LE[layer]
+        held = row_S >= 0
+        copies_E = np.maximum(np.bincount(row_S[held], minlength=len(load_E)), 1)
+        load_R = np.bincount(rank_S[held], (load_E / copies_E)[row_S[held]], minlength=len(speed_R))
+        mean = load_R.sum() / speed_R.sum()
+        caps.append(max(problem.max_imbalance, float((load_R / speed_R).max() / mean) if mean else 1.0))
+    return np.array(caps)
+
+
+def layer_bounds(
+    problem: Problem, trace: RoutingTrace, *, time_limit: float, caps_L: np.ndarray | None = None
+) -> LayerBounds:
+    """Bounds on what traffic is made of, by layer; those that the mode does not pay for are the trivial ones."""
+    deadline = time.monotonic() + time_limit
+    layers, tokens = problem.num_layers, max(trace.num_tokens, 1)
+    held_L = held_imbalance(problem) if caps_L is None else caps_L
+    used_L = (np.stack([trace.layer(layer) for layer in range(layers)]) >= 0).any(axis=2).sum(axis=1) / tokens
+    bounds = LayerBounds(
+        used_L.copy(), used_L.copy(), *np.tile(problem.transitions_LEE.sum(axis=(1, 2)) / tokens, (2, 1))
+    )
+    if problem.mode == "allgather" or problem.num_ranks == 1:
+        return bounds
+    chained = problem.mode == "coherent" and problem.top_k == 1
+    jobs: list[_Job] = []
+    for parts in _partitions(problem.cluster):
+        if chained:
+            target = bounds.node_stay_L if parts.nodes else bounds.stay_L
+            jobs += [_Boundary(problem, parts, held_L, layer, target) for layer in range(layers - 1)]
+        else:
+            target = bounds.dn_L if parts.nodes else bounds.d_L
+            jobs += [_Connectivity(problem, parts, held_L, layer, target, trace) for layer in range(layers)]
+    for job in jobs:
+        job.close(spectral=time.monotonic() < deadline)
+    _relax(jobs, deadline)
+    return bounds
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Ranks or nodes as the parts of a partition."""
+
+    count: int
+    capacity: int
+    even: bool
+    fastest: float  # largest speed share of a part over the mean share
+    nodes: bool
+
+
+def _partitions(cluster: Cluster) -> list[_Parts]:
+    """The ranks, and the nodes where there are several of several ranks."""
+    slots_R, speed_R = cluster.slots_of_rank, cluster.speed_of_rank
+    found = [_part(slots_R, speed_R, nodes=False)]
+    if cluster.num_nodes > 1:
+        slots_N = np.bincount(cluster.node_of_rank, slots_R).astype(np.int64)
+        found.append(_part(slots_N, np.bincount(cluster.node_of_rank, speed_R), nodes=True))
+    return found
+
+
+def _part(slots_P: np.ndarray, speed_P: np.ndarray, *, nodes: bool) -> _Parts:
+    return _Parts(len(slots_P), int(slots_P.max()), np.ptp(slots_P) == 0, float(speed_P.max() / speed_P.mean()), nodes)
+
+
+class _Job:
+    """One layer or boundary under one kind of parts; writes the better bound into `target`."""
+
+    layers = 1
+
+    def __init__(
+        self, problem: Problem, parts: _Parts, held_L: np.ndarray | None, layer: int, target: np.ndarray
+    ) -> None:
+        self._problem, self._parts, self._layer, self._target = problem, parts, layer, target
+        span = slice(layer, layer + self.layers)
+        self._experts_w = problem.experts_per_layer[span]
+        self._spare = int(problem.redundant_slots[span].sum())
+        self._exact = parts.even and not self._spare
+        caps = None if held_L is None or self._spare else held_L[span] * parts.fastest
+        self._kappa = None if caps is None else np.minimum(caps, parts.count)
+
+    @property
+    def seconds_per_iteration(self) -> float:
+        return 4e-4 + 5e-9 * float(self._experts_w.sum()) ** 3
+
+    @property
+    def relaxable(self) -> bool:
+        """Whether the relaxation can say more than the closed forms."""
+        return 1 < self._parts.capacity < self._experts_w.min() and np.ptp(self._experts_w) == 0
+
+    def close(self, *, spectral: bool) -> None:
+        """Apply the closed forms, those that need eigenvalues only if `spectral`."""
+        raise NotImplementedError
+
+    def relax(self, iterations: int) -> None:
+        """Apply the relaxation."""
+        raise NotImplementedError
+
+    def _layout(self) -> Layout:
+        w, e, parts = self.layers, int(self._experts_w[0]), self._parts
+        loads = []
+        for index in range(w if self._kappa is not None else 0):
+            load_E = self._problem.load_LE[self._layer + index, :e] / max(
+                self._problem.load_LE[self._layer].sum(), 1e-300
+            )
+            p = np.zeros(w * e)
+            p[index * e : (index + 1) * e] = load_E - load_E.mean() if self._exact else load_E
+            spread = load_spread(float(self._kappa[index]), parts.count, float(load_E.sum()), exact=self._exact)
+            if (p != 0).any():
+                loads.append((p, spread))
+        return Layout(w, e, parts.count, parts.capacity, self._exact, loads, self._spare)
+
+
+class _Connectivity(_Job):
+    """d (or dn) of a layer."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        parts: _Parts,
+        held_L: np.ndarray | None,
+        layer: int,
+        target: np.ndarray,
+        trace: RoutingTrace,
+    ) -> None:
+        super().__init__(problem, parts, held_L, layer, target)
+        self._trace = trace
+
+    def close(self, *, spectral: bool) -> None:
+        kappa = None if self._kappa is None or not spectral else float(self._kappa[0])
+        bound = ranks_per_token(
+            self._trace.layer(self._layer),
+            int(self._experts_w[0]),
+            self._parts.count,
+            self._parts.capacity,
+            spare=self._spare,
+            exact=self._exact and spectral,
+            kappa=kappa,
+        )
+        self._target[self._layer] = max(self._target[self._layer], bound - TOLERANCE)
+
+    def relax(self, iterations: int) -> None:
+        sets_UK, share_U = ksets_of(self._trace.layer(self._layer))
+        slope = connectivity_slope(sets_UK, share_U, int(self._experts_w[0]), self._parts.capacity)
+        bound = lower_bound(self._layout(), slope, iterations=iterations)
+        self._target[self._layer] = max(self._target[self._layer], bound - TOLERANCE)
+
+    @property
+    def seconds_per_iteration(self) -> float:
+        return super().seconds_per_iteration + 3e-9 * self._trace.num_tokens * self._trace.top_k**2
+
+
+class _Boundary(_Job):
+    """Stayed tokens of a layer boundary, as a share of all tokens."""
+
+    layers = 2
+
+    @property
+    def _weight_EE(self) -> np.ndarray:
+        before, after = self._experts_w
+        weight_EE = self._problem.transitions_LEE[self._layer][:before, :after]
+        return weight_EE / max(self._problem.trace.num_tokens, 1) if self._problem.trace else weight_EE * 0.0
+
+    def close(self, *, spectral: bool) -> None:
+        weight_EE, parts = self._weight_EE, self._parts
+        bounds = [stay_by_rows(weight_EE, parts.capacity, self._spare)]
+        if spectral and self._exact and np.ptp(self._experts_w) == 0:
+            bounds.append(stay_by_spectrum(weight_EE, parts.count, parts.capacity))
+        if spectral and self._kappa is not None and self._all_counted(weight_EE):
+            bounds.append(stay_by_load(weight_EE, parts.count, float(self._kappa.max())))
+        self._target[self._layer] = min(self._target[self._layer], min(bounds) + TOLERANCE)
+
+    def _all_counted(self, weight_EE: np.ndarray) -> bool:
+        """Whether the boundary's row and column sums are the layers' loads, which the cap is on."""
+        total = int(self._problem.load_LE[self._layer].sum())
+        return total == int(self._problem.load_LE[self._layer + 1].sum()) and bool(
+            self._problem.transitions_LEE[self._layer].sum() == total
+        )
+
+    def relax(self, iterations: int) -> None:
+        slope = linear_slope([self._weight_EE])
+        bound = -lower_bound(self._layout(), slope, iterations=iterations, smooth=0.0)
+        self._target[self._layer] = min(self._target[self._layer], bound + TOLERANCE)
+
+
+def _relax(jobs: list[_Job], deadline: float) -> None:
+    """As many iterations for each job as the time allows; where it allows too few, only the first jobs get theirs."""
+    jobs = [job for job in jobs if job.relaxable]
+    left = deadline - time.monotonic()
+    each = sum(job.seconds_per_iteration for job in jobs)
+    if not jobs or left <= 0:
+        return
+    iterations = int(np.clip(left / each, FEWEST_ITERATIONS, MOST_ITERATIONS))
+    planned = 0.0
+    for job in jobs:
+        planned += job.seconds_per_iteration * iterations
+        if planned > left or time.monotonic() > deadline:
+            return
+        job.relax(iterations)
+
+
+def _traffic(problem: Problem, trace: RoutingTrace, bounds: LayerBounds) -> float:
+    """The traffic objective at the bounds of its parts (see `problem_bounds`)."""
+    if problem.mode == "allgather":
+        return 0.0
+    if problem.mode == "dispatch-combine":
+        return float(bounds.d_L.mean() + problem.node_weight * bounds.dn_L.mean())
+    boundaries = max(problem.num_layers - 1, 1)
+    first_L, second_L = _coherent_copies(problem, trace, bounds)
+    total = float(first_L.sum() + second_L[1:].sum()) / boundaries
+    if problem.top_k == 1 and problem.node_weight:
+        pairs_L = problem.transitions_LEE.sum(axis=(1, 2)) / trace.num_tokens
+        total += problem.node_weight * float((pairs_L - bounds.node_stay_L).sum()) / boundaries
+    return max(total, 0.0)
+
+
+def _coherent_copies(problem: Problem, trace: RoutingTrace, bounds: LayerBounds) -> tuple[np.ndarray, np.ndarray]:
+    """Least copies per token of the first exchange (L-1,), and of the second (L,), in `coherent` mode.
+
+    First: d - 1[owner in A] >= d - 1, and for K = 1 one copy per token that does not stay; a token that has no owner
+    yet, for lack of experts so far, pays nothing. Second: d - 1. Without an expert in a layer a token pays nothing
+    there.
+    """
+    seen_T, used_L, fresh_L = np.zeros(trace.num_tokens, bool), [], []
+    for layer in range(problem.num_layers):
+        k_T = (trace.layer(layer) >= 0).sum(axis=1)
+        used_L.append((k_T > 0).mean())
+        fresh_L.append((np.clip(k_T, 1, problem.num_ranks) - 1)[~seen_T].sum() / trace.num_tokens)
+        seen_T |= k_T > 0
+    second_L = np.maximum(bounds.d_L - used_L, 0.0)
+    if problem.top_k > 1:
+        return np.maximum(second_L - fresh_L, 0.0)[1:], second_L
+    pairs_L = problem.transitions_LEE.sum(axis=(1, 2)) / trace.num_tokens
+    return np.maximum(pairs_L - bounds.stay_L, 0.0), second_L
+
+
+def _seconds(problem: Problem, trace: RoutingTrace, bounds: LayerBounds) -> float:
+    """Predicted seconds of a step (`cost_model`), every maximum over ranks replaced by a bound."""
+    calibration, shape = problem.calibration, problem.shape
+    cluster = calibration.apply(problem.cluster)
+    latency = collective_latency(cluster)
+    hidden = shape.batch * shape.hidden_size * shape.dtype_bytes
+    layers, ranks = problem.num_layers, cluster.num_ranks
+    seconds = layers * (calibration.other_seconds_per_layer + latency)
+    seconds += sum(_least_expert_seconds(problem, trace, layer) for layer in range(layers))
+    if ranks == 1:
+        return float(seconds)
+    if problem.mode == "allgather":
+        return float(
+            seconds + layers * (latency + 2 * transfer_seconds(np.full((ranks,) * 2, 1 / ranks), cluster, hidden))
+        )
+    if problem.mode == "dispatch-combine":
+        scattered = sum(_least_scatter(float(d), cluster) for d in bounds.d_L)
+        return float(seconds + layers * latency + 2 * hidden * scattered)
+    first_L, second_L = _coherent_copies(problem, trace, bounds)
+    across_L = np.zeros(max(layers - 1, 0))
+    if problem.top_k == 1 and cluster.num_nodes > 1:
+        pairs_L = problem.transitions_LEE.sum(axis=(1, 2)) / trace.num_tokens
+        across_L = np.maximum(pairs_L - bounds.node_stay_L, 0.0)
+    moved = _least_scatter(float(bounds.d_L[0]), cluster)
+    moved += sum(_least_move(float(a), float(x), cluster) for a, x in zip(first_L, across_L, strict=True))
+    moved += sum(_least_move(float(a), 0.0, cluster) for a in second_L)
+    return float(seconds + hidden * moved + latency + _least_kv(problem, trace, cluster))
+
+
+def _least_scatter(d: float, cluster: Cluster) -> float:
+    """Seconds per byte of sending each token from a uniform home to its d ranks, at least.
+
+    Rank r receives p_r (size of its node - 1) / R copies from inside and p_r (R - size) / R from other nodes, sum p_r
+    = d. The largest of p_r a_r is least where all are equal: d / sum(1 / a_r).
+    """
+    node_R, size_N, ranks = cluster.node_of_rank, cluster.ranks_per_node, cluster.num_ranks
+    inside_R, across_N = (size_N[node_R] - 1) / ranks, (ranks - size_N) / ranks
+    seconds = d * _harmonic(inside_R) / cluster.intra.bandwidth
+    if cluster.num_nodes > 1:
+        by_rank = _harmonic(across_N[node_R]) / cluster.inter.bandwidth
+        seconds += d * max(by_rank, _harmonic(across_N) / cluster.inter.node_bandwidth)
+    return float(seconds)
+
+
+def _harmonic(factors: np.ndarray) -> float:
+    """Least possible max of p_i factor_i over p >= 0 that sum to 1."""
+    return 0.0 if (factors == 0).any() else float(1 / (1 / factors).sum())
+
+
+def _least_move(copies: float, across: float, cluster: Cluster) -> float:
+    """Seconds per byte of one exchange with so many copies per token, `across` of them between nodes, at least."""
+    inside = 1 / (cluster.num_ranks * cluster.intra.bandwidth)
+    if cluster.num_nodes == 1:
+        return copies * inside
+    outside = _mean_outside(cluster)
+    return across * outside + max(copies - across, 0.0) * min(inside, outside)
+
+
+def _mean_outside(cluster: Cluster) -> float:
+    """Seconds per byte between nodes if all ranks and nodes share it evenly."""
+    by_rank = 1 / (cluster.num_ranks * cluster.inter.bandwidth)
+    return max(by_rank, 1 / (cluster.num_nodes * cluster.inter.node_bandwidth))
+
+
+def _least_kv(problem: Problem, trace: RoutingTrace, cluster: Cluster) -> float:
+    """The K/V exchange of `coherent`: every owned token reaches all other ranks, once per node and forwarded inside."""
+    shape, ranks, nodes = problem.shape, cluster.num_ranks, cluster.num_nodes
+    owned, seen_T = 1.0, (trace.layer(0) >= 0).any(axis=1)
+    for layer in range(1, problem.num_layers):
+        owned += float(seen_T.mean())
+        seen_T = seen_T | (trace.layer(layer) >= 0).any(axis=1)
+    kv_bytes = shape.batch * shape.kv_dim * shape.dtype_bytes
+    seconds = owned * (ranks - nodes) / (ranks * cluster.intra.bandwidth)
+    if nodes > 1:
+        seconds += owned * (nodes - 1) * _mean_outside(cluster)
+    return seconds * kv_bytes
+
+
+def _least_expert_seconds(problem: Problem, trace: RoutingTrace, layer: int) -> float:
+    """Expert time of a layer, mean over steps of the slowest rank; the larger of two bounds.
+
+    By step: all work of the step over all speeds; the heaviest single expert on the fastest rank, without replicas.
+    By mean: the slowest rank of the mean step, from the load bounds of "seconds per expert".
+    """
+    expert, cluster = problem.calibration.expert, problem.cluster
+    batch = problem.shape.batch
+    step_T, ids_TK = step_of_token(trace.num_tokens, batch), trace.layer(layer)
+    scale = batch / min(batch, trace.num_tokens)
+    experts, steps = int(problem.experts_per_layer[layer]), int(step_T.max()) + 1
+    counted = (ids_TK >= 0) & (step_T >= 0)[:, None]
+    token, slot = np.nonzero(counted)
+    cell = step_T[token] * experts + ids_TK[token, slot]
+    tokens_SE = np.bincount(cell, minlength=steps * experts).reshape(steps, experts)
+    work_SE = expert.per_token * scale * tokens_SE + expert.per_activated * (tokens_SE > 0)
+    speed_R = cluster.speed_of_rank
+    by_step_S = work_SE.sum(axis=1) / speed_R.sum()
+    if not problem.redundant_slots[layer]:
+        by_step_S = np.maximum(by_step_S, work_SE.max(axis=1) / speed_R.max())
+    work_E = work_SE.mean(axis=0)
+    by_mean = least_imbalance(problem, layer, work_E) * work_E.sum() / speed_R.sum()
+    return float(expert.fixed + max(by_step_S.mean(), by_mean))
