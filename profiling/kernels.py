@@ -121,3 +121,45 @@ def sort_rows(ids_MK: np.ndarray, weights_MK: np.ndarray) -> None:
             ids_MK[m, j] = e
             if weighted:
                 weights_MK[m, j] = w
+
+
+@njit(cache=True, nogil=True)
+def count_weighted(
+    ids_TLK: np.ndarray,
+    weights_T: np.ndarray,
+    experts_L: np.ndarray,
+    load_LE: np.ndarray,
+    transitions_LEE: np.ndarray,
+) -> None:
+    """Add load and primary transitions with every token counted `weights_T` times (int64)."""
+    tokens, layers, top_k = ids_TLK.shape
+    for t in range(tokens):
+        weight = weights_T[t]
+        if weight == 0:
+            continue
+        for layer in range(layers):
+            for k in range(top_k):
+                e = ids_TLK[t, layer, k]
+                if 0 <= e < experts_L[layer]:
+                    load_LE[layer, e] += weight
+            if layer + 1 < layers:
+                i, j = ids_TLK[t, layer, 0], ids_TLK[t, layer + 1, 0]
+                if 0 <= i < experts_L[layer] and 0 <= j < experts_L[layer + 1]:
+                    transitions_LEE[layer, i, j] += weight
+
+
+@njit(cache=True, nogil=True)
+def count_grouped(
+    ids_TLK: np.ndarray, group_T: np.ndarray, experts_L: np.ndarray, first: int, last: int, load_GLE: np.ndarray
+) -> None:
+    """Add the load of layers `first`..`last` - 1 to the table of each token's group; groups below 0 are skipped."""
+    tokens, _, top_k = ids_TLK.shape
+    for t in range(tokens):
+        group = group_T[t]
+        if group < 0:
+            continue
+        for layer in range(first, last):
+            for k in range(top_k):
+                e = ids_TLK[t, layer, k]
+                if 0 <= e < experts_L[layer]:
+                    load_GLE[group, layer, e] += 1

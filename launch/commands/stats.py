@@ -1,19 +1,147 @@
-"""`moeplace stats`: what a routing trace says about skew, affinity and stability."""
+"""`moeplace stats`: what a routing trace says about skew, affinity, stability and locality."""
 
 import argparse
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 HELP = "skew, affinity against a shuffled control, stability and locality scores of a trace"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", metavar="T", help="trace file")
-    parser.add_argument("--json", metavar="F", help="write all figures to F")
+    parser.add_argument("--json", metavar="F", help="write all figures, by layer and expert, to F")
+    parser.add_argument("--compare", metavar="T2", help="a later trace: has the routing drifted from T to T2?")
+    parser.add_argument("--no-locality", action="store_true", help="leave out SRP and SCH")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of shuffles and bootstraps (0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from moeplace.profiling.stats import RoutingStats
-    from moeplace.profiling.trace_file import load_trace
+    from tqdm import tqdm
 
-    stats = RoutingStats.from_trace(load_trace(args.trace))
-    print(f"{args.trace}: {stats.num_tokens} tokens")
+    from moeplace.profiling.drift import measure_drift
+    from moeplace.profiling.files import write_json
+    from moeplace.profiling.trace_file import load_trace
+    from moeplace.profiling.trace_summary import drift_document, summarize
+
+    trace = load_trace(args.trace)
+    other = load_trace(args.compare) if args.compare else None
+    with tqdm(total=1 + bool(other), desc="stats", disable=not sys.stderr.isatty(), leave=False) as bar:
+        document = summarize(trace, seed=args.seed, locality=not args.no_locality)
+        bar.update()
+        if other is not None:
+            document["drift"] = drift_document(measure_drift(trace, other, seed=args.seed))
+            bar.update()
+    if args.json:
+        write_json(args.json, document)
+    print("\n\n".join(sections(args.trace, document)))
     return 0
+
+
+def sections(name: str, document: dict[str, Any]) -> Iterator[str]:
+    """The parts of the report for people, in order; a further part is one more `yield`."""
+    yield describe_trace(name, document["trace"])
+    yield describe_scores(document)
+    if document["affinity"].get("by_workload"):
+        yield describe_workloads(document)
+    if document.get("srp"):
+        yield describe_routing(document["srp"])
+    if document.get("sch"):
+        yield describe_caches(document["sch"])
+    if document.get("drift"):
+        yield describe_drift(document["drift"])
+
+
+def describe_trace(name: str, shape: dict[str, Any]) -> str:
+    """Two or three lines: sizes and notes."""
+    sequences = "no sequence ids" if shape["sequences"] is None else f"{shape['sequences']} sequences"
+    decode = f", {shape['decode_tokens']} of them decoded" if shape["decode_tokens"] else ""
+    lines = [
+        f"{name}: {shape['tokens']} tokens in {sequences}{decode}",
+        f"{shape['model'] or 'model unnamed'}: {shape['layers']} MoE layers of {shape['num_hidden_layers']}, "
+        f"{shape['experts']} experts, top-{shape['top_k']}",
+    ]
+    mean_k = sum(shape["mean_top_k_by_layer"]) / len(shape["mean_top_k_by_layer"])
+    if mean_k < shape["top_k"] - 1e-9:
+        lines.append(f"{mean_k:.3f} experts per token and layer in the mean")
+    return "\n".join([*lines, *(f"note: {note}" for note in shape["notes"])])
+
+
+def describe_scores(document: dict[str, Any]) -> str:
+    """Skew, affinity, co-activation and stability, one figure a line."""
+    from moeplace.launch.tables import Cell, format_table
+
+    load, pairs, windows = document["load"], document["affinity"], document["stability"]["windows"]
+    stability = document["stability"]
+    rows: list[list[Cell]] = [
+        ["load skew (max / mean), mean over layers", load["skew_mean"]],
+        ["load skew, worst layer", load["skew_worst"]],
+        ["load entropy / log2 E", load["entropy_mean"]],
+        ["affinity between layers, bits", pairs["bits"]],
+        ["... after shuffling (chance)", pairs["control_bits"]],
+        ["co-activation beyond popularity (TV)", document["coactivation"]["excess_tv_mean"]],
+    ]
+    if "train_test" in stability:
+        rows.append(["load, train against test (TV)", stability["train_test"]["load_tv"]])
+        rows.append(["transitions, train against test (TV)", stability["train_test"]["transitions_tv"]])
+    if "prefill_decode" in stability:
+        rows.append(["load, prefill against decode (TV)", stability["prefill_decode"]["load_tv"]])
+    rows.append(
+        [f"load, {len(windows['skew_mean'])} windows against all (TV), worst", max(windows["load_tv_from_all"])]
+    )
+    rows.append(
+        ["load, window against the one before (TV), worst", max(windows["load_tv_from_previous"], default=None)]
+    )
+    if load["unused_experts"]:
+        rows.append(["experts without a token", load["unused_experts"]])
+    return format_table(["score", "value"], rows)
+
+
+def describe_workloads(document: dict[str, Any]) -> str:
+    """Affinity and load of every workload against the others."""
+    from moeplace.launch.tables import format_table
+
+    tokens, distance = document["trace"]["workloads"], document["stability"].get("workloads", {})
+    rows = [
+        [name, tokens[name], score["bits"], score["control_bits"], distance.get(name)]
+        for name, score in document["affinity"]["by_workload"].items()
+    ]
+    return format_table(["workload", "tokens", "affinity bits", "by chance", "load against the rest (TV)"], rows)
+
+
+def describe_routing(scores: list[dict[str, Any]]) -> str:
+    """SRP by segment length."""
+    from moeplace.launch.tables import format_table
+
+    rows = [
+        [s["length"], s["srp"], f"{s['interval'][0]:.4f}..{s['interval'][1]:.4f}", s["threshold"], s["size_ratio"]]
+        for s in scores
+    ]
+    table = format_table(["segment", "SRP", "95 % interval", "threshold", "experts taken / used"], rows)
+    return f"{table}\n(on {scores[0]['tokens']} tokens)"
+
+
+def describe_caches(scores: dict[str, Any]) -> str:
+    """Hit rates of a cache of rho x K experts per layer, SCH and the baselines."""
+    from moeplace.launch.tables import Cell, format_table
+
+    rows: list[list[Cell]] = []
+    for score in scores["policies"]:
+        name = f"SCH {score['length']}" if score["policy"] == "segment" else score["policy"]
+        rows.append([name, *score["layer_mean"], *score["model"]])
+    header = ["cache", *(f"{r:g}K a layer" for r in scores["ratios"]), *(f"{r:g}KL shared" for r in scores["ratios"])]
+    first = scores["policies"][0]
+    tokens = f"(hit rates; on {first['tokens']} tokens, shared cache on {first['model_tokens']})"
+    return f"{format_table(header, rows)}\n{tokens}"
+
+
+def describe_drift(drift: dict[str, Any]) -> str:
+    """Distances with their thresholds, and the verdict."""
+    from moeplace.launch.tables import format_table
+
+    rows = [
+        [name, value, drift["threshold"][name], drift["p_value"][name]] for name, value in drift["distance"].items()
+    ]
+    verdict = "the routing has drifted" if drift["is_significant"] else "no drift beyond chance"
+    table = format_table(["distance", "value", "95 % of chance", "p"], rows)
+    return f"{table}\n{verdict} (compared {drift['tokens'][0]} and {drift['tokens'][1]} tokens)"
