@@ -56,7 +56,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    { echo "make: $(PYTHON) cannot make virtual environments; install python3-venv (apt-get install python3-venv)" >&2; exit 1; }
 	@echo "make: installing into $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python && $(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@printf '%s' "$(CURDIR)" > $@
 
 # Numba compiles the kernels once and keeps the machine code beside the sources.

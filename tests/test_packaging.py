@@ -1,0 +1,82 @@
+"""The four folders are one installable package: every sub-package listed, nothing shadowed, data files shipped."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("profiling", "placement", "runtime", "launch")
+
+
+def settings() -> dict[str, dict[str, object]]:
+    """The table `tool.setuptools` and `project` of pyproject.toml."""
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return {"project": document["project"], "setuptools": document["tool"]["setuptools"]}
+
+
+def packages_on_disk() -> set[str]:
+    """Dotted names of all folders with Python modules under the four."""
+    modules = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    return {".".join(("moeplace", *path.parent.relative_to(ROOT).parts)) for path in modules}
+
+
+def test_every_folder_is_a_listed_package() -> None:
+    """A sub-package that is not listed imports fine here and is missing from the wheel."""
+    assert set(settings()["setuptools"]["packages"]) == packages_on_disk()  # type: ignore[call-overload]
+
+
+def test_folders_map_to_moeplace() -> None:
+    """`moeplace.x` is the folder `x`, for the four and nothing else."""
+    mapping = settings()["setuptools"]["package-dir"]
+    assert mapping == {f"moeplace.{folder}": folder for folder in FOLDERS}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_types_are_shipped(folder: str) -> None:
+    """Type checkers look for the marker."""
+    assert (ROOT / folder / "py.typed").is_file()
+
+
+def test_standard_profiling_is_not_shadowed() -> None:
+    """From Python 3.15 `profiling` is in the standard library and cProfile imports it: ours must not be a package."""
+    assert not (ROOT / "profiling" / "__init__.py").exists()
+    run = subprocess.run(
+        [sys.executable, "-c", "import cProfile"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_no_module_of_launch_hides_a_dependency() -> None:
+    """`python launch/x.py` puts `launch/` first on the path."""
+    names = [re.split(r"[<>=\[; ]", str(name))[0] for name in settings()["project"]["dependencies"]]  # type: ignore[attr-defined]
+    taken = {name.lower().replace("-", "_") for name in names} | {"ray", "json"} | set(sys.stdlib_module_names)
+    assert not taken & {path.stem for path in (ROOT / "launch").iterdir()}
+
+
+def test_version_is_installed() -> None:
+    """`moeplace` is a namespace package: its version comes from the metadata."""
+    assert version("moeplace") == settings()["project"]["version"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_wheel_has_modules_and_data(tmp_path: Path) -> None:
+    """Every module and data file of the repository is in the wheel."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:  # a copy: building leaves build/ behind
+        target = tmp_path / "source" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, target)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), "."]
+    subprocess.run(command, cwd=tmp_path / "source", check=True, timeout=500)
+    inside = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    wanted = [name for name in tracked if name.startswith(FOLDERS) and not name.endswith(".md")]
+    assert not {f"moeplace/{name}" for name in wanted if (ROOT / name).is_file()} - inside
