@@ -59,18 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser; arguments of a subcommand are added only when `arguments` names it."""
+    """The parser, with the subcommands that `arguments` names, or all of them."""
     parser = argparse.ArgumentParser(
         prog="moeplace",
         description="Placement compiler for serving Mixture-of-Experts models.",
     )
     parser.add_argument("--version", action="version", version=f"moeplace {version('moeplace')}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module_name in COMMANDS.items():
-        module = importlib.import_module(f"moeplace.launch.commands.{module_name}")
+    named = [name for name in COMMANDS if name in arguments]
+    for name in named or COMMANDS:  # only what is asked for is imported; plain --help shows them all
+        module = importlib.import_module(f"moeplace.launch.commands.{COMMANDS[name]}")
         sub = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
-        if name in arguments:
-            module.add_arguments(sub)
+        module.add_arguments(sub)
         sub.add_argument("--verbose", action="store_true", help="say more on standard error")
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         sub.set_defaults(run=module.run)

@@ -14,7 +14,7 @@ length, and step s holds the s-th token of every piece, so that each lane reads 
 Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, N nodes, B batch.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class Evaluation:
         nodes_per_token: mean dn.
         copies_per_token: hidden vectors that cross ranks per token and layer, both directions; in `coherent` mode per
             token and layer boundary, so that it is 1 - stay_rate for K = 1.
+        node_copies_per_token: those of them that cross nodes, when a token is sent to each node once.
         stay_rate: share of layer boundaries whose primary expert stays on the rank.
         node_stay_rate: likewise for the node.
         single_rank_share: share of token-layers with d = 1.
@@ -67,6 +68,7 @@ class Evaluation:
     ranks_per_token: float
     nodes_per_token: float
     copies_per_token: float
+    node_copies_per_token: float
     stay_rate: float
     node_stay_rate: float
     single_rank_share: float
@@ -95,6 +97,7 @@ _SCALARS = (
     "ranks_per_token",
     "nodes_per_token",
     "copies_per_token",
+    "node_copies_per_token",
     "stay_rate",
     "node_stay_rate",
     "single_rank_share",
@@ -193,6 +196,7 @@ class _Replay:
         self.sum_L = np.zeros((layers, 5), np.int64)  # d, dn, d == 1, copies of exchange 1, copies of exchange 2
         self.load_LR = np.zeros((layers, ranks), np.int64)
         self.present_LR = np.zeros((layers, ranks), np.int64)  # tokens that a rank serves
+        self.present_LN = np.zeros((layers, nodes), np.int64)
         self.first_LRR = np.zeros((layers, ranks, ranks))  # copies per token of the first exchange, rank to rank
         self.second_LRR = np.zeros((layers, ranks, ranks))
         self.owned_LR = np.zeros((layers, ranks))  # share of tokens that a rank attends
@@ -215,7 +219,7 @@ class _Replay:
                 np.add.at(self.travel_LRR[layer - 1], _pairs(primary_T, rank_TK[:, 0]), 1)
             primary_T = rank_TK[:, 0].copy()
         if mode == "dispatch-combine":
-            self._home_traffic(nodes)
+            self._home_traffic()
         elif mode == "allgather":
             self.first_LRR[:] = self.second_LRR[:] = 1.0 / ranks
 
@@ -227,7 +231,7 @@ class _Replay:
         slot_ER = _slot_table(placement, layer)
         count_layer(
             ids_TK, rank_TK, placement.node_of_rank, slot_ER, self._step_T, owner_T, self.sum_L[layer],
-            self.load_LR[layer], self.present_LR[layer], first_RR, second_RR, owned_R,
+            self.load_LR[layer], self.present_LR[layer], self.present_LN[layer], first_RR, second_RR, owned_R,
             self.step_tokens_LSR[layer], self.activated_LSR[layer], multi_S,
         )  # fmt: skip
         self.second_needed_L[layer] = multi_S.mean()
@@ -239,10 +243,21 @@ class _Replay:
                 self.first_LRR[0] = np.broadcast_to(self.present_LR[0] / (ranks * self._tokens), (ranks, ranks))
             self.owned_LR[layer] = 1.0 / ranks if layer == 0 else owned_R / self._tokens
 
-    def _home_traffic(self, nodes: int) -> None:
-        """Copies from a uniform home to the ranks that serve; between nodes one copy per node, forwarded inside it."""
-        ranks = self._placement.num_ranks
-        self.first_LRR[:] = (self.present_LR / (ranks * self._tokens))[:, None, :]
+    def _home_traffic(self) -> None:
+        """Copies from a uniform home to the ranks that serve; to another node one copy, forwarded inside it."""
+        placement = self._placement
+        node, sizes = placement.node_of_rank, np.bincount(placement.node_of_rank)
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        per_home = 1.0 / (placement.num_ranks * self._tokens)
+        for home in range(placement.num_ranks):
+            for target in range(placement.num_nodes):
+                members = np.flatnonzero(node == target)
+                gateway = home
+                if node[home] != target:
+                    gateway = int(starts[target] + (home - starts[node[home]]) % sizes[target])
+                    self.first_LRR[:, home, gateway] += self.present_LN[:, target] * per_home
+                others = members[members != gateway]
+                self.first_LRR[:, gateway, others] += self.present_LR[:, others] * per_home
         self.second_LRR[:] = self.first_LRR.transpose(0, 2, 1)
 
     def evaluation(self, cluster: Cluster, shape: StepShape, calibration: Calibration) -> Evaluation:
@@ -261,6 +276,10 @@ class _Replay:
         node = cluster.node_of_rank
         same_RR = node[:, None] == node[None, :]
         pairs = max(int(travel_RR.sum()), 1)
+        moved_LRR = self.first_LRR + self.second_LRR
+        if self._mode == "coherent":
+            moved_LRR = moved_LRR[1:]  # per layer boundary, as copies_per_token
+        node_copies = float((moved_LRR * ~same_RR).sum() / max(len(moved_LRR), 1))
         collectives = {
             "dispatch-combine": 2.0,
             "coherent": 1.0 + float(self.second_needed_L.mean()),
@@ -272,6 +291,7 @@ class _Replay:
             ranks_per_token=float(d / cells),
             nodes_per_token=float(dn / cells),
             copies_per_token=float(copies),
+            node_copies_per_token=node_copies,
             stay_rate=float(np.trace(travel_RR) / pairs),
             node_stay_rate=float((travel_RR * same_RR).sum() / pairs),
             single_rank_share=float(single / cells),
@@ -335,7 +355,7 @@ def _once_per_node(copies_RR: np.ndarray, cluster: Cluster) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def count_layer(  # type: ignore[no-untyped-def]
-    ids_TK, rank_TK, node_R, slot_ER, step_T, owner_T, sums, load_R, present_R, first_RR, second_RR, owned_R,
+    ids_TK, rank_TK, node_R, slot_ER, step_T, owner_T, sums, load_R, present_R, present_N, first_RR, second_RR, owned_R,
     step_tokens_SR, activated_SR, multi_S,
 ):  # fmt: skip
     """One layer of the replay: counts into the output arrays, and moves `owner_T` (see the module's docstring)."""
@@ -356,6 +376,7 @@ def count_layer(  # type: ignore[no-untyped-def]
                 d += 1
                 if node_seen_N[node_R[r]] != t + 1:
                     node_seen_N[node_R[r]] = t + 1
+                    present_N[node_R[r]] += 1
                     dn += 1
             held_R[r] += 1
             load_R[r] += 1
@@ -419,8 +440,3 @@ def _max_over_mean(values: np.ndarray, weights: np.ndarray | None = None) -> np.
 def _short(values: np.ndarray) -> str:
     text = [str(v) for v in values]
     return f"[{', '.join(text)}]" if len(text) <= 4 else f"[{text[0]}, {text[1]}, ..., {text[-1]}] ({len(text)})"
-
-
-def with_prediction(evaluation: Evaluation, seconds: float) -> Evaluation:
-    """A copy with another predicted time."""
-    return replace(evaluation, predicted_seconds=seconds)

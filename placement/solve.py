@@ -1,0 +1,106 @@
+"""solve(): validate, search, confirm by `evaluate`, bound."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from moeplace.placement.bounds import problem_bounds
+from moeplace.placement.evaluate import Evaluation
+from moeplace.placement.placement import Placement
+from moeplace.placement.problem import Problem
+from moeplace.placement.resolve import keep_close, moved_summary
+from moeplace.placement.result import SolveResult
+from moeplace.placement.solvers import get_solver
+from moeplace.placement.stop import Budget
+from moeplace.profiling.errors import InputError
+
+OPTIMAL_GAP = 1e-9
+_BOUND_SHARE = 0.1
+
+
+def solve(
+    problem: Problem,
+    *,
+    solver: str = "auto",
+    time_limit: float = 10.0,
+    seed: int = 0,
+    report: Callable[[float], None] = lambda share: None,
+) -> SolveResult:
+    """Find a placement and prove how good it is.
+
+    Args:
+        problem: what to solve; its trace (or loads) is what the placement is fitted to.
+        solver: a name of `moeplace.placement.solvers.SOLVERS`.
+        time_limit: seconds for search and bound together.
+        seed: of all random draws.
+        report: called with the share of the work done (0..1).
+
+    Raises:
+        InputError: the solver is unknown, or the time limit not positive.
+    """
+    if not time_limit > 0:
+        raise InputError(f"time limit ({time_limit} s) must be positive")
+    search = get_solver(solver)
+    started = time.monotonic()
+    budget = Budget(time_limit * (1 - _BOUND_SHARE), seed, started, report)
+    draft = search(problem, budget)
+    if problem.previous is not None:
+        draft = keep_close(problem, draft, budget)
+    placement = problem.placement(draft.slot_to_expert)
+    name, objective, values = measure(problem, placement)
+    bounds = problem_bounds(problem, time_limit=max(time_limit - (time.monotonic() - started), 0.05 * time_limit))
+    lower = max(draft.lower_bound or 0.0, bounds.get(name, 0.0))
+    lower = min(lower, objective) if lower <= objective * (1 + 1e-9) else lower
+    gap = (objective - lower) / objective if objective > 0 else 0.0
+    proven = draft.status == "optimal" or gap <= OPTIMAL_GAP
+    return SolveResult(
+        placement=placement,
+        solver=solver,
+        seed=seed,
+        objective_name=name,
+        objective=objective,
+        lower_bound=objective if proven else lower,
+        gap=0.0 if proven else gap,
+        status="optimal" if proven else draft.status,
+        seconds=time.monotonic() - started,
+        bounds={key: value for key, value in bounds.items() if key in values},
+        values=values,
+        history=draft.history,
+        moved=moved_summary(problem, placement),
+        notes=draft.notes,
+    )
+
+
+def measure(problem: Problem, placement: Placement) -> tuple[str, float, dict[str, float]]:
+    """(name of the objective, its value, values of "traffic", "imbalance" and "seconds") of a placement."""
+    if problem.trace is None:
+        imbalance = load_imbalance(problem, placement)
+        return "imbalance", float(imbalance.mean()), {"imbalance": float(imbalance.mean())}
+    evaluation = problem.evaluate(placement)
+    values = {
+        "traffic": traffic(problem, evaluation),
+        "imbalance": evaluation.imbalance_mean,
+        "seconds": evaluation.predicted_seconds,
+    }
+    name = "imbalance" if problem.mode == "allgather" and problem.objective == "traffic" else problem.objective
+    return name, values[name], values
+
+
+def traffic(problem: Problem, evaluation: Evaluation) -> float:
+    """The mode's traffic: mean d + node_weight * mean dn, or copies per token with the links' cost, or 0."""
+    weight = problem.node_weight
+    if problem.mode == "dispatch-combine":
+        return float(evaluation.ranks_per_token + weight * evaluation.nodes_per_token)
+    if problem.mode == "allgather":
+        return 0.0
+    return float(evaluation.copies_per_token + weight * evaluation.node_copies_per_token)
+
+
+def load_imbalance(problem: Problem, placement: Placement) -> np.ndarray:
+    """(L,) imbalance by layer when an expert's load is split evenly over its replicas."""
+    copies_LER = placement.copies_LER
+    part_LE = problem.load_LE / np.maximum(placement.replica_counts, 1)
+    time_LR = np.einsum("le,ler->lr", part_LE, copies_LER) / problem.cluster.speed_of_rank
+    fair_L = problem.load_LE.sum(axis=1) / problem.cluster.speed_of_rank.sum()
+    return np.divide(time_LR.max(axis=1), fair_L, out=np.ones(len(fair_L)), where=fair_L > 0)
