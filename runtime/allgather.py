@@ -25,12 +25,11 @@ class AllGatherDispatcher:
         hidden = block.normalise(rows.x)
         home = Copies(hidden, *runtime.choose(layer, block, hidden, rows.token))
         width = max(step.tokens_of_rank)
-        with self.group.layer(layer):
+        with self.group.layer(layer, mode="allgather"):
             everyone = self._gather(home, width)
             local = runtime.tables.local_slots(everyone.slots)
             partial = runtime.experts.compute(layer, everyone.hidden, local, everyone.weights)
             routed = self._reduce(partial, width)[:tokens]
-        runtime.counters.layer_passes += 1
         runtime.counters.copies_sent += tokens * (self.group.size - 1)
         return TokenRows(add_outputs(rows.x, routed, block.shared(hidden)), rows.token)
 

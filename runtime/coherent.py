@@ -68,7 +68,7 @@ class CoherentDispatcher:
         """See `TokenDispatcher`. The row count of the step's ledger travels in the headers."""
         hidden = block.normalise(rows.x)
         slots, weights = self.runtime.choose(layer, block, hidden, rows.token)
-        with self.group.layer(layer):
+        with self.group.layer(layer, mode="coherent"):
             return self._move(layer, block, rows, hidden, slots, weights, step)
 
     def _move(
@@ -96,7 +96,6 @@ class CoherentDispatcher:
         hidden = torch.cat([hidden_M[stays], block.normalise(layout.view(arrived, "x"))])
         before = torch.cat([torch.full_like(token[: len(token) - len(arrived)], rank), received.source()])
         partial = runtime.experts.compute(layer, hidden, runtime.tables.local_slots(slots), weights)
-        runtime.counters.layer_passes += 1
         if not received.flags & SPREAD:
             runtime.counters.single_exchange += 1
             return TokenRows(add_outputs(x, partial, block.shared(hidden)), token)

@@ -28,8 +28,9 @@ class Counters:
         copies_sent: token rows this rank sent to other ranks in dispatches.
         tokens: layer -> assignments (token, expert) that experts of this rank computed.
         activated: layer -> experts of this rank that got at least one token, summed over steps.
-        layer_passes: MoE layers run (layers x steps), the divisor of per-layer means.
-        single_exchange: layer passes in which one exchange was enough.
+        layer_passes: mode -> MoE layers run (layers x steps), the divisor of per-layer means.
+        collectives_of_mode: mode -> collectives issued in those.
+        single_exchange: coherent layer passes in which one exchange was enough.
         overflows: layer passes in which some pair exceeded its capacity and an extra round followed.
         seconds: "exchange" -> seconds inside collectives, waiting for others included; "experts" -> inside the expert
             computation. By the host's clock: on a GPU, where both run on, that is the time to launch them.
@@ -41,17 +42,17 @@ class Counters:
     copies_sent: int = 0
     tokens: Counter[int] = field(default_factory=Counter)
     activated: Counter[int] = field(default_factory=Counter)
-    layer_passes: int = 0
+    layer_passes: Counter[str] = field(default_factory=Counter)
+    collectives_of_mode: Counter[str] = field(default_factory=Counter)
     single_exchange: int = 0
     overflows: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def reset(self) -> None:
         """Set every total to zero."""
-        self.steps = self.copies_sent = self.layer_passes = self.single_exchange = self.overflows = 0
-        for total in (self.collectives, self.bytes_sent, self.tokens, self.activated):
-            total.clear()
-        self.seconds.clear()
+        fresh = Counters()
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(fresh, name))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -60,64 +61,79 @@ class Counters:
         yield
         self.seconds[name] += time.perf_counter() - start
 
-    def collectives_in_layers(self) -> int:
-        """Collectives that belong to MoE layers."""
-        return sum(count for (layer, _), count in self.collectives.items() if layer != OUTSIDE)
-
     def snapshot(self) -> dict[str, Any]:
         """The totals and the means that follow from them, ready for JSON."""
-        passes = max(self.layer_passes, 1)
+        total = self.layer_passes.total()
+        passes = max(total, 1)
         per_step: Counter[str] = Counter()
         for (layer, kind), count in self.collectives.items():
             if layer == OUTSIDE:
                 per_step[kind] += count
         return {
             "steps": self.steps,
-            "layer_passes": self.layer_passes,
-            "collectives_per_layer": self.collectives_in_layers() / passes,
+            "layer_passes": total,
+            "collectives_per_layer": self.collectives_of_mode.total() / passes,
+            "collectives_per_layer_by_mode": {
+                mode: self.collectives_of_mode[mode] / count for mode, count in self.layer_passes.items()
+            },
             "collectives_outside_layers": dict(per_step),
             "bytes_sent": {tier: self.bytes_sent[tier] for tier in TIERS},
             "copies_sent": self.copies_sent,
             "tokens_computed": self.tokens.total(),
             "activated_experts_per_layer": self.activated.total() / passes,
-            "single_exchange_share": self.single_exchange / passes,
+            "single_exchange_share": self.single_exchange / max(self.layer_passes["coherent"], 1),
             "overflows": self.overflows,
             "seconds": dict(self.seconds),
         }
 
 
-@dataclass
 class LoadWindow:
     """Routing seen by this rank since the last reset: the input of a re-planning decision.
 
-    Every token is counted by exactly one rank (the one that routes it), so loads of all ranks add up.
+    Every token is counted by exactly one rank (the one that routes it), so loads of all ranks add up. Ids are counted
+    when they are asked for, or when many have gathered: not inside the layer that routed them.
 
     Attributes:
-        load: (L, E) int64, assignments per expert.
         keep: how many recent token rows of ids to keep per layer; 0 = none.
     """
 
-    load: np.ndarray
-    keep: int = 0
-    recent: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    def __init__(self, num_layers: int, num_experts: int, *, keep: int = 0) -> None:
+        self.keep = keep
+        self._load = np.zeros((num_layers, num_experts), dtype=np.int64)
+        self._pending: list[tuple[int, np.ndarray]] = []
+        self._recent: list[np.ndarray] = [np.zeros((0, 0), dtype=np.int64) for _ in range(num_layers)]
+
+    @property
+    def load(self) -> np.ndarray:
+        """(L, E) int64, assignments per expert."""
+        self._count()
+        return self._load
 
     def record(self, layer: int, ids: np.ndarray) -> None:
-        """Add the ids (T, K) of tokens routed in `layer`; -1 = none."""
-        flat = ids.reshape(-1)
-        flat = flat[flat >= 0]
-        self.load[layer] += np.bincount(flat, minlength=self.load.shape[1])
-        if self.keep:
-            rows = self.recent.setdefault(layer, [])
-            rows.append(ids.copy())
-            while len(rows) > 1 and sum(map(len, rows)) - len(rows[0]) >= self.keep:
-                rows.pop(0)
+        """Add the ids (T, K) of tokens routed in `layer`; -1 = none. The array is kept, not copied."""
+        self._pending.append((layer, ids))
+        if len(self._pending) >= _PENDING_RECORDS:
+            self._count()
 
     def recent_ids(self, layer: int) -> np.ndarray:
         """(T, K) the last `keep` rows of ids of a layer, oldest first."""
-        rows = self.recent.get(layer)
-        return np.concatenate(rows)[-self.keep :] if rows else np.zeros((0, 0), dtype=np.int64)
+        self._count()
+        return self._recent[layer]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.load[:] = 0
-        self.recent.clear()
+        self.__init__(*self._load.shape, keep=self.keep)  # type: ignore[misc]
+
+    def _count(self) -> None:
+        for layer, ids in self._pending:
+            flat = ids.reshape(-1)
+            self._load[layer] += np.bincount(flat[flat >= 0], minlength=self._load.shape[1])
+            if self.keep:
+                before = self._recent[layer]
+                joined = np.concatenate([before, ids]) if len(before) else ids
+                self._recent[layer] = joined[-self.keep :].copy()
+        self._pending.clear()
+
+
+_PENDING_RECORDS = 4096
+"""Layer passes whose ids may wait to be counted."""

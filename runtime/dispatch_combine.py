@@ -78,12 +78,11 @@ class DispatchCombineDispatcher:
         """See `TokenDispatcher`."""
         hidden = block.normalise(rows.x)
         home = Copies(hidden, *self.runtime.choose(layer, block, hidden, rows.token))
-        with self.group.layer(layer):
+        with self.group.layer(layer, mode="dispatch-combine"):
             if self._node is None:
                 routed = self._direct(layer, home, step)
             else:
                 routed = self._through_nodes(layer, home, step, self._node)
-        self.runtime.counters.layer_passes += 1
         return TokenRows(add_outputs(rows.x, routed, block.shared(hidden)), rows.token)
 
     def _direct(self, layer: int, home: Copies, step: Step) -> torch.Tensor:

@@ -9,7 +9,6 @@ Shape letters: M tokens on this rank, D hidden size, K top-k, R ranks.
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from moeplace.runtime.counters import Counters, LoadWindow
@@ -87,7 +86,7 @@ class MoeRuntime:
         """Serving slots (M, K) and gate weights (M, K) of this rank's tokens; absent experts weigh nothing."""
         ids, weights = block.route(hidden, token)
         if self.window is not None:
-            self.window.record(layer, np.asarray(ids.cpu()))
+            self.window.record(layer, ids.cpu().numpy())
         return choose_slots(self.tables, layer, ids, near=self.tables.rank, rotation=token), weights
 
 
@@ -113,7 +112,7 @@ class LocalDispatcher:
         hidden = block.normalise(rows.x)
         slots, weights = runtime.choose(layer, block, hidden, rows.token)
         routed = runtime.experts.compute(layer, hidden, runtime.tables.local_slots(slots), weights)
-        runtime.counters.layer_passes += 1
+        runtime.counters.layer_passes["local"] += 1
         return TokenRows(add_outputs(rows.x, routed, block.shared(hidden)), rows.token)
 
 

@@ -133,14 +133,12 @@ class Engine:
                 "mode": f"{mode}{' node-aware' if node_aware else ''}",
                 "recorded routing": "none" if routing is None else f"{routing.num_tokens} tokens",
                 "number type": str(decoder.dtype),
-                "limits": f"{rows} sequences of {positions} positions, {limits}",
+                "limits": str(limits),
             }
         )
         self.group = group.with_nodes(placement.node_of_rank)
         experts = load_experts(self.checkpoint, decoder, placement, self.group, staging_rows=limits.staging_rows)
-        self.window = LoadWindow(
-            np.zeros((self.checkpoint.num_layers, placement.num_experts), dtype=np.int64), keep=limits.recent_ids
-        )
+        self.window = LoadWindow(self.checkpoint.num_layers, placement.num_experts, keep=limits.recent_ids)
         self.executor = Executor(
             decoder,
             experts,

@@ -94,7 +94,7 @@ class ExpertStore:
         self.weights = weights
         self.activation = activation
         device = weights[0].gate_up.device
-        self.row_of_slot = torch.arange(slots, device=device).repeat(len(weights), 1)
+        self._install_rows(torch.arange(slots, device=device).repeat(len(weights), 1))
         self._counters = counters
         # On a GPU the counts stay there until they are read: a copy to the host per layer would stop the pipeline.
         self._pending = (
@@ -126,7 +126,15 @@ class ExpertStore:
         used = table[layer].tolist()
         if len(set(used)) != len(used):
             raise InputError(f"two slots of MoE layer {layer} would share a storage row: {used}")
-        self.row_of_slot = table
+        self._install_rows(table)
+
+    def _install_rows(self, row_of_slot: torch.Tensor) -> None:
+        """Derive per layer the table for look-ups: its last entry, that of slot -1, is a row beyond all others."""
+        self.row_of_slot = row_of_slot
+        beyond = [len(layer_weights.gate_up) for layer_weights in self.weights]
+        self._rows = [
+            torch.cat([table, table.new_tensor([row])]) for table, row in zip(row_of_slot, beyond, strict=True)
+        ]
 
     def compute(self, layer: int, x: torch.Tensor, slots: torch.Tensor, gate_weights: torch.Tensor) -> torch.Tensor:
         """Weighted sum over this rank's experts, for every row.
@@ -157,22 +165,23 @@ class ExpertStore:
     ) -> torch.Tensor:
         """On the CPU, where sizes are free to read: only the assignments that exist are touched."""
         rows, top_k = slots_NK.shape
-        flat = slots_NK.reshape(-1)
-        present_M = (flat >= 0).nonzero().squeeze(1)
-        if not len(present_M):
+        total = len(self.weights[layer].gate_up)
+        storage, source = self._rows[layer][slots_NK.reshape(-1)].sort(stable=True)  # absent ones sort to the end
+        counts = torch.bincount(storage, minlength=total + 1)
+        sizes: list[int] = counts.tolist()
+        present = rows * top_k - sizes[total]
+        if not present:
             return torch.zeros_like(x_ND)
-        storage_M, order_M = self.row_of_slot[layer][flat[present_M]].sort(stable=True)
-        source_M = present_M[order_M]  # index into (N, K), grouped by storage row
-        counts = torch.bincount(storage_M, minlength=len(self.weights[layer].gate_up))
-        self._counters.tokens[layer] += len(present_M)
-        self._counters.activated[layer] += int(counts.count_nonzero())
-        out_MD = self._apply(layer, x_ND[source_M // top_k], storage_M, counts)
-        out_MD = out_MD * weights_NK.reshape(-1)[source_M, None]
-        room = torch.empty if len(present_M) == rows * top_k else torch.zeros
-        sum_ND = room(rows * top_k, x_ND.shape[1], dtype=out_MD.dtype)
-        sum_ND[source_M] = out_MD
+        self._counters.tokens[layer] += present
+        self._counters.activated[layer] += sum(map(bool, sizes[:total]))
+        source_M = source[:present]  # index into (N, K), grouped by storage row
+        x_MD = x_ND.index_select(0, source_M if top_k == 1 else source_M // top_k)
+        out_MD = self._apply(layer, x_MD, storage[:present], counts[:total])
+        out_MD = out_MD * weights_NK.reshape(-1, 1).index_select(0, source_M)
+        room = torch.empty if present == rows * top_k else torch.zeros
+        sum_ND = room(rows * top_k, x_ND.shape[1], dtype=out_MD.dtype).index_copy_(0, source_M, out_MD)
         if top_k > 1:
-            sum_ND = sum_ND.view(rows, top_k, -1).sum(1)
+            sum_ND = sum_ND.view(rows, top_k, x_ND.shape[1]).sum(1)
         return sum_ND.to(x_ND.dtype)
 
     def _compute_all(
@@ -181,9 +190,7 @@ class ExpertStore:
         """On a GPU: fixed shapes and no copy to the host; absent assignments sort to the end and are masked."""
         rows, top_k = slots_NK.shape
         total = len(self.weights[layer].gate_up)
-        flat = slots_NK.reshape(-1)
-        storage = torch.where(flat >= 0, self.row_of_slot[layer][flat.clamp(min=0)], total)
-        storage_M, source_M = storage.sort(stable=True)
+        storage_M, source_M = self._rows[layer][slots_NK.reshape(-1)].sort(stable=True)
         ones = torch.ones_like(storage_M)
         counts = torch.zeros(total + 1, dtype=torch.int64, device=x_ND.device).scatter_add_(0, storage_M, ones)[:total]
         if self._pending is not None:
@@ -194,7 +201,7 @@ class ExpertStore:
         out_MD = (out_MD * weights_NK.reshape(-1)[source_M, None]).masked_fill(absent_M, 0)
         sum_ND = torch.empty_like(out_MD)
         sum_ND[source_M] = out_MD
-        return sum_ND.view(rows, top_k, -1).sum(1).to(x_ND.dtype)
+        return sum_ND.view(rows, top_k, x_ND.shape[1]).sum(1).to(x_ND.dtype)
 
     def _apply(self, layer: int, x_MD: torch.Tensor, storage_M: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         weights = self.weights[layer]
@@ -212,15 +219,17 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
     """One matrix product per group of consecutive rows.
 
     `torch._grouped_mm` and a loop over groups that have rows are equally fast on a CPU (see
-    benchmarks/results), except that few rows over many groups favour the loop; float64 is supported by the loop only.
+    benchmarks/results), except that few rows over many groups favour the loop, which also takes the types and sizes
+    that the grouped kernel does not: float64, and rows that are no multiple of 16 bytes.
 
     Args:
         x: (M, in) rows, grouped.
         weight: (groups, out, in).
         ends: (groups,) int32, index after the last row of each group.
     """
-    on_cpu = x.device.type == "cpu"
-    if not on_cpu or (x.dtype != torch.float64 and 4 * len(x) >= len(weight)):
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    worthwhile = x.device.type != "cpu" or 4 * len(x) >= len(weight)
+    if aligned and worthwhile and x.dtype != torch.float64:
         return torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends)
     return looped_linear(x, weight, ends)
 

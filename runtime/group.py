@@ -68,7 +68,7 @@ class RankGroup:
         if len(self.node_of_rank) != size:
             raise InputError(f"there are {size} ranks, but node_of_rank lists {len(self.node_of_rank)}")
         self._store = store
-        self._layer = OUTSIDE
+        self._layer, self._mode = OUTSIDE, ""
         self._agreements = 0
         self._node_group: RankGroup | None = None
         self._ranks = list(range(size))
@@ -145,11 +145,12 @@ class RankGroup:
         return self._node_group
 
     @contextmanager
-    def layer(self, layer: int) -> Iterator[None]:
-        """Collectives inside belong to this MoE layer."""
+    def layer(self, layer: int, *, mode: str) -> Iterator[None]:
+        """One pass of an MoE layer in a mode: collectives inside belong to it."""
+        self.counters.layer_passes[mode] += 1
         groups = [self] if self._node_group is None else [self, self._node_group]
         for group in groups:
-            group._layer = layer
+            group._layer, group._mode = layer, mode
         try:
             yield
         finally:
@@ -165,8 +166,7 @@ class RankGroup:
         """
         if self.size == 1:
             return
-        names = sorted(items)
-        mine = "\n".join(f"{name}={items[name]}" for name in names)
+        mine = "\n".join(f"{name}={value}" for name, value in items.items())
         self._agreements += 1  # a key of its own per agreement: stores keep what was written
         self._store.set(f"agree/{self._agreements}/{self.rank}", mine)
         for peer in self._ranks:
@@ -264,6 +264,8 @@ class RankGroup:
     def _issued(self, kind: str, bytes_to_peer: list[int]) -> Iterator[None]:
         """Count and time a collective."""
         self.counters.collectives[self._layer, kind] += 1
+        if self._layer != OUTSIDE:
+            self.counters.collectives_of_mode[self._mode] += 1
         for tier, sent in zip(self._tier_of_peer, bytes_to_peer, strict=True):
             if sent:
                 self.counters.bytes_sent[tier] += sent

@@ -160,12 +160,16 @@ class DecodeView:
         """See `AttentionView`."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         new_key, new_value = key[:, :, 0], value[:, :, 0]
-        keys[self._row, :, self._position] = new_key
-        values[self._row, :, self._position] = new_value
         if self._ledger is not None:
             self._ledger.add(layer, self._token, flatten_kv(new_key, new_value))
-        rows = self._row if self._slice is None else self._slice
+        if self._slice is not None and self._even:
+            keys[self._slice, :, self._longest - 1] = new_key
+            values[self._slice, :, self._longest - 1] = new_value
+        else:
+            keys[self._row, :, self._position] = new_key
+            values[self._row, :, self._position] = new_value
         # Consecutive rows are a view; others are gathered.
+        rows = self._row if self._slice is None else self._slice
         return keys[rows, :, : self._longest], values[rows, :, : self._longest]
 
 

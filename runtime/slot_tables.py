@@ -19,7 +19,7 @@ class SlotTables:
     Attributes:
         rank: the rank that looks.
         rank_of_slot: (S + 1,) int64; entry -1 is -1, so that an absent expert maps to no rank.
-        first_slot: (L, E + 1) int64, the slot of an expert with one replica; entry -1 is -1.
+        first_slot: per layer (E + 1,) int64, the first slot of an expert; entry -1 is -1.
         slot_on_rank: (L, E, R) int64, the slot of an expert on a rank, -1 = none.
         replicated: (L,) bool per layer, as Python values: whether some expert of it has several slots.
         node_of_rank: (R,) int64.
@@ -29,7 +29,7 @@ class SlotTables:
 
     rank: int
     rank_of_slot: torch.Tensor
-    first_slot: torch.Tensor
+    first_slot: tuple[torch.Tensor, ...]
     slot_on_rank: torch.Tensor
     replicated: tuple[bool, ...]
     node_of_rank: torch.Tensor
@@ -50,7 +50,7 @@ class SlotTables:
         return cls(
             rank=rank,
             rank_of_slot=torch.as_tensor(np.append(placement.rank_of_slot, -1), device=device),
-            first_slot=torch.as_tensor(first_LE, device=device),
+            first_slot=torch.as_tensor(first_LE, device=device).unbind(0),
             slot_on_rank=torch.as_tensor(slot_LER, device=device),
             replicated=tuple(bool((counts > 1).any()) for counts in placement.replica_counts),
             node_of_rank=torch.as_tensor(np.array(placement.node_of_rank), device=device),
@@ -68,5 +68,7 @@ class SlotTables:
 
     def local_slots(self, slots: torch.Tensor) -> torch.Tensor:
         """Global slots as slots of this rank, 0 .. C-1; -1 for those of other ranks and for -1."""
+        if self.num_ranks == 1:
+            return slots
         local = slots - self.slots_start
         return torch.where((slots >= self.slots_start) & (local < self.slots_here), local, -1)

@@ -40,7 +40,11 @@ class RankContext:
 
 
 class RankPool:
-    """Workers that live as long as nothing fails."""
+    """Workers that live as long as nothing fails.
+
+    Attributes:
+        last_results: results of the last run by rank, None for ranks that failed.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -50,6 +54,7 @@ class RankPool:
         self._tasks: list[Any] = []
         self._results: Any = None
         self._runs = 0
+        self.last_results: list[Any] = []
 
     def run(
         self, body: Callable[..., Any], *args: Any, size: int | None = None, timeout: float = RUN_TIMEOUT
@@ -95,10 +100,12 @@ class RankPool:
             try:
                 run, rank, result, trace = self._results.get(timeout=0.2)
             except queue.Empty:
-                dead = [rank for rank, worker in enumerate(self._workers) if not worker.is_alive()]
-                if dead or time.monotonic() > deadline:
-                    missing = sorted(set(range(size)) - set(results) - set(failures))
-                    failures.update({rank: "died" if rank in dead else "did not finish" for rank in missing})
+                missing = sorted(set(range(size)) - set(results) - set(failures))
+                failures.update({rank: "died" for rank in missing if not self._workers[rank].is_alive()})
+                if failures:  # the others get the time that their process group takes to notice
+                    deadline = min(deadline, time.monotonic() + 2 * GROUP_TIMEOUT)
+                if time.monotonic() > deadline:
+                    failures.update({rank: "did not finish" for rank in missing if rank not in failures})
                 continue
             if run != self._runs:
                 continue
@@ -106,7 +113,7 @@ class RankPool:
                 results[rank] = result
             else:
                 failures[rank] = trace
-                deadline = min(deadline, time.monotonic() + 2 * GROUP_TIMEOUT)
+        self.last_results = [results.get(rank) for rank in range(size)]
         if failures:
             self.close()
             raise AssertionError("\n".join(f"rank {rank}: {trace}" for rank, trace in sorted(failures.items())))
