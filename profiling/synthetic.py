@@ -209,9 +209,9 @@ def _persistence(trace: RoutingTrace, copies: int, seed: int) -> float:
 
 
 def _first_distinct(wide_TK: np.ndarray, top_k: int, source: int, copies: int) -> np.ndarray:
-    """(T, top_k) the first different ids of every row; where they run out, their other copies (id + source x n), then -1.
+    """(T, top_k) the first different ids of every row; where they run out, their other copies (id + source x n).
 
-    A row that has any -1 is ragged: it keeps its own length at most.
+    What is left over is -1. A row that has any -1 is ragged: it keeps its own length at most.
     """
     tokens, width = wide_TK.shape
     own = width // 2

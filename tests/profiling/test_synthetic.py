@@ -34,7 +34,7 @@ def test_workloads_are_what_they_are_called() -> None:
         ranks[name] = made.window_loads[:, 0].reshape(-1, 4, 4).sum(2)
     assert ranks["W0"].tolist() == [[400] * 4]
     assert ranks["W2"][0].tolist() == [268, 268, 264, 800]  # largest remainders go to the first experts
-    assert ranks["W3"].tolist() == [[400] * 4]
+    assert np.abs(ranks["W3"] - 400).max() <= 2  # whole tokens: 66.67 per cold expert
     assert ranks["W4"].sum(1).tolist() == [160, 320, 480, 640]
     assert ranks["W5"][0, 0] == 0
     assert ranks["W6"].argmax(1).tolist() == [0, 1, 2, 3]
