@@ -4,6 +4,7 @@ import shutil
 import struct
 import tempfile
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -85,7 +86,9 @@ def read_array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"array format {version[0]}.{version[1]} is not 1.0 or 2.0")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old spellings of types, headers of Python 2: read all the same
+        shape, fortran, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are never loaded")
     if any(size < 0 for size in shape) or dtype.itemsize == 0:

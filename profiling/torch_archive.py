@@ -10,6 +10,7 @@ import io
 import pickle
 import pickletools
 import struct
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ def read_torch_archive(path: str | Path) -> Any:
     """
     found = require_file(path)
     try:
-        with zipfile.ZipFile(found) as archive:
+        with zipfile.ZipFile(found) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd escapes in damaged names
             return _read(found, archive)
     except InputError:
         raise

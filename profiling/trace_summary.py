@@ -53,7 +53,7 @@ def summarize(trace: RoutingTrace, *, seed: int, locality: bool = True) -> dict[
         "load": _load(stats),
         "affinity": _affinity(trace, primary_LT, seed),
         "coactivation": _coactivation(stats),
-        "stability": _stability(trace, primary_LT),
+        "stability": _stability(trace, primary_LT, seed),
     }
     if locality:
         routing = sample_sequences(trace, most_tokens=ROUTING_TOKENS)
@@ -147,17 +147,15 @@ def _coactivation(stats: RoutingStats) -> dict[str, Any]:
     return {"excess_tv_mean": float(np.mean(distances)), "excess_tv_by_layer": distances}
 
 
-def _stability(trace: RoutingTrace, primary_LT: np.ndarray) -> dict[str, Any]:
-    """Total variation of loads and transitions between train and test, workloads, phases, windows of time."""
+def _stability(trace: RoutingTrace, primary_LT: np.ndarray, seed: int) -> dict[str, Any]:
+    """Total variation of loads and transitions between train and test, random halves of the sequences (what chance
+    does), workloads, phases, windows of time."""
     document: dict[str, Any] = {"windows": _windows(trace)}
     if trace.sequence_ids is not None:
-        test_T = np.asarray(trace.sequence_ids) % 2 == 1
-        if test_T.any() and not test_T.all():
-            pairs = grouped_transition_distance(primary_LT, test_T, trace.num_experts)
-            document["train_test"] = {
-                "load_tv": _between(trace, test_T.astype(np.int64)),
-                "transitions_tv": float(pairs.mean()) if len(pairs) else None,
-            }
+        sequence_T = np.asarray(trace.sequence_ids)
+        chance = np.random.default_rng(seed).random(int(sequence_T.max(initial=0)) + 1) < 0.5
+        document["train_test"] = _halves(trace, primary_LT, sequence_T % 2 == 1)
+        document["random_halves"] = _halves(trace, primary_LT, chance[sequence_T])
     if trace.is_decode is not None and trace.is_decode.any() and not trace.is_decode.all():
         document["prefill_decode"] = {"load_tv": _between(trace, trace.is_decode.astype(np.int64))}
     if trace.workload is not None and 1 < len(trace.workload_names) <= _MOST_WORKLOADS:
@@ -166,6 +164,17 @@ def _stability(trace: RoutingTrace, primary_LT: np.ndarray) -> dict[str, Any]:
         against_rest = total_variation(loads, rest).mean(axis=1)
         document["workloads"] = dict(zip(trace.workload_names, against_rest.tolist(), strict=True))
     return document
+
+
+def _halves(trace: RoutingTrace, primary_LT: np.ndarray, side_T: np.ndarray) -> dict[str, float | None]:
+    """Distances between two sides of a split by sequence; None where a side is empty."""
+    if side_T.all() or not side_T.any():
+        return {"load_tv": None, "transitions_tv": None}
+    pairs = grouped_transition_distance(primary_LT, side_T, trace.num_experts)
+    return {
+        "load_tv": _between(trace, side_T.astype(np.int64)),
+        "transitions_tv": float(pairs.mean()) if len(pairs) else None,
+    }
 
 
 def _windows(trace: RoutingTrace) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from moeplace.profiling.recorder import profile_checkpoint
 
-    summary = profile_checkpoint(
+    tokens = profile_checkpoint(
         args.model,
         args.text,
         args.out,
@@ -33,5 +33,7 @@ def run(args: argparse.Namespace) -> int:
         gate_accuracy=args.gate_accuracy,
         progress=sys.stderr.isatty(),
     )
-    print(f"{args.out}: {summary}")
+    print(f"{args.out}: {tokens} tokens of {len(args.text)} text{'s' if len(args.text) > 1 else ''}")
+    if args.gate_accuracy:
+        print(f"{args.gate_accuracy}: cross-layer gate accuracy")
     return 0

@@ -83,7 +83,9 @@ def describe_scores(document: dict[str, Any]) -> str:
     ]
     if "train_test" in stability:
         rows.append(["load, train against test (TV)", stability["train_test"]["load_tv"]])
+        rows.append(["... random halves (chance)", stability["random_halves"]["load_tv"]])
         rows.append(["transitions, train against test (TV)", stability["train_test"]["transitions_tv"]])
+        rows.append(["... random halves (chance)", stability["random_halves"]["transitions_tv"]])
     if "prefill_decode" in stability:
         rows.append(["load, prefill against decode (TV)", stability["prefill_decode"]["load_tv"]])
     rows.append(

@@ -1,0 +1,77 @@
+"""The commands profile, import and stats as functions of their arguments."""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from moeplace.profiling.trace_file import load_trace, save_trace
+from moeplace.profiling.workloads import make_workload
+from tests.profiling import sources
+from tests.shared_data import text_paths, tiny_moe_path
+
+
+def run(command: str, *arguments: object) -> int:
+    """Parse and run one command module."""
+    module = importlib.import_module(f"moeplace.launch.commands.{command}")
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args([str(argument) for argument in arguments])))
+
+
+def test_profile_then_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Profile the shipped model over two texts; stats prints its sections and writes the same figures as JSON."""
+    texts = text_paths()[:2]
+    assert run("profile", tiny_moe_path(), "--text", *texts, "--out", tmp_path / "t", "--max-tokens", 1500) == 0
+    assert "3000 tokens of 2 texts" in capsys.readouterr().out
+    assert run("stats", tmp_path / "t", "--json", tmp_path / "s.json", "--compare", tmp_path / "t") == 0
+    out = capsys.readouterr().out
+    document = json.loads((tmp_path / "s.json").read_text())
+    assert document["format"] == "moeplace.stats/1"
+    assert document["trace"]["workloads"] == {"kjv": 1500, "python-docs": 1500}
+    assert document["affinity"]["bits"] > document["affinity"]["control_bits"]
+    assert {score["length"] for score in document["srp"]} == {4, 16, 64}
+    assert not document["drift"]["is_significant"]
+    for part in ("load skew", "affinity bits", "SRP", "SCH 16", "belady", "no drift beyond chance"):
+        assert part in out
+
+
+def test_stats_of_odd_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One layer, one token, one sequence: every figure that has no meaning is left out, none is invented."""
+    made = make_workload("W0", num_tokens=8, num_layers=1, num_experts=4, top_k=1, num_ranks=2, seed=0).trace
+    for number, trace in enumerate((made, made.select(slice(0, 1)), made.replace(sequence_ids=None))):
+        save_trace(tmp_path / f"t{number}", trace)
+        assert run("stats", tmp_path / f"t{number}", "--json", tmp_path / "s.json") == 0
+        document = json.loads((tmp_path / "s.json").read_text())
+        assert document["affinity"]["bits"] is None
+    assert "no sequence ids" in capsys.readouterr().out
+
+
+def test_import_options_reach_the_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ranges of layers, names and sizes."""
+    path = sources.interchange(tmp_path)
+    options = [
+        "--layer-ids",
+        "2,5-5",
+        "--num-hidden-layers",
+        9,
+        "--model",
+        "m",
+        "--expert-bytes",
+        3,
+        "--hidden-size",
+        4,
+    ]
+    options += ["--workload-names", "x, y", "--top-k", 1, "--num-experts", 6]
+    assert run("import_trace", path, "--from", "npz", "--out", tmp_path / "t", *options) == 0
+    trace = load_trace(tmp_path / "t")
+    assert trace.layer_ids is not None
+    assert (trace.layer_ids.tolist(), trace.num_hidden_layers, trace.model) == ([2, 5], 9, "m")
+    assert (trace.hidden_size, trace.top_k, trace.num_experts, trace.workload_names) == (4, 1, 6, ("x", "y"))
+    assert "40 tokens x 2 layers x 6 experts, top-1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run("import_trace", path, "--from", "npz", "--out", tmp_path / "t", "--layer-ids", "a-b")
+    assert stop.value.code == 2
+    assert "neither a layer nor a range" in capsys.readouterr().err
