@@ -96,6 +96,7 @@ class Engine:
         capacity: CapacityRule | None = None,
         routing: RoutingTrace | None = None,
         calibration: Calibration | None = None,
+        modes: ModeRule | None = None,
     ) -> None:
         """Open the checkpoint, agree with the other ranks, and read this rank's share.
 
@@ -108,6 +109,7 @@ class Engine:
             capacity: room in messages of the coherent mode; None = the whole batch.
             routing: recorded routing, from which `auto` predicts every mode; None = `auto` follows the placement.
             calibration: measured links and expert time for those predictions.
+            modes: a rule of one's own instead of `mode`; it must choose alike on every rank.
 
         Raises:
             InputError: the model is dense, or the placement is for another model or number of ranks.
@@ -121,7 +123,7 @@ class Engine:
             placement = _checked_placement(self.checkpoint, placement, group.size)
             decoder = Decoder(self.checkpoint, dtype=dtype, device=group.device)
             predictor = _make_predictor(routing, placement, calibration, decoder) if mode == "auto" else None
-            self._modes: ModeRule = choose_mode_rule(mode, placement, predictor)
+            self._modes = choose_mode_rule(mode, placement, predictor) if modes is None else modes
             rows, positions = _cache_size(limits, decoder, group.size, replicated=self._modes.may_be_coherent)
         except MoeplaceError as error:
             group.give_up(str(error))

@@ -28,6 +28,25 @@ logger = logging.getLogger(__name__)
 _GAVE_UP = "gave up: "
 
 
+class PendingExchange:
+    """An all-to-all on its way; `wait` ends it. Its tensors must stay as they are until then."""
+
+    def __init__(
+        self, group: "RankGroup", work: "dist.Work", kind: str, tensors: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        self._group, self._work, self._kind = group, work, kind
+        self._tensors = tensors  # alive as long as this is
+
+    def wait(self) -> None:
+        """Block until what was to be received is there.
+
+        Raises:
+            PeerLostError: a peer is gone.
+        """
+        with self._group.counters.timed("exchange"), self._group._guard(self._kind):
+            self._work.wait()
+
+
 class RankGroup:
     """A process group that counts.
 
@@ -71,6 +90,7 @@ class RankGroup:
         self._layer, self._mode = OUTSIDE, ""
         self._agreements = 0
         self._node_group: RankGroup | None = None
+        self._background: RankGroup | None = None
         self._ranks = list(range(size))
         on_node = self.node_of_rank == self.node_of_rank[rank]
         tier = np.where(on_node, 1, 2)
@@ -218,9 +238,22 @@ class RankGroup:
         Raises:
             PeerLostError: a peer is gone.
         """
+        self.start_all_to_all(output, input, output_splits, input_splits, kind=kind).wait()
+
+    def start_all_to_all(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+        *,
+        kind: str,
+    ) -> PendingExchange:
+        """`all_to_all` that goes on while the caller computes; all ranks start and wait in the same order."""
         row_bytes = input.element_size() * int(np.prod(input.shape[1:], dtype=np.int64))
         with self._issued(kind, [rows * row_bytes for rows in input_splits]):
-            self._group.alltoall_base(output, input, list(output_splits), list(input_splits)).wait()
+            work = self._group.alltoall_base(output, input, list(output_splits), list(input_splits))
+        return PendingExchange(self, work, kind, (output, input))
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, kind: str) -> None:
         """`output` (R, ...) gets `input` (...) of every rank."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from moeplace.runtime.group import RankGroup
+from moeplace.runtime.group import PendingExchange, RankGroup
 from moeplace.runtime.rows import TOKEN, RowLayout
 
 LAYER = TOKEN + 1
@@ -70,10 +70,48 @@ class SharedKv:
     kv: torch.Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class PendingKv:
+    """A K/V exchange on its way, see `start_kv`.
+
+    Attributes:
+        first: its first hop.
+        mine: (n, row_bytes) rows of this rank.
+        far: where the first hop puts rows of other ranks.
+        counts: rows of every rank.
+        layout: of the rows.
+        group: the ranks.
+    """
+
+    first: PendingExchange
+    mine: torch.Tensor
+    far: torch.Tensor
+    counts: list[int]
+    layout: RowLayout
+    group: RankGroup
+
+    def finish(self) -> SharedKv:
+        """Wait, and pass on inside the node what came from other nodes. All ranks must call it together."""
+        self.first.wait()
+        others = self.far
+        if self.group.num_nodes > 1:
+            others = torch.cat([self.far, _pass_on(self.group, self.mine, self.far, self.counts)])
+        meta = self.layout.view(others, "meta")
+        return SharedKv(meta[:, LAYER].long(), meta[:, TOKEN].long(), self.layout.view(others, "kv"))
+
+
 def share_kv(group: RankGroup, ledger: KvLedger) -> SharedKv:
     """Give this rank's K/V rows to all ranks, and take theirs: one collective, two where there are nodes.
 
     Layers after the last exchange (dense layers at the end of a model) cost one more collective, for the sizes.
+    """
+    return start_kv(group, ledger).finish()
+
+
+def start_kv(group: RankGroup, ledger: KvLedger) -> PendingKv:
+    """Begin `share_kv`: what crosses nodes is on its way when this returns.
+
+    With `group.background()` it travels beside the exchanges of the layers that follow.
     """
     kv = torch.cat(ledger.rows)
     layout = RowLayout.of(kv=(kv.dtype, kv.shape[1]))
@@ -84,9 +122,9 @@ def share_kv(group: RankGroup, ledger: KvLedger) -> SharedKv:
     meta[:, LAYER] = torch.repeat_interleave(torch.tensor(ledger.layers, device=kv.device), lengths)
     layout.view(mine, "kv").copy_(kv)
     counts = _counts(group, ledger)
-    others = _spread(group, mine, counts) if group.num_nodes == 1 else _spread_by_node(group, mine, counts)
-    meta = layout.view(others, "meta")
-    return SharedKv(meta[:, LAYER].long(), meta[:, TOKEN].long(), layout.view(others, "kv"))
+    links = relay_links(group.node_of_rank) if group.num_nodes > 1 else ~np.eye(group.size, dtype=bool)
+    far, first = _start_spread(group, mine, counts, links)
+    return PendingKv(first, mine, far, counts, layout, group)
 
 
 def _counts(group: RankGroup, ledger: KvLedger) -> list[int]:
@@ -98,28 +136,32 @@ def _counts(group: RankGroup, ledger: KvLedger) -> list[int]:
     return everyone.tolist()
 
 
-def _spread(group: RankGroup, mine: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Rows of all other ranks of a group."""
-    peers = group.size - 1
-    incoming = [0 if peer == group.rank else count for peer, count in enumerate(counts)]
-    outgoing = [0 if peer == group.rank else len(mine) for peer in range(group.size)]
-    others = mine.new_empty(sum(incoming), mine.shape[1])
-    group.all_to_all(others, mine.repeat(peers, 1), incoming, outgoing, kind="kv")
-    return others
+def _start_spread(
+    group: RankGroup, mine: torch.Tensor, counts: list[int], links: np.ndarray
+) -> tuple[torch.Tensor, PendingExchange]:
+    """Send `mine` along this rank's links; returns where rows of others will be, and the exchange.
 
-
-def _spread_by_node(group: RankGroup, mine: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Rows of all other ranks: first to one rank of every other node, then inside the node."""
-    links = relay_links(group.node_of_rank)
+    Args:
+        counts: rows that each rank has.
+        links: (R, R) bool, [r, p] = rank r sends its rows to rank p.
+    """
     incoming = [counts[peer] if links[peer, group.rank] else 0 for peer in range(group.size)]
     outgoing = [len(mine) if links[group.rank, peer] else 0 for peer in range(group.size)]
-    far = mine.new_empty(sum(incoming), mine.shape[1])
-    group.all_to_all(far, mine.repeat(sum(map(bool, links[group.rank])), 1), incoming, outgoing, kind="kv")
+    rows = mine.new_empty(sum(incoming), mine.shape[1])
+    copies = mine.repeat(int(links[group.rank].sum()), 1)
+    return rows, group.start_all_to_all(rows, copies, incoming, outgoing, kind="kv")
+
+
+def _pass_on(group: RankGroup, mine: torch.Tensor, far: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Rows that other ranks of this node have: their own, and those that came to them from other nodes."""
+    links = relay_links(group.node_of_rank)
     totals = [
         counts[mate] + sum(counts[peer] for peer in range(group.size) if links[peer, mate]) for mate in group.node_ranks
     ]
-    near = _spread(group.node_group(), torch.cat([mine, far]), totals)
-    return torch.cat([far, near])
+    node = group.node_group()
+    near, exchange = _start_spread(node, torch.cat([mine, far]), totals, ~np.eye(node.size, dtype=bool))
+    exchange.wait()
+    return near
 
 
 def relay_links(node_of_rank: np.ndarray) -> np.ndarray:
