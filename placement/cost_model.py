@@ -69,6 +69,8 @@ class Calibration:
         intra, inter: latency and bandwidth of both tiers.
         expert: time of the expert computation.
         other_seconds_per_layer: what a layer costs beside experts and exchanges, the same for every placement.
+        mode_seconds_per_layer: the same by mode, where it was measured by mode; a key is a mode, or a mode and its form
+            ("dispatch-combine node-aware").
         conditions: where and how it was measured.
     """
 
@@ -76,7 +78,12 @@ class Calibration:
     inter: Link = INTER_NODE
     expert: ExpertTime = ExpertTime()
     other_seconds_per_layer: float = 0.0
+    mode_seconds_per_layer: dict[str, float] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)
+
+    def layer_overhead(self, label: str) -> float:
+        """Seconds of a layer beside experts and exchanges, in the mode (and form) `label`."""
+        return self.mode_seconds_per_layer.get(label, self.other_seconds_per_layer)
 
     def apply(self, cluster: Cluster) -> Cluster:
         """`cluster` with the measured links."""
@@ -95,6 +102,7 @@ class Calibration:
         expert = {name: getattr(self.expert, name) for name in ("fixed", "per_token", "per_activated")}
         document = {"format": CALIBRATION_FORMAT, **links, "expert": expert}
         document["other_seconds_per_layer"] = self.other_seconds_per_layer
+        document["mode_seconds_per_layer"] = self.mode_seconds_per_layer
         write_json(path, {**document, "conditions": self.conditions})
 
     @classmethod
@@ -118,6 +126,7 @@ class Calibration:
                 **links,
                 expert=ExpertTime(**document["expert"]),
                 other_seconds_per_layer=float(document.get("other_seconds_per_layer", 0.0)),
+                mode_seconds_per_layer={k: float(v) for k, v in document.get("mode_seconds_per_layer", {}).items()},
                 conditions=dict(document.get("conditions", {})),
             )
         except InputError as error:
@@ -144,12 +153,24 @@ def transfer_seconds(copies_RR: np.ndarray, cluster: Cluster, bytes_per_copy: fl
 
     seconds = busiest(inside) / cluster.intra.bandwidth
     if cluster.num_nodes > 1:
-        out_N = np.bincount(node, across.sum(axis=1))
-        in_N = np.bincount(node, across.sum(axis=0))
-        by_rank = busiest(across) / cluster.inter.bandwidth
-        by_node = float(max(out_N.max(), in_N.max())) / cluster.inter.node_bandwidth
-        seconds += max(by_rank, by_node)
+        seconds += slowest_direction_seconds(across, cluster)
     return seconds * bytes_per_copy
+
+
+def slowest_direction_seconds(bytes_RR: np.ndarray, cluster: Cluster) -> float:
+    """Seconds for which the busiest rank's or node's link between nodes is in use, sending or receiving.
+
+    Args:
+        bytes_RR: (R, R) bytes from rank to rank; those inside nodes are ignored.
+        cluster: links and nodes.
+    """
+    if cluster.num_nodes == 1:
+        return 0.0
+    node = cluster.node_of_rank
+    across = bytes_RR * (node[:, None] != node[None, :])
+    by_rank = max(across.sum(axis=0).max(), across.sum(axis=1).max())
+    by_node = max(np.bincount(node, across.sum(axis=axis)).max() for axis in (0, 1))
+    return float(max(by_rank / cluster.inter.bandwidth, by_node / cluster.inter.node_bandwidth))
 
 
 def collective_latency(cluster: Cluster) -> float:

@@ -319,7 +319,7 @@ class _Replay:
         """Seconds of one step of `shape.batch` tokens (see `cost_model`)."""
         hidden = shape.batch * shape.hidden_size * shape.dtype_bytes
         latency = collective_latency(cluster)
-        seconds = calibration.other_seconds_per_layer * self._layers
+        seconds = calibration.layer_overhead(self._mode) * self._layers
         scale = shape.batch / min(shape.batch, self._tokens)
         for layer in range(self._layers):
             second_share = self.second_needed_L[layer] if self._mode == "coherent" else 1.0
