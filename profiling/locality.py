@@ -14,7 +14,7 @@ from moeplace.profiling.score_kernels import belady_hits, frequency_hits, segmen
 
 SEGMENT_LENGTHS = (4, 16, 64, 256)
 CACHE_RATIOS = (1.0, 2.0, 4.0)
-_MODEL_WORK = 500_000_000  # accesses x cache size / 2 spent on the shared cache of all layers, per horizon
+_MODEL_WORK = 250_000_000  # accesses x cache size / 2 spent on the shared cache of all layers, per horizon
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -112,12 +112,11 @@ def _read_member(path: str | Path, archive: zipfile.ZipFile, info: zipfile.ZipIn
         return _map(path, file.tell(), shape, fortran, dtype)
 
 
-def _map(
-    source: str | Path | BinaryIO, offset: int, shape: tuple[int, ...], fortran: bool, dtype: np.dtype
-) -> np.ndarray:
+def _map(source: Any, offset: int, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> np.ndarray:
+    """The values at `offset` of a path or an open file, memory-mapped."""
     if not _count(shape):
         return np.empty(shape, dtype)
-    order = "F" if fortran else "C"
+    order: Literal["C", "F"] = "F" if fortran else "C"
     return np.asarray(np.memmap(source, dtype, "r", offset, shape or (1,), order)).reshape(shape, order=order)
 
 

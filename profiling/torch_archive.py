@@ -127,7 +127,7 @@ def _check_operations(data: bytes) -> None:
                 raise ValueError(f"it has more than {_MOST_CONTAINERS} containers")
         elif name not in _PLAIN:
             raise ValueError(f"its pickle uses {name}, which plain data does not need")
-        if name in ("LONG_BINPUT", "LONG_BINGET") and int(argument) > len(data):
+        if name in ("LONG_BINPUT", "LONG_BINGET") and int(str(argument)) > len(data):
             raise ValueError(f"memo number {argument} is impossible")
 
 

@@ -180,7 +180,7 @@ def load_trace(path: str | Path) -> RoutingTrace:
         meta = json.loads(arrays.pop("meta").tobytes())
         if meta.pop("format") != FORMAT:
             raise ValueError
-        fields = {_ARRAYS[name]: array for name, array in arrays.items() if name in _ARRAYS}
+        fields: dict[str, Any] = {_ARRAYS[name]: array for name, array in arrays.items() if name in _ARRAYS}
         for name in ("workload_names", "notes"):
             meta[name] = tuple(meta[name])
         return RoutingTrace(**fields, **meta)

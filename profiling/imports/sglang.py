@@ -130,7 +130,7 @@ def _import_tokens(source: str | Path, out: str | Path, dumps: list[_Dump], opti
     first = dumps[0].slot_to_expert
     assert first is not None
     for dump in dumps[1:]:
-        if not np.array_equal(dump.slot_to_expert, first):
+        if not np.array_equal(np.asarray(dump.slot_to_expert), first):
             raise FormatError(
                 f"{dump.path} has another slot map than {dumps[0].path}: experts were re-placed meanwhile"
             )
