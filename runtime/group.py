@@ -164,6 +164,21 @@ class RankGroup:
             )
         return self._node_group
 
+    def background(self) -> "RankGroup":
+        """A second group of the same ranks, made on first use: its collectives may be under way beside this one's."""
+        if self._background is None:
+            self._background = RankGroup(
+                dist.PrefixStore("background", self._store),
+                rank=self.rank,
+                size=self.size,
+                timeout=self.timeout,
+                node_of_rank=self.node_of_rank,
+                device=self.device,
+                counters=self.counters,
+                short_messages=self.short_messages,
+            )
+        return self._background
+
     @contextmanager
     def layer(self, layer: int, *, mode: str) -> Iterator[None]:
         """One pass of an MoE layer in a mode: collectives inside belong to it."""
