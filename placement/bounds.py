@@ -12,11 +12,15 @@ cap; limits on moves, which only forbid more, are ignored. A held-out figure may
 Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, N nodes, C capacity of a part.
 """
 
+import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from moeplace.placement.blas_threads import one_blas_thread
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost_model import collective_latency, transfer_seconds
 from moeplace.placement.evaluate import step_of_token
@@ -27,7 +31,10 @@ from moeplace.placement.solvers.packing import pack_slots
 from moeplace.placement.traffic_bounds import ksets_of, ranks_per_token, stay_by_load, stay_by_rows, stay_by_spectrum
 from moeplace.profiling.trace import RoutingTrace
 
-FEWEST_ITERATIONS, MOST_ITERATIONS = 40, 150
+FEWEST_ITERATIONS, ENOUGH_ITERATIONS, MOST_ITERATIONS = 40, 100, 300
+WIDTHS = (5, 4, 3)
+"""Layers side by side in one relaxation of the chain, if the time allows."""
+THREADS = min(os.cpu_count() or 1, 4)
 TOLERANCE = 1e-9
 """Taken off every bound that comes from floating-point eigenvalues."""
 
@@ -38,7 +45,9 @@ class LayerBounds:
 
     Attributes:
         d_L, dn_L: (L,) least ranks and nodes per token.
-        stay_L, node_stay_L: (L-1,) most tokens whose primary expert stays, as a share of all tokens.
+        stay_L, node_stay_L: (L-1,) most tokens whose primary expert stays, as a share of all tokens. Only their sum
+        over
+            boundaries is proven: several are bounded together, and share what is gained.
     """
 
     d_L: np.ndarray
@@ -50,8 +59,8 @@ class LayerBounds:
 def problem_bounds(problem: Problem, *, time_limit: float, caps_L: np.ndarray | None = None) -> dict[str, float]:
     """Lower bounds on "imbalance" and, where tokens are known, on "traffic" and "seconds".
 
-    Traffic is mean d + node_weight * mean dn in `dispatch-combine`; in `coherent` mode copies per token, for K = 1 on
-    several nodes (1 - stay rate) + node_weight * (1 - node stay rate); 0 in `allgather`.
+    Traffic is mean d + node_weight * mean dn in `dispatch-combine`; copies per token, plus node_weight times those
+    between nodes, in `coherent` mode (for K = 1: 1 - stay rate, likewise for nodes); 0 in `allgather`.
 
     Args:
         problem: the problem.
@@ -101,17 +110,30 @@ def layer_bounds(
     if problem.mode == "allgather" or problem.num_ranks == 1:
         return bounds
     chained = problem.mode == "coherent" and problem.top_k == 1
-    jobs: list[_Job] = []
-    for parts in _partitions(problem.cluster):
-        if chained:
+    kinds = _partitions(problem.cluster)
+
+    def windows(width: int) -> list[_Job]:
+        found: list[_Job] = []
+        for parts in kinds:
             target = bounds.node_stay_L if parts.nodes else bounds.stay_L
-            jobs += [_Boundary(problem, parts, held_L, layer, target) for layer in range(layers - 1)]
-        else:
-            target = bounds.dn_L if parts.nodes else bounds.d_L
-            jobs += [_Connectivity(problem, parts, held_L, layer, target, trace) for layer in range(layers)]
-    for job in jobs:
-        job.close(spectral=time.monotonic() < deadline)
-    _relax(jobs, deadline)
+            for first in range(0, layers - 1, width - 1):
+                found.append(_Window(problem, parts, held_L, first, target, min(width, layers - first)))
+        return found
+
+    def singles() -> list[_Job]:
+        return [
+            _Connectivity(problem, parts, held_L, layer, bounds.dn_L if parts.nodes else bounds.d_L, trace)
+            for parts in kinds
+            for layer in range(layers)
+        ]
+
+    jobs = windows(2) if chained else singles()
+    with one_blas_thread():
+        for job in jobs:
+            job.close(spectral=time.monotonic() < deadline)
+        if chained:
+            jobs = _widest_affordable(windows, deadline)
+        _relax(jobs, deadline)
     return bounds
 
 
@@ -133,7 +155,7 @@ def _partitions(cluster: Cluster) -> list[_Parts]:
     if cluster.num_nodes > 1:
         slots_N = np.bincount(cluster.node_of_rank, slots_R).astype(np.int64)
         found.append(_part(slots_N, np.bincount(cluster.node_of_rank, speed_R), nodes=True))
-    return found
+    return found[::-1]  # nodes first: where time is short, they weigh more
 
 
 def _part(slots_P: np.ndarray, speed_P: np.ndarray, *, nodes: bool) -> _Parts:
@@ -141,15 +163,13 @@ def _part(slots_P: np.ndarray, speed_P: np.ndarray, *, nodes: bool) -> _Parts:
 
 
 class _Job:
-    """One layer or boundary under one kind of parts; writes the better bound into `target`."""
-
-    layers = 1
+    """One layer or a window of layers under one kind of parts; writes the better bound into `target`."""
 
     def __init__(
-        self, problem: Problem, parts: _Parts, held_L: np.ndarray | None, layer: int, target: np.ndarray
+        self, problem: Problem, parts: _Parts, held_L: np.ndarray | None, first: int, target: np.ndarray, layers: int
     ) -> None:
-        self._problem, self._parts, self._layer, self._target = problem, parts, layer, target
-        span = slice(layer, layer + self.layers)
+        self._problem, self._parts, self._first, self._target, self._layers = problem, parts, first, target, layers
+        span = slice(first, first + layers)
         self._experts_w = problem.experts_per_layer[span]
         self._spare = int(problem.redundant_slots[span].sum())
         self._exact = parts.even and not self._spare
@@ -158,7 +178,7 @@ class _Job:
 
     @property
     def seconds_per_iteration(self) -> float:
-        return 4e-4 + 5e-9 * float(self._experts_w.sum()) ** 3
+        return 3e-4 + 2e-9 * float(self._experts_w.sum()) ** 3
 
     @property
     def relaxable(self) -> bool:
@@ -169,22 +189,20 @@ class _Job:
         """Apply the closed forms, those that need eigenvalues only if `spectral`."""
         raise NotImplementedError
 
-    def relax(self, iterations: int) -> None:
+    def relax(self, iterations: int, deadline: float) -> None:
         """Apply the relaxation."""
         raise NotImplementedError
 
     def _layout(self) -> Layout:
-        w, e, parts = self.layers, int(self._experts_w[0]), self._parts
+        w, e, parts = self._layers, int(self._experts_w[0]), self._parts
         loads = []
-        for index in range(w if self._kappa is not None else 0):
-            load_E = self._problem.load_LE[self._layer + index, :e] / max(
-                self._problem.load_LE[self._layer].sum(), 1e-300
-            )
+        scale = max(float(self._problem.load_LE[self._first].sum()), 1.0)
+        for index, kappa in enumerate([] if self._kappa is None else self._kappa):
+            load_E = self._problem.load_LE[self._first + index, :e] / scale
             p = np.zeros(w * e)
             p[index * e : (index + 1) * e] = load_E - load_E.mean() if self._exact else load_E
-            spread = load_spread(float(self._kappa[index]), parts.count, float(load_E.sum()), exact=self._exact)
-            if (p != 0).any():
-                loads.append((p, spread))
+            if (np.abs(p) > TOLERANCE).any():
+                loads.append((p, load_spread(float(kappa), parts.count, float(load_E.sum()), exact=self._exact)))
         return Layout(w, e, parts.count, parts.capacity, self._exact, loads, self._spare)
 
 
@@ -200,80 +218,97 @@ class _Connectivity(_Job):
         target: np.ndarray,
         trace: RoutingTrace,
     ) -> None:
-        super().__init__(problem, parts, held_L, layer, target)
+        super().__init__(problem, parts, held_L, layer, target, 1)
         self._trace = trace
-
-    def close(self, *, spectral: bool) -> None:
-        kappa = None if self._kappa is None or not spectral else float(self._kappa[0])
-        bound = ranks_per_token(
-            self._trace.layer(self._layer),
-            int(self._experts_w[0]),
-            self._parts.count,
-            self._parts.capacity,
-            spare=self._spare,
-            exact=self._exact and spectral,
-            kappa=kappa,
-        )
-        self._target[self._layer] = max(self._target[self._layer], bound - TOLERANCE)
-
-    def relax(self, iterations: int) -> None:
-        sets_UK, share_U = ksets_of(self._trace.layer(self._layer))
-        slope = connectivity_slope(sets_UK, share_U, int(self._experts_w[0]), self._parts.capacity)
-        bound = lower_bound(self._layout(), slope, iterations=iterations)
-        self._target[self._layer] = max(self._target[self._layer], bound - TOLERANCE)
 
     @property
     def seconds_per_iteration(self) -> float:
         return super().seconds_per_iteration + 3e-9 * self._trace.num_tokens * self._trace.top_k**2
 
+    def close(self, *, spectral: bool) -> None:
+        self._improve(
+            ranks_per_token(
+                self._trace.layer(self._first),
+                int(self._experts_w[0]),
+                self._parts.count,
+                self._parts.capacity,
+                spare=self._spare,
+                exact=self._exact and spectral,
+                kappa=float(self._kappa[0]) if spectral and self._kappa is not None else None,
+            )
+        )
 
-class _Boundary(_Job):
-    """Stayed tokens of a layer boundary, as a share of all tokens."""
+    def relax(self, iterations: int, deadline: float) -> None:
+        sets_UK, share_U = ksets_of(self._trace.layer(self._first))
+        slope = connectivity_slope(sets_UK, share_U, int(self._experts_w[0]), self._parts.capacity)
+        self._improve(lower_bound(self._layout(), slope, iterations=iterations, deadline=deadline))
 
-    layers = 2
+    def _improve(self, bound: float) -> None:
+        self._target[self._first] = max(self._target[self._first], bound - TOLERANCE)
 
-    @property
-    def _weight_EE(self) -> np.ndarray:
-        before, after = self._experts_w
-        weight_EE = self._problem.transitions_LEE[self._layer][:before, :after]
-        return weight_EE / max(self._problem.trace.num_tokens, 1) if self._problem.trace else weight_EE * 0.0
+
+class _Window(_Job):
+    """Stayed tokens of the boundaries between consecutive layers, as a share of all tokens."""
 
     def close(self, *, spectral: bool) -> None:
-        weight_EE, parts = self._weight_EE, self._parts
+        weight_EE, parts = self._weight(self._first), self._parts
         bounds = [stay_by_rows(weight_EE, parts.capacity, self._spare)]
         if spectral and self._exact and np.ptp(self._experts_w) == 0:
             bounds.append(stay_by_spectrum(weight_EE, parts.count, parts.capacity))
-        if spectral and self._kappa is not None and self._all_counted(weight_EE):
+        if spectral and self._kappa is not None and self._all_counted():
             bounds.append(stay_by_load(weight_EE, parts.count, float(self._kappa.max())))
-        self._target[self._layer] = min(self._target[self._layer], min(bounds) + TOLERANCE)
+        self._improve(min(bounds))
 
-    def _all_counted(self, weight_EE: np.ndarray) -> bool:
+    def relax(self, iterations: int, deadline: float) -> None:
+        slope = linear_slope([self._weight(self._first + index) for index in range(self._layers - 1)])
+        self._improve(-lower_bound(self._layout(), slope, iterations=iterations, smooth=0.0, deadline=deadline))
+
+    def _improve(self, bound: float) -> None:
+        span = slice(self._first, self._first + self._layers - 1)
+        total = float(self._target[span].sum())
+        if bound + TOLERANCE < total:
+            self._target[span] *= max(bound + TOLERANCE, 0.0) / total
+
+    def _weight(self, layer: int) -> np.ndarray:
+        """(E, E) share of all tokens that go from expert to expert."""
+        before, after = self._problem.experts_per_layer[layer : layer + 2]
+        tokens = self._problem.trace.num_tokens if self._problem.trace else 1
+        return self._problem.transitions_LEE[layer][:before, :after] / max(tokens, 1)
+
+    def _all_counted(self) -> bool:
         """Whether the boundary's row and column sums are the layers' loads, which the cap is on."""
-        total = int(self._problem.load_LE[self._layer].sum())
-        return total == int(self._problem.load_LE[self._layer + 1].sum()) and bool(
-            self._problem.transitions_LEE[self._layer].sum() == total
-        )
+        total = int(self._problem.transitions_LEE[self._first].sum())
+        return all(int(self._problem.load_LE[self._first + side].sum()) == total for side in (0, 1))
 
-    def relax(self, iterations: int) -> None:
-        slope = linear_slope([self._weight_EE])
-        bound = -lower_bound(self._layout(), slope, iterations=iterations, smooth=0.0)
-        self._target[self._layer] = min(self._target[self._layer], bound + TOLERANCE)
+
+def _widest_affordable(windows: Callable[[int], list[_Job]], deadline: float) -> list[_Job]:
+    """The widest windows for which the time allows enough iterations: wider ones see that boundaries share a layer."""
+    for width in WIDTHS:
+        jobs = windows(width)
+        if all(job.relaxable for job in jobs) and _affordable(jobs, deadline) >= ENOUGH_ITERATIONS:
+            return jobs
+    return windows(2)
+
+
+def _affordable(jobs: list[_Job], deadline: float) -> float:
+    """Iterations for each job until the deadline, all threads together."""
+    each = sum(job.seconds_per_iteration for job in jobs)
+    return THREADS * max(deadline - time.monotonic(), 0.0) / max(each, 1e-12)
 
 
 def _relax(jobs: list[_Job], deadline: float) -> None:
     """As many iterations for each job as the time allows; where it allows too few, only the first jobs get theirs."""
     jobs = [job for job in jobs if job.relaxable]
-    left = deadline - time.monotonic()
-    each = sum(job.seconds_per_iteration for job in jobs)
-    if not jobs or left <= 0:
-        return
-    iterations = int(np.clip(left / each, FEWEST_ITERATIONS, MOST_ITERATIONS))
-    planned = 0.0
-    for job in jobs:
-        planned += job.seconds_per_iteration * iterations
-        if planned > left or time.monotonic() > deadline:
-            return
-        job.relax(iterations)
+    affordable = _affordable(jobs, deadline)
+    iterations = int(np.clip(affordable, FEWEST_ITERATIONS, MOST_ITERATIONS))
+    jobs = jobs[: int(len(jobs) * min(affordable / iterations, 1.0))]
+
+    def relax(job: _Job) -> None:
+        if time.monotonic() < deadline:
+            job.relax(iterations, deadline)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(relax, jobs))
 
 
 def _traffic(problem: Problem, trace: RoutingTrace, bounds: LayerBounds) -> float:
@@ -282,33 +317,34 @@ def _traffic(problem: Problem, trace: RoutingTrace, bounds: LayerBounds) -> floa
         return 0.0
     if problem.mode == "dispatch-combine":
         return float(bounds.d_L.mean() + problem.node_weight * bounds.dn_L.mean())
-    boundaries = max(problem.num_layers - 1, 1)
-    first_L, second_L = _coherent_copies(problem, trace, bounds)
-    total = float(first_L.sum() + second_L[1:].sum()) / boundaries
-    if problem.top_k == 1 and problem.node_weight:
-        pairs_L = problem.transitions_LEE.sum(axis=(1, 2)) / trace.num_tokens
-        total += problem.node_weight * float((pairs_L - bounds.node_stay_L).sum()) / boundaries
-    return max(total, 0.0)
+    first_L, second_L = _coherent_copies(problem, trace, bounds.d_L, bounds.stay_L, problem.num_ranks)
+    total = first_L.sum() + second_L[1:].sum()
+    if problem.node_weight:
+        first_L, second_L = _coherent_copies(problem, trace, bounds.dn_L, bounds.node_stay_L, problem.cluster.num_nodes)
+        total += problem.node_weight * (first_L.sum() + second_L[1:].sum())
+    return float(total) / max(problem.num_layers - 1, 1)
 
 
-def _coherent_copies(problem: Problem, trace: RoutingTrace, bounds: LayerBounds) -> tuple[np.ndarray, np.ndarray]:
-    """Least copies per token of the first exchange (L-1,), and of the second (L,), in `coherent` mode.
+def _coherent_copies(
+    problem: Problem, trace: RoutingTrace, d_L: np.ndarray, stay_L: np.ndarray, parts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Least copies per token of the first exchange (L-1,), and of the second (L,), in `coherent` mode, between parts.
 
     First: d - 1[owner in A] >= d - 1, and for K = 1 one copy per token that does not stay; a token that has no owner
     yet, for lack of experts so far, pays nothing. Second: d - 1. Without an expert in a layer a token pays nothing
-    there.
+    there. Between nodes the same holds with dn.
     """
     seen_T, used_L, fresh_L = np.zeros(trace.num_tokens, bool), [], []
     for layer in range(problem.num_layers):
         k_T = (trace.layer(layer) >= 0).sum(axis=1)
         used_L.append((k_T > 0).mean())
-        fresh_L.append((np.clip(k_T, 1, problem.num_ranks) - 1)[~seen_T].sum() / trace.num_tokens)
+        fresh_L.append((np.clip(k_T, 1, parts) - 1)[~seen_T].sum() / trace.num_tokens)
         seen_T |= k_T > 0
-    second_L = np.maximum(bounds.d_L - used_L, 0.0)
+    second_L = np.maximum(d_L - used_L, 0.0)
     if problem.top_k > 1:
         return np.maximum(second_L - fresh_L, 0.0)[1:], second_L
     pairs_L = problem.transitions_LEE.sum(axis=(1, 2)) / trace.num_tokens
-    return np.maximum(pairs_L - bounds.stay_L, 0.0), second_L
+    return np.maximum(pairs_L - stay_L, 0.0), second_L
 
 
 def _seconds(problem: Problem, trace: RoutingTrace, bounds: LayerBounds) -> float:
@@ -318,7 +354,7 @@ def _seconds(problem: Problem, trace: RoutingTrace, bounds: LayerBounds) -> floa
     latency = collective_latency(cluster)
     hidden = shape.batch * shape.hidden_size * shape.dtype_bytes
     layers, ranks = problem.num_layers, cluster.num_ranks
-    seconds = layers * (calibration.other_seconds_per_layer + latency)
+    seconds = layers * (calibration.layer_overhead(problem.mode) + latency)
     seconds += sum(_least_expert_seconds(problem, trace, layer) for layer in range(layers))
     if ranks == 1:
         return float(seconds)
@@ -327,24 +363,44 @@ def _seconds(problem: Problem, trace: RoutingTrace, bounds: LayerBounds) -> floa
             seconds + layers * (latency + 2 * transfer_seconds(np.full((ranks,) * 2, 1 / ranks), cluster, hidden))
         )
     if problem.mode == "dispatch-combine":
-        scattered = sum(_least_scatter(float(d), cluster) for d in bounds.d_L)
+        scattered = _least_scatter(float(bounds.d_L.sum()), float(bounds.dn_L.sum()), cluster)
         return float(seconds + layers * latency + 2 * hidden * scattered)
-    first_L, second_L = _coherent_copies(problem, trace, bounds)
-    across_L = np.zeros(max(layers - 1, 0))
-    if problem.top_k == 1 and cluster.num_nodes > 1:
-        pairs_L = problem.transitions_LEE.sum(axis=(1, 2)) / trace.num_tokens
-        across_L = np.maximum(pairs_L - bounds.node_stay_L, 0.0)
-    moved = _least_scatter(float(bounds.d_L[0]), cluster)
-    moved += sum(_least_move(float(a), float(x), cluster) for a, x in zip(first_L, across_L, strict=True))
-    moved += sum(_least_move(float(a), 0.0, cluster) for a in second_L)
+    first_L, second_L = _coherent_copies(problem, trace, bounds.d_L, bounds.stay_L, ranks)
+    across = _coherent_copies(problem, trace, bounds.dn_L, bounds.node_stay_L, cluster.num_nodes)
+    moved = _least_first_scatter(float(bounds.d_L[0]), cluster)
+    moved += _least_move(float(first_L.sum()), float(across[0].sum()), cluster)
+    moved += _least_move(float(second_L.sum()), float(across[1].sum()), cluster)
     return float(seconds + hidden * moved + latency + _least_kv(problem, trace, cluster))
 
 
-def _least_scatter(d: float, cluster: Cluster) -> float:
-    """Seconds per byte of sending each token from a uniform home to its d ranks, at least.
+def _least_scatter(d: float, dn: float, cluster: Cluster) -> float:
+    """Seconds per byte of sending each token from a uniform home to its d ranks on dn nodes, at least.
 
-    Rank r receives p_r (size of its node - 1) / R copies from inside and p_r (R - size) / R from other nodes, sum p_r
-    = d. The largest of p_r a_r is least where all are equal: d / sum(1 / a_r).
+    A token reaches another node once, at the rank whose place there is the home's place (gateway), and is forwarded
+    inside. Rank r is the gateway of c_r homes, itself included, so it receives p_r (R - c_r) / R copies from inside and
+    q_n (c_r - 1) / R from other nodes, sum p = d, sum q = dn; its node receives q_n (R - size) / R.
+    """
+    node_R, size_N, ranks = cluster.node_of_rank, cluster.ranks_per_node, cluster.num_ranks
+    place_R = np.arange(ranks) - (np.cumsum(size_N) - size_N)[node_R]
+    homes_R = np.array(
+        [
+            1 + (place_R[node_R != node] % size_N[node] == place).sum()
+            for node, place in zip(node_R, place_R, strict=True)
+        ]
+    )
+    seconds = d * _harmonic((ranks - homes_R) / ranks) / cluster.intra.bandwidth
+    if cluster.num_nodes > 1:
+        across_N = np.zeros(cluster.num_nodes)
+        np.maximum.at(across_N, node_R, (homes_R - 1) / ranks)
+        by_rank = _harmonic(across_N) / cluster.inter.bandwidth
+        seconds += dn * max(by_rank, _harmonic((ranks - size_N) / ranks) / cluster.inter.node_bandwidth)
+    return float(seconds)
+
+
+def _least_first_scatter(d: float, cluster: Cluster) -> float:
+    """The same for the first layer in `coherent` mode, where every copy is sent for itself.
+
+    Rank r receives p_r (size of its node - 1) / R copies from inside and p_r (R - size) / R from other nodes.
     """
     node_R, size_N, ranks = cluster.node_of_rank, cluster.ranks_per_node, cluster.num_ranks
     inside_R, across_N = (size_N[node_R] - 1) / ranks, (ranks - size_N) / ranks
@@ -356,7 +412,7 @@ def _least_scatter(d: float, cluster: Cluster) -> float:
 
 
 def _harmonic(factors: np.ndarray) -> float:
-    """Least possible max of p_i factor_i over p >= 0 that sum to 1."""
+    """Least possible max of p_i factor_i over p >= 0 that sum to 1: equal, at 1 / sum(1 / factor)."""
     return 0.0 if (factors == 0).any() else float(1 / (1 / factors).sum())
 
 

@@ -21,6 +21,7 @@ expert (`connectivity_slope`).
 Shape letters: E experts per layer, w layers side by side, n = w E, P parts, C capacity, U distinct k-sets.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,9 @@ class Layout:
         return float(self.layers * self.capacity)
 
 
-def lower_bound(layout: Layout, slope: Slope, *, iterations: int, smooth: float = 1.0) -> float:
+def lower_bound(
+    layout: Layout, slope: Slope, *, iterations: int, smooth: float = 1.0, deadline: float = float("inf")
+) -> float:
     """Proven lower bound on F over all layouts.
 
     Args:
@@ -75,11 +78,13 @@ def lower_bound(layout: Layout, slope: Slope, *, iterations: int, smooth: float 
         slope: affine minorants of F.
         iterations: ADMM steps; a few dozen come close to the relaxation's optimum.
         smooth: weight of the proximal term for a curved F; 0 for a linear one.
+        deadline: reading of `time.monotonic` at which the iteration ends.
     """
     size = layout.size
     start = (layout.capacity - 1) / max(layout.experts - 1, 1)
     z = np.full((size, size), min(start, 1.0))
     np.fill_diagonal(z, 1.0)
+    inflate = 1.0 + min(6.0 * layout.spare / layout.size, 1.0)  # further copies bring more partners than Z shows
     constant, gain = slope(z)
     rho = STEP * float(np.sqrt((gain**2).mean()))
     best = _certify(layout, constant, gain, np.zeros_like(z), np.zeros(len(layout.loads)))
@@ -94,9 +99,12 @@ def lower_bound(layout: Layout, slope: Slope, *, iterations: int, smooth: float 
         z = np.clip((y - u + smooth * z + gain / rho) / (1 + smooth), 0.0, 1.0)
         np.fill_diagonal(z, 1.0)
         u += z - y
-        constant, gain = slope(z)
-        if step in (iterations // 2, 3 * iterations // 4, iterations):
+        constant, gain = slope(np.minimum(z * inflate, 1.0))
+        late = time.monotonic() > deadline
+        if late or step in (iterations // 2, 3 * iterations // 4, iterations):
             best = max(best, *(_certify(layout, constant, gain, rho * u, mu * m) for m in _multiples(mu)))
+        if late:
+            break
     return best
 
 

@@ -38,8 +38,11 @@ def fits(problem: Problem) -> bool:
     plain = problem.max_moves is None and not problem.move_price and not problem.survive
     chain = problem.mode != "coherent" or problem.top_k == 1
     full = (problem.redundant_slots == 0).all()
-    traffic = problem.objective == "traffic" and problem.trace is not None
-    return bool(plain and chain and full and traffic and count_states(problem.cluster.slots_of_rank) <= MOST_STATES)
+    if problem.trace is None or problem.objective != "traffic":
+        return False
+    if problem.mode == "coherent":  # a token without expert keeps its owner: not a chain of layers
+        chain = chain and problem.transitions_LEE.sum() == problem.trace.num_tokens * (problem.num_layers - 1)
+    return bool(plain and chain and full and count_states(problem.cluster.slots_of_rank) <= MOST_STATES)
 
 
 def count_states(slots_R: np.ndarray) -> int:

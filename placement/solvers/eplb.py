@@ -47,7 +47,7 @@ def solve_eplb(problem: Problem, budget: Budget, *, num_groups: int | None = Non
             row_S = _global(load_E, cluster.slots_of_rank)
         repointed += _repoint(row_S, load_E, cluster.slots_of_rank)
         slots[layer] = row_S
-    notes = ()
+    notes: tuple[str, ...] = ()
     if repointed:
         notes = (f"{repointed} slots would have held an expert twice on a rank and were re-pointed to another",)
     return Draft(slots, notes=notes)

@@ -83,10 +83,20 @@ def solve_exflow(problem: Problem, budget: Budget, *, solver: str = "cbc", formu
             first = int(np.flatnonzero(cluster.node_of_rank == index)[0])
             rank_LE = part_LE + first if nodes == 1 else np.where(inside, part_LE + first, rank_LE)
     status: Status = "time_limit" if budget.expired else "feasible"
-    exact = proven and nodes == 1 and problem.max_imbalance is None and not problem.redundant_slots.any()
-    if exact and problem.mode == "coherent" and problem.top_k == 1 and problem.objective == "traffic":
+    if proven and nodes == 1 and _is_its_objective(problem):
         status = "optimal"
     return Draft(slots_of_ranks(rank_LE, cluster.slots_of_rank), status, notes=tuple(dict.fromkeys(notes)))
+
+
+def _is_its_objective(problem: Problem) -> bool:
+    """Whether what the program minimises is the problem's objective, and nothing else constrains it."""
+    free = (
+        problem.max_imbalance is None and problem.max_moves is None and not problem.move_price and not problem.survive
+    )
+    if problem.trace is None or problem.mode != "coherent" or problem.top_k > 1 or problem.redundant_slots.any():
+        return False
+    every_token = problem.transitions_LEE.sum() == problem.trace.num_tokens * (problem.num_layers - 1)
+    return bool(free and every_token and problem.objective == "traffic")
 
 
 def slots_of_ranks(rank_LE: np.ndarray, slots_R: np.ndarray) -> np.ndarray:
@@ -180,8 +190,8 @@ class _Stage:
             for e in experts:
                 program += pulp.lpSum(x[layer, e, p] for p in parts) == 1  # (10)
         if whole and np.ptp(self._capacity) == 0:
-            e = int(np.flatnonzero(self._inside[first])[0])
-            program += x[first, e, int(part_LE[first, e])] == 1  # symmetry: parts are equal
+            expert = int(np.flatnonzero(self._inside[first])[0])
+            program += x[first, expert, int(part_LE[first, expert])] == 1  # symmetry: parts are equal
         terms = []
         for layer in range(max(first - 1, 0), min(last, len(part_LE) - 1)):
             terms += self._boundary(program, x, part_LE, layer)

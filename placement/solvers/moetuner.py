@@ -39,7 +39,7 @@ from scipy.optimize import linear_sum_assignment
 
 from moeplace.placement.optimizers import pulp, solve_program
 from moeplace.placement.problem import Problem
-from moeplace.placement.result import Draft
+from moeplace.placement.result import Draft, Status
 from moeplace.placement.solvers.exflow import slots_of_ranks
 from moeplace.placement.solvers.packing import pack
 from moeplace.placement.stop import Budget
@@ -93,7 +93,7 @@ def solve_moetuner(
         rank_of_LR, note = _map_clusters(traffic_LRR, cluster.cost_RR, budget, solver, objective, gap)
         notes += [note] if note else []
     rank_LE = np.where(cluster_LE >= 0, np.take_along_axis(rank_of_LR, np.maximum(cluster_LE, 0), axis=1), -1)
-    status = "time_limit" if budget.expired else "feasible"
+    status: Status = "time_limit" if budget.expired else "feasible"
     return Draft(slots_of_ranks(rank_LE, cluster.slots_of_rank), status, notes=tuple(notes))
 
 

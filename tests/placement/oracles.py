@@ -38,9 +38,7 @@ def traffic_of(problem: Problem, evaluation: Evaluation) -> float:
         return 0.0
     if problem.mode == "dispatch-combine":
         return evaluation.ranks_per_token + problem.node_weight * evaluation.nodes_per_token
-    if problem.top_k > 1 or problem.cluster.num_nodes == 1:
-        return evaluation.copies_per_token
-    return (1 - evaluation.stay_rate) + problem.node_weight * (1 - evaluation.node_stay_rate)
+    return evaluation.copies_per_token + problem.node_weight * evaluation.node_copies_per_token
 
 
 def best_traffic(problem: Problem, caps_L: np.ndarray | None = None) -> float:
