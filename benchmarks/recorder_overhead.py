@@ -2,7 +2,7 @@
 
     python benchmarks/recorder_overhead.py [MODEL] [--rounds 10] [--batch 16] [--length 128] [--json F]
 
-Plain and recorded rounds of 16 passes alternate on the same inputs, after a warm-up; the ratio of every neighbouring pair is
+Plain and recorded rounds of 32 passes alternate on the same inputs, after a warm-up; the ratio of every neighbouring pair is
 taken and the median reported with its quartiles. MODEL is a checkpoint folder; by default the shipped model.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from moeplace.profiling.recorder import Recorder, load_model
 
-PASSES = 16
+PASSES = 32
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "launch" / "data" / "tiny-moe"
 
 

@@ -1,5 +1,6 @@
 """Reads `.npy` and `.npz` files without unpickling: mapped where stored, unpacked to disk where deflated and large."""
 
+import os
 import shutil
 import struct
 import tempfile
@@ -114,8 +115,12 @@ def _read_member(path: str | Path, archive: zipfile.ZipFile, info: zipfile.ZipIn
 
 def _map(source: Any, offset: int, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> np.ndarray:
     """The values at `offset` of a path or an open file, memory-mapped."""
-    if not _count(shape):
+    count = _count(shape)
+    if not count:
         return np.empty(shape, dtype)
+    held = os.stat(source if isinstance(source, str | Path) else source.fileno()).st_size - offset
+    if count * dtype.itemsize > held:
+        raise ValueError(f"shape {shape} of {dtype} needs more than the {held} bytes that are there")
     order: Literal["C", "F"] = "F" if fortran else "C"
     return np.asarray(np.memmap(source, dtype, "r", offset, shape or (1,), order)).reshape(shape, order=order)
 
