@@ -62,7 +62,7 @@ def test_disagreement_ends_every_rank(pool: RankPool, checkpoint: Path, what: st
 def dispatch_until_killed(context: RankContext, victim: int) -> str:
     """The sentence of a survivor when `victim` kills itself between two steps."""
     model = ToyModel.random(12, layers=2, experts=6, top_k=2, seed=1)
-    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=5)
+    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=context.timeout)
     runtime = model.runtime(random_placement(2, 6, context.size, seed=1), context.rank, group.counters)
     dispatcher = CoherentDispatcher(runtime, group)
     try:
@@ -90,7 +90,8 @@ def test_a_killed_rank_is_noticed_by_every_survivor() -> None:
 
 def lose_a_peer_at_start(context: RankContext) -> str:
     """Rank 1 never agrees."""
-    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=2)
+    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=context.timeout)
+    group.timeout = 2
     try:
         if context.rank == 0:
             group.agree({"placement": "a"})
