@@ -25,6 +25,8 @@ COMMANDS = {  # name -> module in moeplace.launch.commands, in the order of --he
     "export": "export",
     "import-placement": "import_placement",
     "serve": "serve",
+    "calibrate": "calibrate",
+    "bench": "bench",
 }
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 

@@ -91,6 +91,10 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write a calibration file, atomically."""
+        write_json(path, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
         links = {
             tier: {
                 "latency": link.latency,
@@ -103,7 +107,7 @@ class Calibration:
         document = {"format": CALIBRATION_FORMAT, **links, "expert": expert}
         document["other_seconds_per_layer"] = self.other_seconds_per_layer
         document["mode_seconds_per_layer"] = self.mode_seconds_per_layer
-        write_json(path, {**document, "conditions": self.conditions})
+        return {**document, "conditions": self.conditions}
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -11,6 +11,7 @@ per token and layer, R ranks, E experts.
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -169,7 +170,7 @@ class Replay:
         placement: what is where.
         mode: how tokens travel.
         node_aware: dispatch-combine sends one copy per node.
-        kv_pieces: pieces of the K/V exchange in coherent mode.
+        kv_pieces: pieces of the K/V exchange in coherent mode, 0 = K/V stay where they are (to time the rest).
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class Replay:
         self._cache = torch.zeros(steps.num_layers, shape.batch, shape.kv_dim, dtype=shape.dtype, device=device)
         self._stream = (
             KvStream(group, steps.num_layers, pieces=self.kv_pieces, keep=self._keep)
-            if mode == "coherent" and group.size > 1
+            if mode == "coherent" and group.size > 1 and self.kv_pieces
             else None
         )
 
@@ -229,7 +230,7 @@ class Replay:
             rows = self._dispatcher.forward(layer, block, rows, Step(self._homes, ledger))
             if self._stream is not None and ledger is not None:
                 self._stream.layer_done(index, layer, ledger)
-        if self._stream is not None:
+        if self.mode == "coherent" and self._group.size > 1:
             self._send_names_home(rows)
         return rows
 
@@ -247,7 +248,7 @@ class Replay:
             self.step(index)
             marks.append(self._now())
         self.drain()
-        return [end - start for start, end in zip(marks, marks[1:], strict=False)]
+        return [end - start for start, end in pairwise(marks)]
 
     @torch.inference_mode()
     def outputs(self, index: int) -> torch.Tensor:
@@ -287,6 +288,7 @@ def _make_runtime(placement: Placement, group: RankGroup, tensors: ReplayTensors
     here = placement.slots_on(group.rank)
     slots = here.stop - here.start
     store = ExpertStore([tensors.weights] * num_layers, slots=slots, counters=group.counters)
-    rows = np.maximum(placement.slot_to_expert[:, here], 0).astype(np.int64)
-    store.row_of_slot = torch.as_tensor(rows, device=group.device)
+    for layer, row in enumerate(placement.slot_to_expert[:, here].tolist()):
+        spare = iter(sorted(set(range(len(tensors.weights.gate_up))) - set(row)))  # for empty slots, never used
+        store.commit(layer, {slot: expert if expert >= 0 else next(spare) for slot, expert in enumerate(row)})
     return MoeRuntime(SlotTables.from_placement(placement, rank=group.rank, device=group.device), store, group.counters)

@@ -116,7 +116,7 @@ def count_traffic(
         mode: execution mode.
         sizes: bytes of rows.
         node_aware: dispatch-combine sends one copy per node.
-        kv_pieces: pieces of the K/V exchange in coherent mode.
+        kv_pieces: pieces of the K/V exchange in coherent mode, 0 = none.
     """
     steps, layers, batch, _ = ids_SLBK.shape
     home_B = np.repeat(np.arange(placement.num_ranks), even_homes(batch, placement.num_ranks))
@@ -130,7 +130,8 @@ def count_traffic(
     elif mode == "coherent":
         exchanges = _moving(position, counts, homes, sizes)
         owned = np.stack([position.per_rank(before) for before, _ in homes], axis=1).sum(axis=1)
-        return ReplayTraffic(label, exchanges, tokens, activated, _kv_hops(placement, owned, sizes), kv_pieces)
+        hops = _kv_hops(placement, owned, sizes) if kv_pieces else ()
+        return ReplayTraffic(label, exchanges, tokens, activated, hops, kv_pieces)
     elif node_aware and placement.num_nodes > 1:
         exchanges = _by_node(position, counts, sizes)
     else:

@@ -1,0 +1,20 @@
+"""`moeplace bench`: benchmarks of the runtime, one module each."""
+
+import argparse
+import importlib
+
+HELP = "benchmarks of the runtime: replay"
+BENCHMARKS = {"replay": "bench_replay"}  # name -> module in moeplace.launch.commands
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    subparsers = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    for name, module_name in BENCHMARKS.items():
+        module = importlib.import_module(f"moeplace.launch.commands.{module_name}")
+        sub = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(sub)
+        sub.set_defaults(run_benchmark=module.run)
+
+
+def run(args: argparse.Namespace) -> int:
+    return int(args.run_benchmark(args))
