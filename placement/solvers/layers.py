@@ -131,7 +131,7 @@ class LayerSearch:
         fill_with_copies(self._nets, slots_S, rank_of_slot, cluster.node_of_rank, weight, copies)
         hot = effort.hot * self._nets.load_E.sum() / len(slots_S)
         cost, _ = anneal_replicas(
-            self._nets.ids_TK, self._nets.first_E, self._nets.token_of, slots_S, rank_of_slot,
+            self._nets.ids_TK, self._nets.first_E, self._nets.token_of, self._experts, slots_S, rank_of_slot,
             node_masks(cluster.node_of_rank), cluster.num_ranks, self._limit_R, weight, hot, effort.touches,
             self._problem.survive + 1, seed_state(rng),
         )  # fmt: skip

@@ -176,13 +176,14 @@ def _loads_after(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks
 
 @njit(cache=True, nogil=True)
 def anneal_replicas(  # type: ignore[no-untyped-def]
-    ids_TK, first_E, token_of, slots_S, rank_S, node_mask_N, num_ranks, limit_R, node_weight, hot, touches, min_copies,
-    state,
+    ids_TK, first_E, token_of, num_real, slots_S, rank_S, node_mask_N, num_ranks, limit_R, node_weight, hot, touches,
+    min_copies, state,
 ):  # fmt: skip
     """Improve `slots_S` in place by exact moves; returns (best cost, tokens touched).
 
     Args:
         ids_TK, first_E, token_of: the layer's nets.
+        num_real: experts of the layer; the nets may list empty slots beyond them.
         slots_S: (S,) int32 slot -> expert, -1 = empty.
         rank_S: (S,) rank of each slot.
         node_mask_N: (N,) uint64 bits of the ranks of each node.
@@ -224,7 +225,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
         bit_g = one << np.uint64(g)
         y, b, repoint = -1, -1, False
         if copies_E[a] > min_copies and random_below(state, 3) == 0:
-            b = random_below(state, num_experts)  # slot x gets expert b instead of a
+            b = random_below(state, num_real)  # slot x gets expert b instead of a
             repoint = True
             if b == a or mask_E[b] & bit_g != np.uint64(0):
                 done += 1

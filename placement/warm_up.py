@@ -1,0 +1,33 @@
+"""Compile the numba kernels once, so that the first real command does not wait for it: `python -m moeplace.placement.warm_up`.
+
+Numba stores what it compiled beside the modules (or in the user's cache folder); this solves problems of a few experts
+that touch every kernel, with the array types that real problems have.
+"""
+
+import numpy as np
+
+from moeplace.placement.cluster import Cluster
+from moeplace.placement.problem import Problem
+from moeplace.placement.solve import solve
+from moeplace.profiling.trace import RoutingTrace
+
+
+def warm_up() -> None:
+    """Run every kernel once on a tiny instance."""
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((240, 2, 8)), axis=2)[:, :, :2].astype(np.int16)
+    trace = RoutingTrace(ids, np.full(2, 8), sequence_ids=np.arange(240) // 20)
+    flat = Cluster.uniform(4, slots_per_rank=2)
+    nodes = Cluster.uniform(4, slots_per_rank=3, ranks_per_node=2)
+    for tokens, cluster, mode in (
+        (trace, flat, "dispatch-combine"),
+        (trace, nodes, "dispatch-combine"),
+        (trace.primary(), flat, "coherent"),
+        (trace, flat, "allgather"),
+    ):
+        problem = Problem.from_trace(tokens, cluster, mode=mode, objective="traffic", max_imbalance=1.5)
+        solve(problem, time_limit=0.2)
+
+
+if __name__ == "__main__":
+    warm_up()

@@ -1,0 +1,121 @@
+"""The command line: quick help, exit codes, one sentence for every mistake."""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moeplace.launch.cli import COMMANDS, DONE, FAILED, USAGE, main
+
+HEAVY = ("torch", "ray", "transformers", "ortools", "pulp", "numba", "scipy", "networkx", "numpy")
+MOST_MODULES = 300
+OPTIONAL_INPUT = {"quickstart": "--model", "serve": "--placement"}
+"""Commands whose input file is an option with a default, and that option."""
+
+_HELP_SCRIPT = """
+import contextlib, io, json, sys
+from moeplace.launch.cli import main
+with contextlib.redirect_stdout(io.StringIO()):
+    codes = [main(arguments) for arguments in json.loads(sys.argv[1])]
+print(json.dumps([codes, sorted(sys.modules)]))
+"""
+
+
+def parsers() -> Iterator[tuple[str, list[str], argparse.ArgumentParser]]:
+    """(name, words, parser) of every command, and of every command inside a command."""
+    for command, module in COMMANDS.items():
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"moeplace.launch.commands.{module}").add_arguments(parser)
+        nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        if not nested:
+            yield command, [command], parser
+        for action in nested:
+            for name, inner in action.choices.items():
+                yield f"{command} {name}", [command, name], inner
+
+
+def required_arguments(parser: argparse.ArgumentParser, name: str, file: Path) -> list[str] | None:
+    """The least a command accepts, with `file` for every input; None if it reads no file."""
+    words, reads = [], False
+    for action in parser._actions:
+        required = action.required or action.option_strings == [OPTIONAL_INPUT.get(name)]
+        if not required:
+            continue
+        output = "--out" in action.option_strings or "--json" in action.option_strings
+        value = str(file.parent / "out") if output else _value(action, file)
+        reads = reads or value == str(file)
+        words += [*action.option_strings[-1:], value]
+    return words if reads else None
+
+
+def _value(action: argparse.Action, file: Path) -> str:
+    if action.choices:
+        return str(next(iter(action.choices)))
+    return "2" if action.type in (int, float) else str(file)
+
+
+@pytest.fixture(autouse=True)
+def _keep_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` decides how warnings look; that must not outlive a test."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`--help`, of the whole and of every command, answers before anything large is imported."""
+    arguments = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
+    command = [sys.executable, "-c", _HELP_SCRIPT, json.dumps(arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    codes, modules = json.loads(run.stdout)
+    assert codes == [DONE] * len(arguments)
+    assert not set(HEAVY) & set(modules)
+    assert len(modules) < MOST_MODULES
+
+
+@pytest.mark.parametrize("arguments", [[], ["unknown"], ["stats"], ["stats", "t", "--unknown"]])
+def test_usage_errors_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing or unknown command, argument or option."""
+    assert main(arguments) == USAGE
+    assert "usage: moeplace" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_line(command: str) -> None:
+    """One line without a full stop, as `--help` lists it."""
+    module = importlib.import_module(f"moeplace.launch.commands.{COMMANDS[command]}")
+    assert module.HELP
+    assert "\n" not in module.HELP
+    assert not module.HELP.endswith(".")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not what it should be \xff\x00"], ids=["absent", "empty", "foreign"])
+@pytest.mark.parametrize(("name", "words", "parser"), [pytest.param(*p, id=p[0]) for p in parsers()])
+def test_bad_input_is_one_sentence(
+    name: str,
+    words: list[str],
+    parser: argparse.ArgumentParser,
+    content: bytes | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A missing or foreign input file: exit 1, one line that names the file, no traceback, nothing written."""
+    file = tmp_path / "input.file"
+    if content is not None:
+        file.write_bytes(content)
+    arguments = required_arguments(parser, name, file)
+    if arguments is None:
+        pytest.skip("reads no file")
+    assert main([*words, *arguments]) == FAILED
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("moeplace: ")
+    assert "\n" not in error
+    assert "input.file" in error
+    assert "internal error" not in error
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ([] if content is None else ["input.file"])
