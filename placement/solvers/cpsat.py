@@ -25,6 +25,7 @@ Deterministic for a seed: one worker, and a limit in CP-SAT's deterministic time
 Shape letters: L MoE layers, E experts, K top-k, R ranks, N nodes, U distinct k-sets.
 """
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,8 @@ MOST_SET_RANKS = 20_000
 """Most (k-set, rank) pairs of one layer's model."""
 LOAD_UNITS = 10_000
 """Loads that are not whole numbers are rounded to 1/10,000 of the mean rank's."""
+TERMS_PER_SECOND = 30_000
+"""Terms written per second of a layer's share of the time limit, so that most of it is left for the search."""
 MOST_SWEEPS = 4
 TOLERANCE = 1e-9
 
@@ -54,7 +57,8 @@ class LayerAnswer:
 
 def solve_cpsat(problem: Problem, budget: Budget) -> Draft:
     """Every layer by its own program; `coherent` alternates over layers with their neighbours fixed."""
-    layers = [_LayerModel(problem, layer) for layer in range(problem.num_layers)]
+    share = budget.time_limit / problem.num_layers
+    layers = [_LayerModel(problem, layer, share) for layer in range(problem.num_layers)]
     slots_LS = np.stack([pack_slots(problem, layer) for layer in range(problem.num_layers)])
     held = [model.held_by(row_S) for model, row_S in zip(layers, slots_LS, strict=True)]
     chained = problem.mode == "coherent" and problem.num_layers > 1
@@ -99,7 +103,7 @@ def _slots(held_ER: np.ndarray, slots_R: np.ndarray) -> np.ndarray:
 class _LayerModel:
     """Data of one layer, in integers, and its program."""
 
-    def __init__(self, problem: Problem, layer: int) -> None:
+    def __init__(self, problem: Problem, layer: int, seconds: float) -> None:
         self._problem, self._layer = problem, layer
         self._experts = int(problem.experts_per_layer[layer])
         self._ranks, self._cluster = problem.num_ranks, problem.cluster
@@ -110,7 +114,7 @@ class _LayerModel:
         self._load_E = np.rint(load_E / self._unit).astype(np.int64)
         self._replicas = bool(problem.redundant_slots[layer])
         self.notes: list[str] = []
-        self._sets = self._count_sets()
+        self._sets = self._count_sets(seconds)
 
     def held_by(self, row_S: np.ndarray) -> np.ndarray:
         """(E, R) 0/1 of a row of slots."""
@@ -119,12 +123,14 @@ class _LayerModel:
         held_ER[row_S[used], self._cluster.rank_of_slot[used]] = 1
         return held_ER
 
-    def _count_sets(self) -> tuple[np.ndarray, np.ndarray]:
+    def _count_sets(self, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct k-sets (U, K) and counts (U,), no more than can be written down in a part of the time."""
         problem = self._problem
         if problem.trace is None or problem.mode != "dispatch-combine":
             return np.zeros((0, 1), np.int64), np.zeros(0, np.int64)
         sets_UK, count_U = distinct_ksets(problem.trace.layer(self._layer))
-        most = MOST_SET_RANKS // self._ranks
+        terms = problem.top_k * self._ranks * (3 if self._replicas else 1)
+        most = max(int(min(MOST_SET_RANKS / self._ranks, seconds * TERMS_PER_SECOND / terms)), 1)
         if len(count_U) > most:
             order = np.argsort(-count_U, kind="stable")[:most]
             self.notes.append(f"only the {most} most frequent k-sets of a layer enter its program")
@@ -135,6 +141,7 @@ class _LayerModel:
         self, start_ER: np.ndarray, beside: tuple[np.ndarray | None, np.ndarray | None], seconds: float, seed: int
     ) -> LayerAnswer:
         """The best layer found in `seconds`; `start_ER` if nothing is found."""
+        started = time.monotonic()
         model = cp_model.CpModel()
         self._copies_made: dict[int, list] = {}  # type: ignore[type-arg]
         x = [[model.new_bool_var(f"x{e}_{r}") for r in range(self._ranks)] for e in range(self._experts)]
@@ -148,7 +155,7 @@ class _LayerModel:
         engine = cp_model.CpSolver()
         engine.parameters.num_workers = 1
         engine.parameters.random_seed = seed
-        engine.parameters.max_time_in_seconds = seconds
+        engine.parameters.max_time_in_seconds = max(seconds - (time.monotonic() - started), 0.01)
         engine.parameters.max_deterministic_time = seconds
         status = engine.solve(model)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):

@@ -194,7 +194,9 @@ class _Stage:
             program += x[first, expert, int(part_LE[first, expert])] == 1  # symmetry: parts are equal
         terms = []
         for layer in range(max(first - 1, 0), min(last, len(part_LE) - 1)):
-            terms += self._boundary(program, x, part_LE, layer)
+            terms += self._boundary(program, x, part_LE, layer, started + seconds / 3)
+        if time.monotonic() > started + seconds / 3:  # writing it for the solver takes as long again
+            return part_LE, "none"
         program.setObjective(pulp.lpSum(terms))
         left = seconds - (time.monotonic() - started)
         outcome = solve_program(program, time_limit=left, solver=self._solver, warm=True)
@@ -206,14 +208,17 @@ class _Stage:
                 answer[layer, e] = p
         return (answer, outcome) if self._stayed(answer) >= self._stayed(part_LE) else (part_LE, "feasible")
 
-    def _boundary(self, program, x, part_LE, layer) -> list:  # type: ignore[no-untyped-def,type-arg]
-        """Terms of the objective between a layer and the next; either side may be fixed."""
+    def _boundary(self, program, x, part_LE, layer, deadline) -> list:  # type: ignore[no-untyped-def,type-arg]
+        """Terms of the objective between a layer and the next; either side may be fixed. Incomplete past the
+        deadline."""
 
         def at(side: int, expert: int, part: int):  # type: ignore[no-untyped-def]
             return x.get((side, expert, part), int(part_LE[side, expert] == part))
 
         terms = []
         for i, j in np.argwhere(self._weight[layer]):
+            if time.monotonic() > deadline:
+                break
             weight = float(self._weight[layer, i, j])
             if (layer, i, 0) not in x or (layer + 1, j, 0) not in x:  # linear: one side is fixed
                 fixed, side, e = (

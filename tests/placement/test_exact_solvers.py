@@ -66,7 +66,7 @@ def test_viterbi_equals_brute_force(options, seed) -> None:  # type: ignore[no-u
     assert draft.status == "optimal"
     assert draft.lower_bound == pytest.approx(best)
     assert traffic_of(problem, evaluation) == pytest.approx(best)
-    assert problem_bounds(problem, time_limit=0.3)["traffic"] <= best + 1e-9
+    assert problem_bounds(problem, time_limit=0.1)["traffic"] <= best + 1e-9
 
 
 def test_viterbi_solves_a_mixtral_sized_chain() -> None:
