@@ -49,7 +49,7 @@ def moved_summary(problem: Problem, placement: Placement) -> dict[str, float] | 
     return {
         "moves_per_layer_mean": float(fetched_L.mean()),
         "moves_per_layer_most": float(fetched_L.max()),
-        "bytes": float(moved_bytes(problem.previous, placement, problem.expert_bytes)),
+        "bytes": float(moved_bytes(problem.previous, placement, expert_bytes=problem.expert_bytes)),
         "least_bytes": float(least_bytes(problem.previous, problem.cluster, expert_bytes=problem.expert_bytes)),
     }
 
