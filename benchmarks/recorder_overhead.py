@@ -1,6 +1,6 @@
 """What recording adds to the forward time of a Hugging Face model, measured side by side.
 
-    python benchmarks/recorder_overhead.py [MODEL] [--rounds 10] [--batch 16] [--length 128] [--json F]
+    python benchmarks/recorder_overhead.py [MODEL] [--rounds 10] [--batch 16] [--length 128] [--threads 1] [--json F]
 
 Plain and recorded rounds of 32 passes alternate on the same inputs, after a warm-up; the ratio of every neighbouring pair is
 taken and the median reported with its quartiles. MODEL is a checkpoint folder; by default the shipped model.
@@ -29,21 +29,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json")
     args = parser.parse_args()
     model, _ = load_model(args.model)
     tokens = torch.randint(1, 1000, (args.batch, args.length), generator=torch.Generator().manual_seed(0))
-    plain, recorded = measure(model, tokens, args.rounds)
-    ratios = recorded / plain
+    torch.set_num_threads(args.threads)
+    seconds = measure(model, tokens, args.rounds)  # (plain or recorded, round, wall or CPU)
+    ratios = seconds[1] / seconds[0] - 1
     figures = {
         "model": args.model,
         "tokens_per_pass": tokens.numel(),
         "rounds": args.rounds,
         "passes_per_round": PASSES,
-        "plain_seconds": float(np.median(plain)),
-        "recorded_seconds": float(np.median(recorded)),
-        "overhead": float(np.median(ratios) - 1),
-        "overhead_quartiles": [float(q - 1) for q in np.quantile(ratios, (0.25, 0.75))],
+        "plain_seconds": float(np.median(seconds[0, :, 0])),
+        "recorded_seconds": float(np.median(seconds[1, :, 0])),
+        "overhead": float(np.median(ratios[:, 0])),
+        "overhead_quartiles": np.quantile(ratios[:, 0], (0.25, 0.75)).tolist(),
+        "cpu_overhead": float(np.median(ratios[:, 1])),
+        "cpu_overhead_quartiles": np.quantile(ratios[:, 1], (0.25, 0.75)).tolist(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -52,21 +56,23 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def measure(model: torch.nn.Module, tokens: torch.Tensor, rounds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds per pass of every plain and every recorded round; which of a pair comes first alternates.
+def measure(model: torch.nn.Module, tokens: torch.Tensor, rounds: int) -> np.ndarray:
+    """Seconds per pass, float array (2, rounds, 2): plain and recorded; wall and CPU time. The order alternates.
 
-    A round is `PASSES` passes. The recorded one includes all that recording costs: opening, appending, closing the file.
+    A round is `PASSES` passes. The recorded one includes all that recording costs: opening, appending, closing the
+    file. CPU time is the figure to read on a machine that others use too.
     """
-    seconds: tuple[list[float], list[float]] = ([], [])
+    seconds = np.zeros((2, rounds + 1, 2))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for number in range(rounds + 1):
             for record in (0, 1) if number % 2 else (1, 0):
-                start = time.perf_counter()
+                start = np.array([time.perf_counter(), time.process_time()])
                 with Recorder(model, Path(folder) / "t") if record else nullcontext():
                     for _ in range(PASSES):
                         model(input_ids=tokens, use_cache=False)
-                seconds[record].append((time.perf_counter() - start) / PASSES)
-    return np.array(seconds[0][1:]), np.array(seconds[1][1:])
+                end = np.array([time.perf_counter(), time.process_time()])
+                seconds[record, number] = (end - start) / PASSES
+    return seconds[:, 1:]  # the first round warms up
 
 
 if __name__ == "__main__":
