@@ -2,8 +2,8 @@
 
     python benchmarks/recorder_overhead.py [MODEL] [--rounds 10] [--batch 16] [--length 128] [--threads 1] [--json F]
 
-Plain and recorded rounds of 32 passes alternate on the same inputs, after a warm-up; the ratio of every neighbouring pair is
-taken and the median reported with its quartiles. MODEL is a checkpoint folder; by default the shipped model.
+Plain and recorded rounds of 32 passes alternate on the same inputs, after a warm-up; the ratio of every neighbouring
+pair is taken and the median reported with its quartiles. MODEL is a checkpoint folder; by default the shipped model.
 """
 
 import argparse
