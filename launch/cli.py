@@ -21,6 +21,7 @@ COMMANDS = {  # name -> module in moeplace.launch.commands, in the order of --he
     "solve": "solve",
     "evaluate": "evaluate",
     "compare": "compare",
+    "report": "report",
     "plan": "plan",
     "export": "export",
     "import-placement": "import_placement",

@@ -10,8 +10,10 @@ from typing import Any
 
 from moeplace.profiling.errors import FormatError
 
-WORTH_HAVING = 1.02
-"""A speedup below this is not worth a placement."""
+AS_FAST = 0.95
+"""Runs that reach this share of the greatest speed count as fast: on shared machines less is noise."""
+
+_SAVINGS = (("collectives_per_layer", "collectives"), ("copies_per_token", "token copies across ranks"))
 
 
 @dataclass(frozen=True)
@@ -121,25 +123,33 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cells).rstrip()
 
 
+def best_run(runs: Sequence[Run]) -> Run:
+    """The run to recommend: of those that are as fast as any, the one with the fewest copies, then least imbalance."""
+    fastest = max(run.figures.get("tokens_per_second", 0.0) for run in runs)
+    fast = [run for run in runs if run.figures.get("tokens_per_second", 0.0) >= AS_FAST * fastest]
+    unknown = float("inf")
+    return min(fast, key=lambda r: (r.figures.get("copies_per_token", unknown), r.figures.get("imbalance", unknown)))
+
+
 def verdict(runs: Sequence[Run]) -> str:
-    """One sentence: which run is best, by how much against the first one, and whether a placement is worth having."""
+    """One sentence: which run is best, and by how much against the first one."""
     speeds = [run.figures.get("tokens_per_second", 0.0) for run in runs]
     if not any(speeds):
         return "Nothing was measured."
-    baseline, best = runs[0], runs[speeds.index(max(speeds))]
-    gain = max(speeds) / speeds[0] if speeds[0] else float("inf")
-    if gain < WORTH_HAVING:
-        return f"Leave the experts as they are: no run is faster than {baseline.mode} in {baseline.placement} here."
+    baseline, best = runs[0], best_run(runs)
+    if best is baseline:
+        return f"Leave the experts as they are: no run is better than {baseline.mode} in {baseline.placement} here."
+    gain = best.figures["tokens_per_second"] / speeds[0] if speeds[0] else float("inf")
+    savings = [words for key, what in _SAVINGS if (words := _saving(baseline, best, key, what))]
     return (
-        f"Run {best.mode} with the {best.placement} placement: {gain:.2f} times the tokens per second "
-        f"of {baseline.mode} in {baseline.placement}{_share(runs, best)}."
+        f"Run {best.mode} with the {best.placement} placement: {', '.join([*savings, ''])}{gain:.2f} times the tokens "
+        f"per second of {baseline.mode} in {baseline.placement}."
     )
 
 
-def _share(runs: Sequence[Run], best: Run) -> str:
-    """How much of the gain is the placement's, where the same mode was run under the first placement."""
-    same = [run for run in runs if run.mode == best.mode and run.placement == runs[0].placement and run is not best]
-    if not same or best.mode == runs[0].mode or not same[0].figures.get("tokens_per_second"):
+def _saving(baseline: Run, best: Run, key: str, what: str) -> str:
+    """How much less there is of something, if a percent at least."""
+    before, after = baseline.figures.get(key), best.figures.get(key)
+    if not before or after is None or after > 0.99 * before:
         return ""
-    gain = best.figures["tokens_per_second"] / same[0].figures["tokens_per_second"]
-    return f" ({gain:.2f} times that of {best.mode} in {runs[0].placement})"
+    return f"{1 - after / before:.0%} fewer {what}"

@@ -112,14 +112,8 @@ class Results:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """Times on these ranks.
-
-        Bandwidth and expert time are measured apart. The latency of a collective is what the first run spent per
-        collective, waiting for other ranks included; the rest of its steps is what no placement changes.
-        """
-        baseline = [rank["runs"][0]["counters"] for rank in self.ranks]
-        waited = mean(counters["seconds"]["exchange"] for counters in baseline)
-        link = Link(waited / _collectives(baseline[0]), self._mean_over_ranks("links")["bandwidth"])
+        """Links and expert time as the ranks measured them; the rest of a layer is what the first run takes beyond them."""
+        link = Link(**self._mean_over_ranks("links"))
         found = Calibration(link, link, ExpertTime(**self._mean_over_ranks("experts")))
         rest = self._step_seconds(0) - self._evaluate(0, found).predicted_seconds
         return replace(found, other_seconds_per_layer=max(rest, 0.0) / self.test.num_layers)
@@ -196,10 +190,3 @@ def copies_of_all_layers(found: Evaluation, ranks: int) -> float:
         return found.copies_per_token * layers
     d = float(found.ranks_per_token_L[0])
     return found.copies_per_token * (layers - 1) + d * (1 - 1 / ranks) + (d - 1)
-
-
-def _collectives(counters: Mapping[str, Any]) -> float:
-    """Collectives of all steps, outside the layers too."""
-    return counters["collectives_per_layer"] * counters["layer_passes"] + sum(
-        counters["collectives_outside_layers"].values()
-    )

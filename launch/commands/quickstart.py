@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences-per-text", type=int, metavar="N", help="profile only N sequences of each text")
     parser.add_argument("--requests", type=int, default=64, metavar="N", help="served at once (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="per request (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="repetitions (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="repetitions (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default: %(default)s)")
 
 

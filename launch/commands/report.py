@@ -1,0 +1,51 @@
+"""`moeplace report`: one self-contained page on a trace, placements and measurements."""
+
+import argparse
+
+from moeplace.launch.problems import SPLITS
+
+HELP = "draw placements of a trace, and measurements, as one self-contained HTML page"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("trace", metavar="T", help="routing trace")
+    parser.add_argument(
+        "--placement", action="append", required=True, metavar="P", help="placement file (several: repeat the flag)"
+    )
+    parser.add_argument(
+        "--measurements", metavar="F", help="report.json of the quickstart, or JSON of `moeplace bench`"
+    )
+    parser.add_argument("--split", choices=SPLITS, default="test", help="tokens to judge by (default: %(default)s)")
+    parser.add_argument("--out", required=True, metavar="HTML", help="page to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, draw, write."""
+    from pathlib import Path
+
+    from moeplace.launch.problems import index_order_like
+    from moeplace.launch.report import Report, write_report
+    from moeplace.placement.placement_file import load_placement
+    from moeplace.profiling.errors import FormatError
+    from moeplace.profiling.files import read_json
+    from moeplace.profiling.trace_file import load_trace
+
+    trace = load_trace(args.trace)
+    loaded = {str(path): load_placement(path) for path in args.placement}
+    names = [Path(path).stem for path in loaded]
+    names = names if len(set(names)) == len(names) else list(loaded)
+    placements = {"index order": index_order_like(next(iter(loaded.values())))}
+    placements |= dict(zip(names, loaded.values(), strict=True))
+    document = read_json(args.measurements) if args.measurements else {}
+    if not isinstance(document, dict) or (args.measurements and "runs" not in document):
+        raise FormatError(f"{args.measurements} is not a file of measurements: it lacks 'runs'")
+    side = trace.split(args.split)
+    tokens = f"{side.num_tokens:,} of {trace.num_tokens:,} ({args.split})"
+    conditions = {"model": trace.model or "unnamed", "trace": str(args.trace), "tokens": tokens}
+    conditions |= {name: f"{path}, {loaded[path].digest[:19]}" for name, path in zip(names, loaded, strict=True)}
+    document = {**document, "conditions": {**conditions, **document.get("conditions", {})}}
+    report = Report.of(side, placements, document)
+    write_report(args.out, report)
+    print(f"{report.verdict}\nwrote {args.out}")
+    return 0
