@@ -125,7 +125,7 @@ def gain_of_copies(ids_TK, mask_E, node_mask_N, num_ranks, node_weight, cost_T, 
 
 
 @njit(cache=True, nogil=True)
-def _touched(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T, stop):  # type: ignore[no-untyped-def]
+def _touched(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T):  # type: ignore[no-untyped-def]
     """Change of cost over the tokens of experts a and b (b = -1: none) under the present `mask_E`."""
     rank_K = np.empty(ids_TK.shape[1], np.int64)
     delta = 0.0
@@ -175,9 +175,22 @@ def _loads_after(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks
 
 
 @njit(cache=True, nogil=True)
+def _rank_risk(r, slots_S, rank_S, copies_E, risk_EE):  # type: ignore[no-untyped-def]
+    """Quadratic form of the hedge over the experts of rank r, each with its share 1/replicas."""
+    total = 0.0
+    for x in range(len(slots_S)):
+        if rank_S[x] != r or slots_S[x] < 0:
+            continue
+        for y in range(len(slots_S)):
+            if rank_S[y] == r and slots_S[y] >= 0:
+                total += risk_EE[slots_S[x], slots_S[y]] / (copies_E[slots_S[x]] * copies_E[slots_S[y]])
+    return total
+
+
+@njit(cache=True, nogil=True)
 def anneal_replicas(  # type: ignore[no-untyped-def]
-    ids_TK, first_E, token_of, num_real, slots_S, rank_S, node_mask_N, num_ranks, limit_R, node_weight, hot, touches,
-    min_copies, state,
+    ids_TK, first_E, token_of, num_real, slots_S, rank_S, node_mask_N, num_ranks, limit_R, risk_EE, node_weight, hot,
+    end, touches, min_copies, state,
 ):  # fmt: skip
     """Improve `slots_S` in place by exact moves; returns (best cost, tokens touched).
 
@@ -189,8 +202,9 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
         node_mask_N: (N,) uint64 bits of the ranks of each node.
         num_ranks: R.
         limit_R: (R,) most load of each rank.
+        risk_EE: hedge, see `robust`; a replicated expert counts with its share on each rank.
         node_weight: price of a node beside a rank.
-        hot: first temperature in tokens; 0 = descent.
+        hot, end: first and last temperature in tokens; hot = 0 is descent only.
         touches: work to do, in tokens evaluated.
         min_copies: copies every expert keeps.
         state: (1,) uint64.
@@ -204,8 +218,12 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
             copies_E[slots_S[s]] += 1
     cost_T = np.zeros(len(ids_TK))
     rank_TK = np.full(ids_TK.shape, -1, np.int64)
-    load_R, trial_R = np.zeros(num_ranks), np.zeros(num_ranks)
+    load_R, trial_R, new_risk_R = np.zeros(num_ranks), np.zeros(num_ranks), np.zeros(num_ranks)
     cost = replay_layer(ids_TK, mask_E, node_mask_N, num_ranks, node_weight, cost_T, rank_TK, load_R)
+    risk_R = np.zeros(num_ranks)
+    for r in range(num_ranks):
+        risk_R[r] = _rank_risk(r, slots_S, rank_S, copies_E, risk_EE)
+        cost += risk_R[r] ** 2
     best_S, best_cost = slots_S.copy(), np.inf
     over = np.maximum(load_R - limit_R, 0.0).sum()
     if over <= 0.0:
@@ -214,7 +232,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
     while done < touches:
         share = done / touches
         last = hot <= 0 or share > 0.85
-        temperature = 0.0 if last else hot * 0.02 ** (share / 0.85)
+        temperature = 0.0 if last else hot * (end / hot) ** (share / 0.85)
         price = 20.0 if last else 2.0 * 3.0 ** (share / 0.85)
         x = random_below(state, slots)
         a = slots_S[x]
@@ -224,7 +242,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
         g = rank_S[x]
         bit_g = one << np.uint64(g)
         y, b, repoint = -1, -1, False
-        if copies_E[a] > min_copies and random_below(state, 3) == 0:
+        if copies_E[a] > min_copies and random_below(state, 5) < 3:
             b = random_below(state, num_real)  # slot x gets expert b instead of a
             repoint = True
             if b == a or mask_E[b] & bit_g != np.uint64(0):
@@ -238,19 +256,31 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
             if g == h or mask_E[a] & bit_h != np.uint64(0) or (b >= 0 and mask_E[b] & bit_g != np.uint64(0)) or a == b:
                 done += 1
                 continue
+        touched_bits = mask_E[a] | bit_g
         old_a, old_b = mask_E[a], mask_E[b] if b >= 0 else np.uint64(0)
+        slots_S[x] = b
         if repoint:
+            touched_bits |= mask_E[b]
             mask_E[a] &= ~bit_g
             mask_E[b] |= bit_g
+            copies_E[a] -= 1
+            copies_E[b] += 1
         else:
+            slots_S[y] = a
+            touched_bits = bit_g | bit_h
             mask_E[a] = (mask_E[a] & ~bit_g) | bit_h
             if b >= 0:
                 mask_E[b] = (mask_E[b] & ~bit_h) | bit_g
         work = first_E[a + 1] - first_E[a] + (first_E[b + 1] - first_E[b] if b >= 0 else 0)
         done += work + 1
         delta = _touched(
-            a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T, np.inf
+            a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T
         )
+        for r in range(num_ranks):
+            new_risk_R[r] = risk_R[r]
+            if touched_bits >> np.uint64(r) & one:
+                new_risk_R[r] = _rank_risk(r, slots_S, rank_S, copies_E, risk_EE)
+                delta += new_risk_R[r] ** 2 - risk_R[r] ** 2
         draw = max(float(next_random(state) >> np.uint64(11)) * (1.0 / 9007199254740992.0), 1e-12)
         allowed = -temperature * np.log(draw) if temperature > 0 else -1e-9
         take = delta <= allowed + price * over
@@ -269,18 +299,19 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
             mask_E[a] = old_a
             if b >= 0:
                 mask_E[b] = old_b
+            slots_S[x] = a
+            if repoint:
+                copies_E[a] += 1
+                copies_E[b] -= 1
+            else:
+                slots_S[y] = b
             continue
         _loads_after(
             a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T, rank_TK, load_R, True
         )
         over = new_over
         cost += delta
-        slots_S[x] = b
-        if repoint:
-            copies_E[a] -= 1
-            copies_E[b] += 1
-        else:
-            slots_S[y] = a
+        risk_R[:] = new_risk_R
         if over <= 0.0 and cost < best_cost:
             best_cost = cost
             best_S[:] = slots_S
