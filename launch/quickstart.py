@@ -108,11 +108,12 @@ def run_quickstart(options: QuickstartOptions) -> dict[str, Any]:
         new_tokens=options.new_tokens,
         sequences_per_text=options.sequences_per_text,
     )
+    prompts = plain.held_out_prompts(options.requests)
     trace = _profile(options, plain, say)
     solved = _solve(options, trace, say)
     with tempfile.TemporaryDirectory(prefix="moeplace-quickstart-") as name:
         folder = Path(name)
-        job = _prepare(options, model, plain, trace, solved, folder, say)
+        job = _prepare(options, model, plain, prompts, trace, solved, folder, say)
         measured = _serve(options, job, folder, say)
         placements = [load_placement(run.file) for run in job.runs]
     results = Results(_decoded(trace, "test"), placements, job, measured)
@@ -205,13 +206,13 @@ def _prepare(
     options: QuickstartOptions,
     model: Path,
     plain: PlainModel,
+    prompts: torch.Tensor,
     trace: RoutingTrace,
     solved: dict[Mode, SolveResult],
     folder: Path,
     say: _Stages,
 ) -> Job:
     """Write everything the ranks need."""
-    prompts = plain.held_out_prompts(options.requests)
     answers = plain.answer(prompts, checked=min(options.checked, options.requests))
     np.save(folder / REFERENCE, answers.logits)
     runs = []

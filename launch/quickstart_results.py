@@ -112,7 +112,7 @@ class Results:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """Links and expert time as the ranks measured them; the rest of a layer is what the first run takes beyond them."""
+        """Links and expert time as the ranks measured them; a layer's rest is what the first run takes beyond."""
         link = Link(**self._mean_over_ranks("links"))
         found = Calibration(link, link, ExpertTime(**self._mean_over_ranks("experts")))
         rest = self._step_seconds(0) - self._evaluate(0, found).predicted_seconds
