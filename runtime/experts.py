@@ -228,7 +228,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
         ends: (groups,) int32, index after the last row of each group.
     """
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    worthwhile = x.device.type != "cpu" or 4 * len(x) >= len(weight)
+    worthwhile = x.device.type != "cpu" or len(x) >= 2 * len(weight)
     if aligned and worthwhile and x.dtype != torch.float64:
         return torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends)
     return looped_linear(x, weight, ends)

@@ -2,8 +2,8 @@
 
 A step is one decode pass of a batch: per MoE layer each token gets its K/V from a projection, then goes through the
 dispatcher to the experts that the trace names. Attention itself and the dense layers are left out, in every mode alike.
-In coherent mode K/V go to all ranks and the chosen tokens' names home. All layers share one set of experts, so that a
-rank holds one layer's worth of them, and outputs of different placements and modes can be compared.
+In coherent mode K/V go to all ranks and the chosen tokens' names home. All layers share
+one set of experts, which every rank holds whole: outputs of different placements and modes can be compared.
 
 Shape letters: S steps, L MoE layers, B tokens per step, K top-k, D hidden size, H expert hidden size, c K/V elements
 per token and layer, R ranks, E experts.
@@ -123,7 +123,8 @@ class TableBlock:
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
         """See `MoeBlock`."""
-        return torch.nn.functional.rms_norm(x, x.shape[-1:])
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * (x.shape[-1] ** 0.5 / norm)
 
     def route(self, hidden: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `MoeBlock`."""
@@ -284,7 +285,7 @@ class Replay:
 
 
 def _make_runtime(placement: Placement, group: RankGroup, tensors: ReplayTensors, num_layers: int) -> MoeRuntime:
-    """This rank's part of a placement; slots point to the shared experts."""
+    """This rank's part of a placement; its slots point to the experts that all layers share."""
     here = placement.slots_on(group.rank)
     slots = here.stop - here.start
     store = ExpertStore([tensors.weights] * num_layers, slots=slots, counters=group.counters)

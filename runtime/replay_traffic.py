@@ -290,11 +290,15 @@ def predict_seconds(traffic: ReplayTraffic, cluster: Cluster, calibration: Calib
 
 
 def _with_kv(traffic: ReplayTraffic, seconds_S: np.ndarray, cluster: Cluster) -> np.ndarray:
-    """The exposed part of the K/V exchange added."""
-    total = sum(exchange.bytes_SLRR.sum(axis=1) for exchange in traffic.exchanges) + traffic.kv_hops[0]
-    busy_S = np.array([slowest_direction_seconds(bytes_RR, cluster) for bytes_RR in total])
-    out_S = np.maximum(seconds_S, busy_S) + traffic.kv_pieces * collective_latency(cluster)
+    """The exposed part of the K/V exchange added; in one piece it is waited for at once."""
+    first = traffic.kv_hops[0]
+    if traffic.kv_pieces == 1:
+        out_S = seconds_S + np.array([transfer_seconds(bytes_RR, cluster, 1.0) for bytes_RR in first])
+    else:
+        total = sum(exchange.bytes_SLRR.sum(axis=1) for exchange in traffic.exchanges) + first
+        out_S = np.maximum(seconds_S, [slowest_direction_seconds(bytes_RR, cluster) for bytes_RR in total])
+    out_S = out_S + traffic.kv_pieces * collective_latency(cluster)
     if len(traffic.kv_hops) > 1:
-        inside = [transfer_seconds(hop, cluster, 1.0) for hop in traffic.kv_hops[1]]
-        out_S += np.array(inside) + traffic.kv_pieces * cluster.intra.latency
+        inside = [transfer_seconds(bytes_RR, cluster, 1.0) for bytes_RR in traffic.kv_hops[1]]
+        out_S = out_S + np.array(inside) + traffic.kv_pieces * cluster.intra.latency
     return out_S
