@@ -106,6 +106,13 @@ def flow_chart(view: PlacementView) -> str:
     return picture(WIDTH, height + top + 34, f"where tokens travel, {view.name}", [*bands, *nodes, *labels])
 
 
+def flow_caption(view: PlacementView) -> str:
+    """How to read a flow chart, and what it leaves out."""
+    words = "Bands in full colour stay on their rank."
+    layers = view.placement.num_layers
+    return words if layers <= _MOST_FLOW_LAYERS else f"{words} The first {_MOST_FLOW_LAYERS} of {layers} MoE layers."
+
+
 def _node_sizes(view: PlacementView, layer: int) -> np.ndarray:
     """(R,) share of the primary experts' tokens on each rank in a layer."""
     if layer < len(view.travel_BRR):
@@ -120,7 +127,7 @@ def _bands(flow_RR: np.ndarray, x0: float, start_R: np.ndarray, x1: float, end_R
     top1 = end_R[None, :] + np.cumsum(flow_RR, axis=0) - flow_RR
     drawn = []
     for source, target in sorted(np.ndindex(ranks, ranks), key=lambda pair: pair[0] == pair[1]):
-        size = flow_RR[source, target]
+        size = float(flow_RR[source, target])
         if size > 0:
             a, b = float(top0[source, target]), float(top1[source, target])
             kind = "stay" if source == target else "move"

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from moeplace.launch import page
-from moeplace.launch.charts import affinity_chart, bar_chart, flow_chart, load_chart, travel_chart
+from moeplace.launch.charts import affinity_chart, bar_chart, flow_caption, flow_chart, load_chart, travel_chart
 from moeplace.launch.comparison import FIGURES, Figure, Run, best_run, runs_from_json, shown_figures, verdict
 from moeplace.launch.report_views import PlacementView, make_views
 from moeplace.placement.placement import Placement
@@ -108,7 +108,7 @@ def _header(report: Report) -> str:
     placement = report.before.placement
     kicker = (
         f"moeplace report · {report.conditions.get('model', 'routing trace')} · {placement.num_ranks} ranks · "
-        f"{int(report.before.stats.num_tokens):,} held-out tokens"
+        f"judged on {int(report.before.stats.num_tokens):,} tokens"
     )
     check = f'<p class="check{"" if report.equal else " bad"}">{escape(report.check)}</p>' if report.check else ""
     return f'<header><p class="kicker">{escape(kicker)}</p><h1>{escape(report.verdict)}</h1>{check}</header>'
@@ -205,8 +205,8 @@ def _affinities(report: Report) -> str:
     ]
     layout = f"grid-template-rows:repeat({len(pair)},auto);grid-auto-flow:column;grid-auto-columns:1fr"
     note = (
-        "Row: an expert of one MoE layer; column: the next layer's expert; darker is more probable. Experts are in the "
-        "order of their ranks and each rank's block is outlined: a good placement draws the colour into the outlines."
+        "Row: an expert of one MoE layer; column: the next layer's expert; the stronger the colour, the more probable. "
+        "Experts are in the order of their ranks, blocks of one rank are outlined: a good placement draws colour into them."
         + (f" The {count} boundaries that gain most." if count < len(gain_B) else "")
     )
     return page.section(

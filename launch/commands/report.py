@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise FormatError(f"{args.measurements} is not a file of measurements: it lacks 'runs'")
     side = trace.split(args.split)
     tokens = f"{side.num_tokens:,} of {trace.num_tokens:,} ({args.split})"
-    conditions = {"model": trace.model or "unnamed", "trace": str(args.trace), "tokens": tokens}
+    conditions = {"model": trace.model or "unnamed model", "trace": str(args.trace), "tokens": tokens}
     conditions |= {name: f"{path}, {loaded[path].digest[:19]}" for name, path in zip(names, loaded, strict=True)}
     document = {**document, "conditions": {**conditions, **document.get("conditions", {})}}
     report = Report.of(side, placements, document)

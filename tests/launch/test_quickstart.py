@@ -92,7 +92,10 @@ def test_options_are_checked(name: str, value: int) -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--ranks", "17", "--sequences-per-text", "4"], "ranks (17) must not exceed the experts of a layer (16)"),
+        (
+            ["--ranks", "17", "--sequences-per-text", "4", "--requests", "2"],
+            "ranks (17) must not exceed the experts of a layer (16)",
+        ),
         (["--new-tokens", "600"], "exceed the 512 positions"),
         (["--requests", "100", "--sequences-per-text", "4"], "100 requests need as many"),
     ],
