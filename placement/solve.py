@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moeplace.placement.bounds import problem_bounds
+from moeplace.placement.bounds import held_imbalance, problem_bounds
 from moeplace.placement.evaluate import Evaluation
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
@@ -16,7 +16,7 @@ from moeplace.placement.stop import Budget
 from moeplace.profiling.errors import InputError
 
 OPTIMAL_GAP = 1e-9
-_BOUND_SHARE = 0.1
+_BOUND_SHARE = 0.2
 
 
 def solve(
@@ -49,11 +49,13 @@ def solve(
         draft = keep_close(problem, draft, budget)
     placement = problem.placement(draft.slot_to_expert)
     name, objective, values = measure(problem, placement)
-    bounds = problem_bounds(problem, time_limit=max(time_limit - (time.monotonic() - started), 0.05 * time_limit))
-    lower = max(draft.lower_bound or 0.0, bounds.get(name, 0.0))
-    lower = min(lower, objective) if lower <= objective * (1 + 1e-9) else lower
+    broken = broken_cap(problem, placement)
+    bounded = problem.replace(max_imbalance=None) if broken else problem
+    bounds = problem_bounds(bounded, time_limit=max(time_limit - (time.monotonic() - started), 0.05 * time_limit))
+    lower = max(draft.lower_bound or 0.0, bounds.get(name, 0.0)) if not broken else bounds.get(name, 0.0)
     gap = (objective - lower) / objective if objective > 0 else 0.0
-    proven = draft.status == "optimal" or gap <= OPTIMAL_GAP
+    proven = not broken and (draft.status == "optimal" or gap <= OPTIMAL_GAP)
+    status = "feasible" if broken and draft.status == "optimal" else draft.status
     return SolveResult(
         placement=placement,
         solver=solver,
@@ -62,13 +64,13 @@ def solve(
         objective=objective,
         lower_bound=objective if proven else lower,
         gap=0.0 if proven else gap,
-        status="optimal" if proven else draft.status,
+        status="optimal" if proven else status,
         seconds=time.monotonic() - started,
         bounds={key: value for key, value in bounds.items() if key in values},
         values=values,
         history=draft.history,
         moved=moved_summary(problem, placement),
-        notes=draft.notes,
+        notes=draft.notes + ((broken,) if broken else ()),
     )
 
 
@@ -95,6 +97,24 @@ def traffic(problem: Problem, evaluation: Evaluation) -> float:
     if problem.mode == "allgather":
         return 0.0
     return float(evaluation.copies_per_token + weight * evaluation.node_copies_per_token)
+
+
+def broken_cap(problem: Problem, placement: Placement) -> str:
+    """A sentence if a layer exceeds the cap on imbalance (some published models have none), else ""."""
+    caps_L = held_imbalance(problem)
+    if caps_L is None:
+        return ""
+    imbalance_L = (
+        load_imbalance(problem, placement) if problem.trace is None else problem.evaluate(placement).imbalance_L
+    )
+    over_L = imbalance_L - caps_L
+    if (over_L <= 1e-6).all():
+        return ""
+    layer = int(over_L.argmax())
+    return (
+        f"the cap on imbalance is not kept: MoE layer {layer} has {imbalance_L[layer]:.4f}, allowed are "
+        f"{caps_L[layer]:.4f}; the bounds are those without a cap"
+    )
 
 
 def load_imbalance(problem: Problem, placement: Placement) -> np.ndarray:

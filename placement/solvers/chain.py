@@ -92,9 +92,9 @@ def attraction(rank_LS: np.ndarray, transitions_LSS: np.ndarray, cost_RR: np.nda
 
 @njit(cache=True, nogil=True)
 def anneal_chain(  # type: ignore[no-untyped-def]
-    rank_LS, transitions_LSS, cost_RR, table_LSR, load_LS, limit_LR, risk_LSS, hot, end, proposals, state
+    rank_LS, transitions_LSS, cost_RR, table_LSR, load_LS, limit_LR, risk_LSS, hot, end, first, stop, proposals, state
 ):
-    """Improve `rank_LS` in place; returns (best cost found, work done in touched table entries).
+    """Carry out the cooling steps first..stop-1 of COOLING_STEPS in place; `stop > COOLING_STEPS` ends with descent.
 
     Args:
         rank_LS: (L, S) int64.
@@ -103,8 +103,9 @@ def anneal_chain(  # type: ignore[no-untyped-def]
         table_LSR: (L, S, R) float64 from `attraction`, kept up to date.
         load_LS: (L, S) load of each expert. limit_LR: (L, R) most load of each rank.
         risk_LSS: (L, S, S) hedge, see `robust`.
-        hot, end: first and last temperature, in tokens; hot = 0 is descent only.
-        proposals: number of swaps tried in all.
+        hot, end: temperature of the first and of the last cooling step, in tokens.
+        first, stop: the steps of this call, so that the caller can look at the clock in between.
+        proposals: number of swaps that all steps together try.
         state: (1,) uint64.
     """
     layers, slots = rank_LS.shape
@@ -119,20 +120,12 @@ def anneal_chain(  # type: ignore[no-untyped-def]
                 risk_LSR[layer, e, rank_LS[layer, f]] += risk_LSS[layer, e, f]
         for e in range(slots):
             risk_LR[layer, rank_LS[layer, e]] += risk_LSR[layer, e, rank_LS[layer, e]]
-    over_total = 0.0
-    for layer in range(layers):
-        for r in range(num_ranks):
-            over_total += max(load_LR[layer, r] - limit_LR[layer, r], 0.0)
-    cost, best_cost = 0.0, np.inf
-    best_LS = rank_LS.copy()
-    steps = COOLING_STEPS if hot > 0 else 0
-    work = 0
-    for step in range(steps + 1):
-        last = step == steps
-        temperature = 0.0 if last else hot * (end / hot) ** (step / (steps - 1.0))
-        price = 1e6 if last else 1.0 * (4.0 ** (step / (steps - 1.0)))
-        count = max(proposals // 4, 40 * layers * slots) if last else proposals * 3 // (4 * steps)
-        work += count
+    for step in range(first, stop):
+        last = step == COOLING_STEPS
+        share = step / (COOLING_STEPS - 1.0)
+        temperature = 0.0 if last else hot * (end / hot) ** share
+        price = 1e6 if last else 4.0**share
+        count = max(proposals // 4, 40 * layers * slots) if last else proposals * 3 // (4 * COOLING_STEPS)
         for _ in range(count):
             layer = random_below(state, layers)
             a, b = random_below(state, slots), random_below(state, slots)
@@ -156,17 +149,8 @@ def anneal_chain(  # type: ignore[no-untyped-def]
                 risk_LSR[layer, e, h] -= shift
             risk_LR[layer, g], risk_LR[layer, h] = new_g, new_h
             _exchange(layer, a, b, rank_LS, transitions_LSS, cost_RR, table_LSR)
-            work += 4 * slots
             load_LR[layer, g] -= amount
             load_LR[layer, h] += amount
-            over_total += over
-            cost += delta
-            if last and over_total < 1e-6 and cost < best_cost:
-                best_cost = cost
-    if best_cost == np.inf:
-        best_cost = cost
-    best_LS[:] = rank_LS
-    return best_cost, work
 
 
 @njit(cache=True, nogil=True)

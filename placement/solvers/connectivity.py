@@ -221,7 +221,7 @@ def _anneal(  # type: ignore[no-untyped-def]
         last = step == steps
         temperature = 0.0 if last else hot * mean_load * (0.03 ** (step / (steps - 1.0)))
         # Price of a token above the cap: lenient while hot, prohibitive at the end.
-        price = 1e6 if last else 2.0 * (3.0 ** (step / (steps - 1.0)))
+        price = 1e6 if last else (1.0 + node_weight) * 2.0 * (3.0 ** (step / (steps - 1.0)))
         quiet = 0
         proposals = pairs * 40 if last else int(pairs * sweeps * 0.1) + 1
         for _ in range(proposals):

@@ -3,7 +3,7 @@
 Shape letters: L MoE layers, E experts of a layer, R ranks, N nodes, S slots per layer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,12 +27,23 @@ class Effort:
         hot: first temperature as a share of the mean expert's load.
         touches: tokens that the replica search may evaluate.
         hedge: weight of `robust.risk_matrix`.
+        seconds: what it should take on an unshared core.
     """
 
     sweeps: int = 300
     hot: float = 0.06
     touches: int = 0
     hedge: float = 0.004
+    seconds: float = 0.0
+
+    def scaled(self, factor: float) -> "Effort":
+        """Less of the same: `factor` in 0..1."""
+        return replace(
+            self,
+            sweeps=max(int(self.sweeps * factor), 4),
+            touches=int(self.touches * factor),
+            seconds=self.seconds * factor,
+        )
 
 
 class LayerSearch:
@@ -51,7 +62,7 @@ class LayerSearch:
         share = (thin_TK >= 0).sum() / max(int((ids_TK >= 0).sum()), 1)
         self._limit_R = limits_R if stride == 1 else limits_R * share
         risk_SS = risk_matrix(
-            problem.trace.select(slice(None, None, stride)), thin_TK, self._cluster.num_slots, problem.num_ranks, hedge
+            problem.trace.select(slice(None, None, stride)), thin_TK, self._start_S, hedge
         )
         self._nets = layer_nets(thin_TK, self._cluster.num_slots, risk_SS)
 
@@ -92,7 +103,7 @@ class LayerSearch:
         zero_N = np.zeros(cluster.num_nodes, np.int64)
         anneal_layer(
             self._nets, node_S, zero_N, node_limit_N,
-            node_weight=0.0, sweeps=effort.sweeps, hot=effort.hot * 2, state=seed_state(rng),
+            node_weight=0.0, sweeps=max(effort.sweeps // 3, 4), hot=effort.hot, state=seed_state(rng),
         )  # fmt: skip
         rank_S = np.empty_like(rank_S)
         for node in range(cluster.num_nodes):

@@ -1,5 +1,6 @@
 """ "auto": the right searches for the problem, restarted until the budget is used.
 
+    few states per layer            Viterbi over all partitions, proven optimal
     load only, or `allgather`       packing (traffic does not depend on the placement)
     `dispatch-combine`              every layer by itself (`layers.LayerSearch`), layers shared out to threads;
                                     then free alignment, which keeps primary experts in place at no cost
@@ -15,6 +16,7 @@ Shape letters: L MoE layers, E experts per layer, K top-k, R ranks, S slots per 
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,8 +24,9 @@ from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
 from moeplace.placement.solvers.alignment import align_ranks
-from moeplace.placement.solvers.annealing import seed_state
+from moeplace.placement.solvers.annealing import COOLING_STEPS, seed_state
 from moeplace.placement.solvers.chain import anneal_chain, attraction, descend_chain
+from moeplace.placement.solvers.dynamic import fits, solve_viterbi
 from moeplace.placement.solvers.index_order import solve_index_order
 from moeplace.placement.solvers.layers import MOST_TOKENS, Effort, LayerSearch
 from moeplace.placement.solvers.packing import solve_lpt
@@ -37,10 +40,14 @@ from moeplace.placement.solvers.search_layout import (
 )
 from moeplace.placement.stop import Budget
 
-CHAIN_HEDGE = 1e-4
+CHAIN_HEDGE = 0.002
 FILL = 0.7
 """Share of the time limit that the planned work should take on two unshared cores."""
 FULL_SWEEPS = 300
+TOUCH_SECONDS = 60e-9
+"""Time to evaluate one token of a move in the search with copies."""
+LEAST_FACTOR = 0.05
+"""A run shortened below this share of its plan is not worth starting."""
 _CAPS_FOR_SECONDS = (1.01, 1.05, 1.15, None)
 
 
@@ -48,6 +55,8 @@ def solve_portfolio(problem: Problem, budget: Budget) -> Draft:
     """See the module's docstring."""
     if problem.trace is None or problem.mode == "allgather" or problem.num_ranks == 1:
         return solve_lpt(problem, budget)
+    if fits(problem):
+        return solve_viterbi(problem, budget)
     if problem.objective == "traffic":
         slots_LS, cut = _search(problem, budget, problem.max_imbalance, 1.0)
         return Draft(slots_LS, "time_limit" if cut else "feasible")
@@ -86,32 +95,43 @@ def threads() -> int:
 
 
 def _layer_searches(problem: Problem, budget: Budget, cap: float | None, seconds: float) -> tuple[np.ndarray, bool]:
-    """Rounds of one run per layer, a quick one first so that there is always a placement; the best run of each."""
+    """Rounds of one run per layer, a quick one first so that there is always a placement; the best run of each.
+
+    On a machine too slow for the planned work the first full round is shortened and later ones are dropped.
+    """
     efforts = round_efforts(problem, seconds)
-    deadline = budget.elapsed + seconds
+    deadline = min(budget.elapsed + seconds, budget.time_limit)
     best: list[tuple[float, np.ndarray]] = [(np.inf, row) for row in solve_lpt(problem, budget).slot_to_expert]
     searches: dict[int, LayerSearch] = {}
-    took = [0.0] * problem.num_layers
+    jobs = [(number, layer) for number in range(len(efforts)) for layer in range(problem.num_layers)]
+    spent = {"planned": 0.0, "real": 0.0}
 
     def one(job: tuple[int, int]) -> bool:
         number, layer = job
-        before = budget.elapsed
-        if before + took[layer] > min(deadline, budget.time_limit):
-            return True
         effort = efforts[number]
         if layer not in searches:
             searches[layer] = LayerSearch(problem, layer, cap, effort.hedge if cap is not None else 0.0)
-        found = searches[layer].run(effort, budget.rng(layer, number))
+        before = budget.elapsed
+        slowness = max(1.0, spent["real"] / spent["planned"]) if spent["planned"] > 0 else 1.0
+        left = deadline - before
+        if number == 1:  # the first full round is shortened alike for every layer, so that none is left out
+            factor = min(1.0, left * threads() / (slowness * effort.seconds * (problem.num_layers - layer)))
+        else:  # a further one is run in full or not at all
+            factor = 1.0 if number == 0 or left > 0.7 * slowness * effort.seconds else 0.0
+        if factor < LEAST_FACTOR:
+            return True
+        found = searches[layer].run(effort.scaled(factor), budget.rng(layer, number))
         if found[0] < best[layer][0]:
             best[layer] = found
-        took[layer] = 0.9 * (budget.elapsed - before)
-        return False
+        if number:
+            spent["planned"] += effort.seconds * factor
+            spent["real"] += budget.elapsed - before
+        return factor < 1.0
 
-    jobs = [(number, layer) for number in range(len(efforts)) for layer in range(problem.num_layers)]
     cut = False
     with ThreadPoolExecutor(threads()) as pool:
-        for done, stopped in enumerate(pool.map(one, jobs)):
-            cut |= stopped
+        for done, shortened in enumerate(pool.map(one, jobs)):
+            cut |= shortened
             budget.report((done + 1) / len(jobs))
     return np.stack([row for _, row in best]), cut
 
@@ -122,22 +142,25 @@ def round_efforts(problem: Problem, seconds: float) -> list[Effort]:
     per_layer = FILL * seconds * threads() / problem.num_layers
     tokens = min(problem.trace.num_tokens, MOST_TOKENS)
     slots, top_k = problem.cluster.num_slots, problem.top_k
-    levels = 2.5 if problem.cluster.num_nodes > 1 else 1.0
+    levels = 2.0 if problem.cluster.num_nodes > 1 else 1.0
     # One run: a proposal costs 10 ns; an accepted swap touches the tokens of two experts, 3 ns per expert of each.
     per_sweep = 12 * (slots * (slots - 1) / 2) * 10e-9 * levels
     accepted = 60.0 * slots * (2 * tokens * top_k / slots) * top_k * 3e-9 * levels
-    redundant = int(problem.redundant_slots.max())
-    touches = 0
-    if redundant > 0:
-        touches = int(0.5 * per_layer / 40e-9)
-        per_layer *= 0.5
-    quick = int(np.clip(0.1 * per_layer / per_sweep, 4, 40))
-    rounds = int(per_layer / (FULL_SWEEPS * per_sweep + accepted))
-    efforts = [Effort(sweeps=quick, touches=touches // (4 * max(rounds, 1)))]
+    full = FULL_SWEEPS * per_sweep + accepted
+    quick_sweeps = int(np.clip(0.1 * per_layer / (per_sweep + accepted / FULL_SWEEPS), 4, 40))
+    quick = Effort(sweeps=quick_sweeps, seconds=full * quick_sweeps / FULL_SWEEPS)
+    if (problem.redundant_slots > 0).any():  # copies are searched long and once, after one quick round
+        touches = int(max(per_layer - full - quick.seconds, 0.3 * per_layer) / TOUCH_SECONDS)
+        base = int(np.clip(FULL_SWEEPS * 0.5 * per_layer / full, 4, FULL_SWEEPS))
+        return [
+            replace(quick, touches=touches // 20),
+            Effort(sweeps=base, touches=touches, seconds=full * base / FULL_SWEEPS + touches * TOUCH_SECONDS),
+        ]
+    rounds = int(per_layer / full)
     if rounds == 0:
-        middle = int(per_layer / (per_sweep + accepted / FULL_SWEEPS))
-        return [*efforts, Effort(sweeps=middle, touches=touches)] if middle > quick else efforts
-    return efforts + [Effort(sweeps=FULL_SWEEPS, touches=touches // rounds)] * rounds
+        middle = int(FULL_SWEEPS * per_layer / full)
+        return [quick, Effort(sweeps=middle, seconds=per_layer)] if middle > quick.sweeps else [quick]
+    return [quick] + [Effort(sweeps=FULL_SWEEPS, seconds=full)] * rounds
 
 
 def _chain_search(problem: Problem, budget: Budget, cap: float | None, seconds: float) -> tuple[np.ndarray, bool]:
@@ -150,7 +173,7 @@ def _chain_search(problem: Problem, budget: Budget, cap: float | None, seconds: 
     slots, ranks = problem.cluster.num_slots, problem.num_ranks
     assert problem.trace is not None
     risk_LSS = np.stack([
-        risk_matrix(problem.trace, problem.trace.layer(layer), slots, ranks, CHAIN_HEDGE if cap else 0.0)
+        risk_matrix(problem.trace, problem.trace.layer(layer), starts[layer], CHAIN_HEDGE if cap else 0.0)
         for layer in range(problem.num_layers)
     ])  # fmt: skip
     hot = 6.0 * problem.load_LE.sum() / (problem.num_layers * slots) / 15
@@ -158,32 +181,52 @@ def _chain_search(problem: Problem, budget: Budget, cap: float | None, seconds: 
     start_LS = np.stack(starts)
     descend_chain(start_LS, flow_LSS, cost_RR, np.zeros((problem.num_layers, slots, ranks)))
 
-    def one(run: int) -> tuple[float, np.ndarray]:
-        rank_LS = start_LS.copy()
+    deadline = min(budget.elapsed + seconds, budget.time_limit)
+    chunk = COOLING_STEPS // 20
+
+    def one(run: int) -> tuple[float, np.ndarray, bool]:
+        rank_LS, state = start_LS.copy(), seed_state(budget.rng(run))
         table_LSR = attraction(rank_LS, flow_LSS, cost_RR)
-        anneal_chain(
-            rank_LS, flow_LSS, cost_RR, table_LSR, load_LS, limit_LR, risk_LSS, hot, max(hot / 100, 0.5), proposals,
-            seed_state(budget.rng(run)),
-        )  # fmt: skip
-        return _chain_value(rank_LS, flow_LSS, cost_RR, load_LS, limit_LR), rank_LS
+        begun, cut = budget.elapsed, False
+        first, tries = 0, proposals
+        while first <= COOLING_STEPS:
+            anneal_chain(
+                rank_LS, flow_LSS, cost_RR, table_LSR, load_LS, limit_LR, risk_LSS, hot, max(hot / 100, 0.5),
+                first, min(first + chunk, COOLING_STEPS + 1), tries, state,
+            )  # fmt: skip
+            first += chunk
+            # The closing descent tries a quarter of all proposals, as much as seven chunks.
+            needed = (budget.elapsed - begun) / (first / chunk) * ((COOLING_STEPS - first) / chunk + 7)
+            left = max(deadline - budget.elapsed, 0.0)
+            if first < COOLING_STEPS and needed > left:
+                tries, cut = int(tries * max(left / needed, 0.01)), True
+            budget.report(first / COOLING_STEPS)
+        return _chain_value(rank_LS, flow_LSS, cost_RR, load_LS, limit_LR, risk_LSS), rank_LS, cut
 
     with ThreadPoolExecutor(threads()) as pool:
         found = list(pool.map(one, range(max(2, threads()))))
-    budget.report(1.0)
     rank_LS = min(found, key=lambda pair: pair[0])[1]
     rows = [to_slots(r, int(e)) for r, e in zip(rank_LS, problem.experts_per_layer, strict=True)]
-    return np.stack(rows), False
+    return np.stack(rows), any(cut for _, _, cut in found)
 
 
 def _chain_value(
-    rank_LS: np.ndarray, flow_LSS: np.ndarray, cost_RR: np.ndarray, load_LS: np.ndarray, limit_LR: np.ndarray
+    rank_LS: np.ndarray,
+    flow_LSS: np.ndarray,
+    cost_RR: np.ndarray,
+    load_LS: np.ndarray,
+    limit_LR: np.ndarray,
+    risk_LSS: np.ndarray,
 ) -> float:
-    total = 0.0
-    for layer in range(len(rank_LS)):
-        load_R = np.bincount(rank_LS[layer], load_LS[layer], minlength=len(cost_RR))
+    """What the chain search minimises: traffic and hedge, overload at a prohibitive price."""
+    total, ranks = 0.0, len(cost_RR)
+    for layer, rank_S in enumerate(rank_LS):
+        load_R = np.bincount(rank_S, load_LS[layer], minlength=ranks)
         total += 1e3 * float(np.maximum(load_R - limit_LR[layer], 0.0).sum())
+        on_SR = (rank_S[:, None] == np.arange(ranks)).astype(np.float64)
+        total += float((np.einsum("sr,st,tr->r", on_SR, risk_LSS[layer], on_SR, optimize=True) ** 2).sum())
         if layer + 1 < len(rank_LS):
-            total += float((flow_LSS[layer] * cost_RR[np.ix_(rank_LS[layer], rank_LS[layer + 1])]).sum())
+            total += float((flow_LSS[layer] * cost_RR[np.ix_(rank_S, rank_LS[layer + 1])]).sum())
     return total
 
 

@@ -8,42 +8,43 @@ set of experts has, by the variance of a sum over independent sequences, the est
 
 so experts that are hot in the same sequences should not share a rank. The searches add
 
-    weight * tokens * sum over ranks of ( Var / (sigma0 m)^2 )^2,   m = mean load of a rank, sigma0 = 5 %
+    weight * tokens * mean over ranks of ( Var(rank) / Var0 )^2
 
-which is small while every rank's deviation stays below sigma0 and steep above; the square makes the worst rank count.
+with Var0 the mean variance of the packed layer's ranks: what balance alone gives. The square makes the worst rank count.
 """
 
 import numpy as np
 
 from moeplace.profiling.trace import RoutingTrace
 
-SIGMA0 = 0.05
+FEWEST_SEQUENCES = 8
+"""Below this many sequences their covariance is not estimated: no hedge."""
 
 
-def risk_matrix(trace: RoutingTrace, ids_TK: np.ndarray, num_slots: int, num_ranks: int, weight: float) -> np.ndarray:
+def risk_matrix(trace: RoutingTrace, ids_TK: np.ndarray, packed_S: np.ndarray, weight: float) -> np.ndarray:
     """(S, S) matrix whose squared form over a rank's experts is the penalty of the module's docstring, in tokens.
 
     Args:
         trace: gives the sequences; without sequence ids the hedge is zero.
         ids_TK: (T, K) expert ids of one layer, -1 = none.
-        num_slots: S >= E.
-        num_ranks: R.
-        weight: price of a rank whose deviation is sigma0, as a share of the layer's tokens; 0 = no hedge.
+        packed_S: (S,) rank of every expert and empty slot in the packed layer.
+        weight: price of ranks that vary as in the packed layer, as a share of the layer's tokens; 0 = no hedge.
     """
-    risk = np.zeros((num_slots, num_slots))
+    slots, ranks = len(packed_S), int(packed_S.max()) + 1
+    risk_SS = np.zeros((slots, slots))
     if trace.sequence_ids is None or weight <= 0:
-        return risk
+        return risk_SS
     _, sequence_T = np.unique(trace.sequence_ids, return_inverse=True)
     sequences = int(sequence_T.max()) + 1
-    if sequences < 8:  # too few to estimate a covariance from
-        return risk
+    if sequences < FEWEST_SEQUENCES:
+        return risk_SS
     token, slot = np.nonzero(ids_TK >= 0)
-    cell = sequence_T[token] * num_slots + ids_TK[token, slot]
-    count = np.bincount(cell, minlength=sequences * num_slots).reshape(sequences, num_slots).astype(np.float64)
-    total = count.sum()
-    if total == 0:
-        return risk
-    deviation = count - count.sum(axis=1, keepdims=True) * (count.sum(axis=0) / total)
-    mean_rank = total / num_ranks
-    scale = np.sqrt(weight * len(ids_TK)) / (SIGMA0 * mean_rank) ** 2
-    return deviation.T @ deviation * scale
+    cell = sequence_T[token] * slots + ids_TK[token, slot]
+    count = np.bincount(cell, minlength=sequences * slots).reshape(sequences, slots).astype(np.float64)
+    share_S = count.sum(axis=0) / max(count.sum(), 1.0)
+    deviation = count - count.sum(axis=1, keepdims=True) * share_S
+    on_rank_SR = (packed_S[:, None] == np.arange(ranks)).astype(np.float64)
+    variance = float(((deviation @ on_rank_SR) ** 2).sum()) / ranks
+    if variance <= 0:
+        return risk_SS
+    return deviation.T @ deviation * (np.sqrt(weight * len(ids_TK) / ranks) / variance)

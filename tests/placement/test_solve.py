@@ -66,7 +66,7 @@ def test_chain_keeps_exact_account(seed):
     table = attraction(rank_LS, flow, cost_RR)
     limits, loads = np.full((4, 3), np.inf), problem.load_LE.copy()
     anneal_chain(
-        rank_LS, flow, cost_RR, table, loads, limits, np.zeros((4, 6, 6)), 5.0, 0.1, 3000,
+        rank_LS, flow, cost_RR, table, loads, limits, np.zeros((4, 6, 6)), 5.0, 0.1, 0, 121, 3000,
         seed_state(np.random.default_rng(seed)),
     )  # fmt: skip
     np.testing.assert_allclose(table, attraction(rank_LS, flow, cost_RR))
