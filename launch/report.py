@@ -163,9 +163,7 @@ def _cell(figure: Figure, run: Run, best: float | None, distinct: bool) -> str:
 def _flows(report: Report) -> str:
     pair = _pair(report)
     flows = [
-        page.figure(
-            f"{view.name}: {view.stay_rate:.0%} stay", flow_chart(view), "Bands in full colour stay on their rank."
-        )
+        page.figure(f"{view.name}: {view.stay_rate:.0%} stay", flow_chart(view), flow_caption(view))
         for view in pair
         if len(view.travel_BRR)
     ]
@@ -206,7 +204,7 @@ def _affinities(report: Report) -> str:
     layout = f"grid-template-rows:repeat({len(pair)},auto);grid-auto-flow:column;grid-auto-columns:1fr"
     note = (
         "Row: an expert of one MoE layer; column: the next layer's expert; the stronger the colour, the more probable. "
-        "Experts are in the order of their ranks, blocks of one rank are outlined: a good placement draws colour into them."
+        "Experts are in the order of their ranks, whose blocks are outlined: a good placement draws colour into them."
         + (f" The {count} boundaries that gain most." if count < len(gain_B) else "")
     )
     return page.section(
