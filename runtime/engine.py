@@ -244,7 +244,7 @@ class Engine:
     def counters(self) -> dict[str, Any]:
         """The totals of this rank since the last reset, as data."""
         self.executor.runtime.experts.flush_counts()
-        return self.group.counters.snapshot()
+        return {**self.group.counters.snapshot(), "placement_version": self.executor.version}
 
     def total_load(self) -> np.ndarray:
         """(L, E) routed assignments of all ranks since the window's last reset: a collective."""

@@ -2,6 +2,7 @@
 
 MoeplaceError
 ├── DisagreementError   ranks would run with different placements, checkpoints or modes
+├── MigrationError      a re-placement failed its check; the placement before it serves on
 └── PeerLostError       a rank died, hung or lost its connection
 """
 
@@ -10,6 +11,10 @@ from moeplace.profiling.errors import MoeplaceError
 
 class DisagreementError(MoeplaceError):
     """Ranks hold different inputs; every rank raises it, before the first collective."""
+
+
+class MigrationError(MoeplaceError):
+    """A re-placement failed its check and was taken back; every rank raises it."""
 
 
 class PeerLostError(MoeplaceError):

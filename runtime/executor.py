@@ -35,6 +35,7 @@ class Executor:
         cache: keys and values.
         group: the ranks.
         placement: what is where.
+        version: how often the placement has changed.
     """
 
     def __init__(
@@ -52,11 +53,17 @@ class Executor:
         self.decoder, self.cache, self.group = decoder, cache, group
         self._node_aware, self._capacity, self._window = node_aware, capacity, window
         self._experts = experts
-        self.install(placement)
+        self.version = 0
+        self.install(placement, version=0)
 
-    def install(self, placement: Placement) -> None:
-        """Serve under `placement` from the next pass on; its experts must be in their slots."""
+    def install(self, placement: Placement, *, version: int | None = None) -> None:
+        """Serve under `placement` from the next pass on; its experts must be in their slots.
+
+        Args:
+            version: None = the next one.
+        """
         self.placement = placement
+        self.version = self.version + 1 if version is None else version
         tables = SlotTables.from_placement(placement, rank=self.group.rank, device=self.group.device)
         self.runtime = MoeRuntime(tables, self._experts, self.group.counters, self._window)
         self._dispatchers: dict[Mode, TokenDispatcher] = {}
@@ -238,8 +245,7 @@ def load_experts(
     for layer, experts in enumerate(np.asarray(placement.slot_to_expert)[:, here]):
         for slot, expert in enumerate(experts):
             if expert >= 0:
-                for part, value in checkpoint.expert(layer, int(expert)).items():
-                    store.write(layer, slot, part, value)
+                store.load(layer, slot, int(expert), checkpoint.expert(layer, int(expert)))
     return store
 
 

@@ -9,7 +9,7 @@ Shape letters: L MoE layers, C slots per rank, D hidden size, H expert hidden si
 assignments (token row, slot) of this rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.counters import Counters
+from moeplace.runtime.row_contents import RowContents, checksums
 
 Part = Literal["gate_up", "down", "gate_up_bias", "down_bias"]
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -74,6 +75,8 @@ class ExpertStore:
     Attributes:
         weights: per MoE layer.
         row_of_slot: (L, C) int64, storage row of each slot.
+        contents: which expert each row holds, as far as `load` and migrations put it there.
+        is_migrating: whether the rows beyond the slots are taken by a migration.
         activation: from gate_up to the input of down.
     """
 
@@ -93,6 +96,8 @@ class ExpertStore:
                 )
         self.weights = weights
         self.activation = activation
+        self.contents = RowContents([len(layer_weights.gate_up) for layer_weights in weights])
+        self.is_migrating = False
         device = weights[0].gate_up.device
         self._install_rows(torch.arange(slots, device=device).repeat(len(weights), 1))
         self._counters = counters
@@ -108,6 +113,25 @@ class ExpertStore:
             raise InputError(f"{part} of an expert has shape {tuple(value.shape)}, not {tuple(target.shape)}")
         target.copy_(value)
 
+    def load(self, layer: int, row: int, expert: int, parts: Mapping[Part, torch.Tensor]) -> None:
+        """Copy all parts of an expert into a storage row, and note its checksums."""
+        for part, value in parts.items():
+            self.write(layer, row, part, value)
+        self.note(layer, row, expert)
+
+    def note(self, layer: int, row: int, expert: int) -> None:
+        """Take the checksums of a row that holds all of an expert now."""
+        parts: dict[str, torch.Tensor] = {part: tensor[row] for part, tensor in self.weights[layer].parts().items()}
+        self.contents.fill(layer, row, expert, checksums(parts))
+
+    def row_bytes(self, layer: int, row: int) -> list[torch.Tensor]:
+        """The bytes of a storage row, uint8 views of its parts one after the other."""
+        return [tensor[row].view(-1).view(torch.uint8) for tensor in self.weights[layer].parts().values()]
+
+    def expert_bytes(self, layer: int) -> int:
+        """Bytes of an expert of a layer."""
+        return sum(tensor[0].numel() * tensor.element_size() for tensor in self.weights[layer].parts().values())
+
     def read(self, layer: int, slot: int) -> dict[Part, torch.Tensor]:
         """Views of the parts of the expert in a slot."""
         row = int(self.row_of_slot[layer, slot])
@@ -120,13 +144,20 @@ class ExpertStore:
 
     def commit(self, layer: int, rows: dict[int, int]) -> None:
         """Let slots of a layer use other storage rows: slot -> row. Takes effect with the next `compute`."""
-        table = self.row_of_slot.clone()  # a new table: a computation in flight keeps the old one
+        table = self.row_of_slot.clone()
         for slot, row in rows.items():
             table[layer, slot] = row
-        used = table[layer].tolist()
-        if len(set(used)) != len(used):
-            raise InputError(f"two slots of MoE layer {layer} would share a storage row: {used}")
-        self._install_rows(table)
+        self.commit_table(table)
+
+    def commit_table(self, row_of_slot: torch.Tensor) -> None:
+        """Let all slots of all layers use other storage rows, (L, C) int64. Takes effect with the next `compute`.
+
+        The table is kept, not copied: a computation in flight keeps the one before.
+        """
+        for layer, used in enumerate(row_of_slot.tolist()):
+            if len(set(used)) != len(used):
+                raise InputError(f"two slots of MoE layer {layer} would share a storage row: {used}")
+        self._install_rows(row_of_slot)
 
     def _install_rows(self, row_of_slot: torch.Tensor) -> None:
         """Derive per layer the table for look-ups: its last entry, that of slot -1, is a row beyond all others."""
