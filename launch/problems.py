@@ -4,8 +4,6 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 SPLITS = ("all", "train", "test")
 
 
@@ -27,15 +25,19 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
         help="execution mode to solve for; auto solves all and says which to run (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--objective", choices=("seconds", "traffic"), default="seconds", help="default: %(default)s")
-    parser.add_argument("--max-imbalance", type=float, metavar="X", help="hard cap on the training imbalance of a layer")
+    parser.add_argument("--max-imbalance", type=float, metavar="X", help="hard cap on a layer's training imbalance")
     parser.add_argument("--replica-budget", choices=("layer", "global"), default="layer",
                         help="where redundant slots may be spent (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--survive", type=int, default=0, metavar="N", help="ranks that may be lost at once (default: 0)")
+    parser.add_argument("--survive", type=int, default=0, metavar="N", help="ranks that may be lost at once")
     parser.add_argument("--previous", metavar="P", help="placement now in force, to stay near")
     parser.add_argument("--max-moves", type=int, metavar="M", help="most experts fetched per layer")
     parser.add_argument("--move-price", type=float, default=0.0, help="objective units per moved byte (default: 0)")
-    parser.add_argument("--batch", type=int, default=256, help="tokens of one step over all ranks (default: %(default)s)")
-    parser.add_argument("--kv-dim", type=int, default=576, help="K/V elements per token and layer (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=256, help="tokens of one step over all ranks (default %(default)s)"
+    )
+    parser.add_argument(
+        "--kv-dim", type=int, default=576, help="K/V elements per token and layer (default %(default)s)"
+    )
     parser.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fit", choices=SPLITS, default="train",
@@ -96,8 +98,8 @@ def build_cluster(args: argparse.Namespace, num_experts: int) -> Any:
             raise InputError(f"ranks ({args.ranks}) must be at least 1")
         slots = args.slots_per_rank
         if slots is None:
-            slots = even_slots(num_experts, args.ranks)
-            if not slots.all():
+            slots = even_slots(num_experts, args.ranks).tolist()
+            if not all(slots):
                 raise InputError(
                     f"ranks ({args.ranks}) must not exceed the experts of a layer ({num_experts}), "
                     "unless --slots-per-rank allows replicas"
@@ -153,4 +155,4 @@ def held_out_figures(evaluation: Any) -> dict[str, Any]:
         "ranks_per_token", "nodes_per_token", "copies_per_token", "stay_rate", "node_stay_rate",
         "single_rank_share", "imbalance_mean", "imbalance_worst", "activated_imbalance_mean", "predicted_seconds",
     )  # fmt: skip
-    return {name: float(np.round(getattr(evaluation, name), 9)) for name in names}
+    return {name: round(float(getattr(evaluation, name)), 9) for name in names}

@@ -15,7 +15,7 @@ def scatter_svg(points: Sequence[tuple[float, float, str]], *, x_label: str, y_l
         points: (x, y, name), both better when smaller.
         x_label, y_label: axis titles.
     """
-    xs, ys = (_ticks([p[i] for p in points]) for i in (0, 1))
+    xs, ys = _ticks([x for x, _, _ in points]), _ticks([y for _, y, _ in points])
 
     def place(x: float, y: float) -> tuple[float, float]:
         share_x = (x - xs[0]) / (xs[-1] - xs[0])

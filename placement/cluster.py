@@ -158,7 +158,7 @@ class Cluster:
             slots = np.array(np.broadcast_to(np.asarray(document["slots_per_rank"], dtype=np.int64), node.shape))
             speed = np.array(np.broadcast_to(np.asarray(document.get("speed", 1.0), dtype=float), node.shape))
             links = {tier: Link(**document[tier]) for tier in ("intra", "inter") if tier in document}
-            return cls(node, slots, speed, **links)
+            return cls(node, slots, speed, links.get("intra", INTRA_NODE), links.get("inter", INTER_NODE))
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         except KeyError as error:
@@ -251,5 +251,5 @@ class Cluster:
 
 
 def even_slots(num_experts: int, num_ranks: int) -> np.ndarray:
-    """(R,) slots per rank that hold `num_experts` experts once, as evenly as possible, the first ranks taking the rest."""
+    """(R,) slots per rank that hold `num_experts` experts once, as evenly as possible; the first take the rest."""
     return num_experts // num_ranks + (np.arange(num_ranks) < num_experts % num_ranks).astype(np.int64)

@@ -104,7 +104,7 @@ class Calibration:
             for tier, link in (("intra", self.intra), ("inter", self.inter))
         }
         expert = {name: getattr(self.expert, name) for name in ("fixed", "per_token", "per_activated")}
-        document = {"format": CALIBRATION_FORMAT, **links, "expert": expert}
+        document: dict[str, Any] = {"format": CALIBRATION_FORMAT, **links, "expert": expert}
         document["other_seconds_per_layer"] = self.other_seconds_per_layer
         document["mode_seconds_per_layer"] = self.mode_seconds_per_layer
         return {**document, "conditions": self.conditions}

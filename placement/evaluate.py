@@ -262,7 +262,7 @@ class _Replay:
 
     def evaluation(self, cluster: Cluster, shape: StepShape, calibration: Calibration) -> Evaluation:
         tokens, layers, ranks = self._tokens, self._layers, self._placement.num_ranks
-        d, dn, single, first, second = self.sum_L.sum(axis=0)
+        d, dn, single = self.sum_L[:, :3].sum(axis=0)
         cells = tokens * layers
         copies = {
             "dispatch-combine": 2 * (d / cells) * (1 - 1 / ranks),

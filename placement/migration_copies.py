@@ -120,7 +120,8 @@ def bundle_copies(copies: list[Copy], before_P: np.ndarray, size_E: np.ndarray, 
                 f"staging ({staging_bytes} bytes) must hold expert {copy.expert} of MoE layer {copy.layer} "
                 f"({copy.size} bytes)"
             )
-    before_P, touched = before_P.copy(), {}
+    before_P = before_P.copy()
+    touched: dict[int, Bundle] = {}
     exchanges: list[Bundle] = []
     pending, bundles = _cycles(copies), []
     while pending:

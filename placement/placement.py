@@ -48,7 +48,7 @@ class Placement:
     def __post_init__(self) -> None:
         slots = np.asarray(self.slot_to_expert)
         if slots.ndim != 2 or not np.issubdtype(slots.dtype, np.integer):
-            raise InputError(f"slot_to_expert must be integers of shape (layers, slots), not {slots.dtype} {slots.shape}")
+            raise InputError(f"slot_to_expert must be integers (layers, slots), not {slots.dtype} {slots.shape}")
         layers, per_layer = slots.shape
         on_rank = np.asarray(self.slots_of_rank, dtype=np.int64)
         node = np.asarray(self.node_of_rank, dtype=np.int64)

@@ -3,7 +3,7 @@
 Shape letters: T tokens, L MoE layers, E experts per layer, K top-k, R ranks, S slots per layer.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Self, get_args
 
@@ -64,11 +64,11 @@ class Problem:
     move_price: float = 0.0
     replica_budget: ReplicaBudget = "layer"
     survive: int = 0
-    expert_bytes: np.ndarray | None = None
+    expert_bytes: np.ndarray = None  # type: ignore[assignment]  # given or not, an array after __post_init__
     layer_ids: np.ndarray | None = None
     num_hidden_layers: int = 0
-    shape: StepShape = StepShape()
-    calibration: Calibration = Calibration()
+    shape: StepShape = field(default_factory=StepShape)
+    calibration: Calibration = field(default_factory=Calibration)
 
     @classmethod
     def from_trace(cls, trace: RoutingTrace, cluster: Cluster, **options: Any) -> Self:

@@ -63,9 +63,7 @@ def choose_ranks(
                 else:
                     remaining += 1
         if remaining:
-            _cover(
-                ids_TK[t], copies_ER, node_R, near_T[t], rotation_T[t], rank_TK[t], used_R, node_used_N, remaining
-            )
+            _cover(ids_TK[t], copies_ER, node_R, near_T[t], rotation_T[t], rank_TK[t], used_R, node_used_N, remaining)
         for k in range(top_k):
             r = rank_TK[t, k]
             if r >= 0:

@@ -80,8 +80,8 @@ def _cap_moves(problem: Problem, previous: Placement, slots_LS: np.ndarray, same
             f"but max moves is {problem.max_moves}"
         )
     capped = slots_LS.copy()
-    for layer in np.flatnonzero(fetched_L > problem.max_moves):
-        capped[layer] = _improve_within(problem, previous, int(layer))
+    for number in np.flatnonzero(fetched_L > problem.max_moves).tolist():
+        capped[number] = _improve_within(problem, previous, number)
     return capped
 
 
@@ -98,7 +98,12 @@ def _improve_within(problem: Problem, previous: Placement, layer: int) -> np.nda
         rank_S[row] = cluster.rank_of_slot
         limit_R = load_limits(problem, layer, packed_start(problem, layer), problem.max_imbalance)
         descend_within(
-            nets, rank_S, cluster.node_of_rank, limit_R, node_weight=problem.node_weight, max_swaps=problem.max_moves // 2
+            nets,
+            rank_S,
+            cluster.node_of_rank,
+            limit_R,
+            node_weight=problem.node_weight,
+            max_swaps=problem.max_moves // 2,
         )
         return relabelled_row(row, to_slots(rank_S, len(row)), cluster.rank_of_slot)
     experts = int(problem.experts_per_layer[layer])

@@ -1,4 +1,4 @@
-"""Compile the numba kernels once, so that the first real command does not wait for it: `python -m moeplace.placement.warm_up`.
+"""`python -m moeplace.placement.warm_up` compiles the numba kernels, so that no real command waits for it.
 
 Numba stores what it compiled beside the modules (or in the user's cache folder); this solves problems of a few experts
 that touch every kernel, with the array types that real problems have.

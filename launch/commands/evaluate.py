@@ -13,9 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", metavar="T", help="routing trace")
     parser.add_argument("placement", metavar="P", help="placement file")
     parser.add_argument("--split", choices=SPLITS, default="test", help="tokens to judge by (default: %(default)s)")
-    parser.add_argument("--mode", choices=("dispatch-combine", "coherent", "allgather"), help="default: the placement's")
+    parser.add_argument("--mode", choices=("dispatch-combine", "coherent", "allgather"), help="default: its own")
     parser.add_argument("--batch", type=int, default=256, help="tokens of one step (default: %(default)s)")
-    parser.add_argument("--kv-dim", type=int, default=576, help="K/V elements per token and layer (default: %(default)s)")
+    parser.add_argument(
+        "--kv-dim", type=int, default=576, help="K/V elements per token and layer (default %(default)s)"
+    )
     parser.add_argument("--calibration", metavar="C", help="measured links and expert time")
     parser.add_argument("--json", metavar="FILE", help="write the figures for machines")
 
@@ -32,9 +34,7 @@ def run(args: argparse.Namespace) -> int:
     placement = load_placement(args.placement)
     side = trace.split(args.split)
     calibration = Calibration.load(args.calibration) if args.calibration else None
-    shape = StepShape(
-        batch=args.batch, hidden_size=trace.hidden_size or StepShape().hidden_size, kv_dim=args.kv_dim
-    )
+    shape = StepShape(batch=args.batch, hidden_size=trace.hidden_size or StepShape().hidden_size, kv_dim=args.kv_dim)
     cluster = cluster_of(placement)
     ours, base = (
         evaluate(side, p, mode=args.mode, cluster=cluster, shape=shape, calibration=calibration).summary()

@@ -160,7 +160,7 @@ def _solve_loads(args: argparse.Namespace, no_trace: Exception) -> int:
         loads = load_load(args.trace)
     except FormatError:
         raise no_trace from None
-    cluster = build_cluster(args, int(loads.experts_per_layer.max()))
+    cluster = build_cluster(args, loads.load.shape[1])
     mode = "dispatch-combine" if args.mode == "auto" else args.mode
     problem = Problem.from_load(
         loads.load,
@@ -177,7 +177,7 @@ def _solve_loads(args: argparse.Namespace, no_trace: Exception) -> int:
     base = load_imbalance(problem, index_order_like(result.placement))
     rows = [["imbalance, mean", base.mean(), ours.mean()], ["imbalance, worst layer", base.max(), ours.max()]]
     print(format_table(["loads (fitted)", "index order", "solved"], rows))
-    print("  note: loads alone say nothing of where tokens go: traffic is not optimised, a routing trace is needed for it")
+    print("  note: loads alone say nothing of where tokens go: optimising traffic needs a routing trace")
     print(f"\n{result.solver}: {result.status}, proven >= {result.lower_bound:.6g} (gap {result.gap:.2%})")
     _write(args, result, {"split": "all", "imbalance_mean": float(ours.mean()), "imbalance_worst": float(ours.max())})
     return 0

@@ -8,7 +8,7 @@ import importlib
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -131,6 +131,8 @@ def _read_sidecar(path: Path, engine: str) -> tuple[Facts, str] | None:
         facts = document["facts"]
         numbers = {name: int(facts[name]) for name in ("num_ranks", "num_experts", "num_hidden_layers")}
         lists = {name: tuple(int(value) for value in facts[name]) for name in ("ranks_per_node", "layer_ids")}
-        return Facts(**numbers, **lists, mode=str(facts["mode"])), str(document["reads_back_as"])
+        return Facts(**cast(dict[str, Any], {**numbers, **lists}), mode=str(facts["mode"])), str(
+            document["reads_back_as"]
+        )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{beside} is not a sidecar of an export: {error}") from error

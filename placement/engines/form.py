@@ -5,11 +5,11 @@ Shape letters: L MoE layers, E experts per layer, R ranks, C slots per rank, S =
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
-from moeplace.placement.placement import EMPTY_SLOT, Placement
+from moeplace.placement.placement import EMPTY_SLOT, Mode, Placement
 from moeplace.profiling.errors import FormatError, InputError
 
 
@@ -128,7 +128,7 @@ def build_placement(rows: Rows, known: Facts, path: str, engine: str) -> Placeme
             np.full(len(table), experts),
             None if facts.layer_ids is None else np.asarray(facts.layer_ids),
             facts.num_hidden_layers or 0,
-            **({} if facts.mode is None else {"mode": facts.mode}),
+            "dispatch-combine" if facts.mode is None else cast(Mode, facts.mode),
         )
     except (InputError, OverflowError) as error:
         raise FormatError(f"{path} is not a valid {engine} placement: {error}") from error

@@ -53,7 +53,10 @@ def descend_chain(
             if layer + 1 < layers:
                 cost_SR = cost_SR + transitions_LSS[layer] @ cost_RR.T[rank_LS[layer + 1]]
             new_S = assign(cost_SR, rank_LS[layer])
-            if cost_SR[np.arange(len(new_S)), new_S].sum() < cost_SR[np.arange(len(new_S)), rank_LS[layer]].sum() - 1e-9:
+            if (
+                cost_SR[np.arange(len(new_S)), new_S].sum()
+                < cost_SR[np.arange(len(new_S)), rank_LS[layer]].sum() - 1e-9
+            ):
                 rank_LS[layer] = new_S
                 changed = True
         if not changed:

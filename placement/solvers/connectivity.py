@@ -231,14 +231,12 @@ def _anneal(  # type: ignore[no-untyped-def]
                 continue
             delta = float(_swap_gain(a, b, g, h, alone_E, absent_ER, beside_EE))
             if node_weight > 0 and node_E[a] != node_E[b]:
-                delta += node_weight * _swap_gain(
-                    a, b, node_E[a], node_E[b], node_alone_E, absent_EN, node_beside_EE
-                )
+                delta += node_weight * _swap_gain(a, b, node_E[a], node_E[b], node_alone_E, absent_EN, node_beside_EE)
             # Variance of g and h after the swap.
             pair = risk_EE[a, a] + risk_EE[b, b] - 2.0 * risk_EE[a, b]
             new_g = risk_R[g] + 2.0 * (risk_ER[b, g] - risk_ER[a, g]) + pair
             new_h = risk_R[h] + 2.0 * (risk_ER[a, h] - risk_ER[b, h]) + pair
-            delta += new_g**2 + new_h**2 - risk_R[g]**2 - risk_R[h]**2
+            delta += new_g**2 + new_h**2 - risk_R[g] ** 2 - risk_R[h] ** 2
             over = overload_change(load_R, limit_R, g, h, load_E[a] - load_E[b])
             if last and delta + price * over >= 0.0:
                 quiet += 1

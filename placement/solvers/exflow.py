@@ -185,9 +185,9 @@ class _Stage:
             experts = np.flatnonzero(self._inside[layer])
             full = len(experts) == self._capacity.sum()
             for p in parts:
-                held = pulp.lpSum(x[layer, e, p] for e in experts)
+                held = pulp.lpSum(x[layer, e, p] for e in experts.tolist())
                 program += held == int(self._capacity[p]) if full else held <= int(self._capacity[p])  # (9)
-            for e in experts:
+            for e in experts.tolist():
                 program += pulp.lpSum(x[layer, e, p] for p in parts) == 1  # (10)
         if whole and np.ptp(self._capacity) == 0:
             expert = int(np.flatnonzero(self._inside[first])[0])

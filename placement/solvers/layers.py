@@ -9,7 +9,7 @@ import numpy as np
 
 from moeplace.placement.problem import Problem
 from moeplace.placement.solvers.annealing import seed_state
-from moeplace.placement.solvers.connectivity import LayerNets, anneal_layer, connectivity, layer_nets
+from moeplace.placement.solvers.connectivity import anneal_layer, connectivity, layer_nets
 from moeplace.placement.solvers.replicas import MOST_RANKS, anneal_replicas, fill_with_copies, node_masks
 from moeplace.placement.solvers.robust import risk_matrix
 from moeplace.placement.solvers.search_layout import load_limits, packed_start, to_slots
@@ -61,9 +61,7 @@ class LayerSearch:
         thin_TK = np.ascontiguousarray(ids_TK[::stride])
         share = (thin_TK >= 0).sum() / max(int((ids_TK >= 0).sum()), 1)
         self._limit_R = limits_R if stride == 1 else limits_R * share
-        risk_SS = risk_matrix(
-            problem.trace.select(slice(None, None, stride)), thin_TK, self._start_S, hedge
-        )
+        risk_SS = risk_matrix(problem.trace.select(slice(None, None, stride)), thin_TK, self._start_S, hedge)
         self._nets = layer_nets(thin_TK, self._cluster.num_slots, risk_SS)
 
     def penalised(self, rank_S: np.ndarray) -> float:
@@ -111,9 +109,7 @@ class LayerSearch:
             rank_S[members] = ranks[self._inside(members, ranks, effort, rng)]
         return rank_S
 
-    def _inside(
-        self, members: np.ndarray, ranks: np.ndarray, effort: Effort, rng: np.random.Generator
-    ) -> np.ndarray:
+    def _inside(self, members: np.ndarray, ranks: np.ndarray, effort: Effort, rng: np.random.Generator) -> np.ndarray:
         """(members,) index into `ranks` of each member, for the tokens that use one of them."""
         local_of = np.full(len(self._nets.load_E) + 1, -1, np.int64)
         local_of[members] = np.arange(len(members))

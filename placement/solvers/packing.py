@@ -123,9 +123,10 @@ def _pack_longest_first(load_E, copies_E, capacity_R, speed_R, slots_S):  # type
         for _ in range(copies_E[e]):
             best = -1
             for r in range(num_ranks):
-                if held_R[r] < capacity_R[r] and not on_RE[r, e]:
-                    if best < 0 or time_R[r] + part / speed_R[r] < time_R[best] + part / speed_R[best]:
-                        best = r
+                if held_R[r] == capacity_R[r] or on_RE[r, e]:
+                    continue
+                if best < 0 or time_R[r] + part / speed_R[r] < time_R[best] + part / speed_R[best]:
+                    best = r
             if best < 0:
                 _displace(e, on_RE, held_R, capacity_R, starts_R, slots_S)
                 continue

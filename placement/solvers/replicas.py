@@ -192,7 +192,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
     ids_TK, first_E, token_of, num_real, slots_S, rank_S, node_mask_N, num_ranks, limit_R, risk_EE, node_weight, hot,
     end, touches, min_copies, state,
 ):  # fmt: skip
-    """Improve `slots_S` in place by exact moves; returns (best cost, tokens touched).
+    """Improve `slots_S` in place by exact moves; returns (best cost, or with a price on overload; tokens touched).
 
     Args:
         ids_TK, first_E, token_of: the layer's nets.
@@ -273,9 +273,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
                 mask_E[b] = (mask_E[b] & ~bit_h) | bit_g
         work = first_E[a + 1] - first_E[a] + (first_E[b + 1] - first_E[b] if b >= 0 else 0)
         done += work + 1
-        delta = _touched(
-            a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T
-        )
+        delta = _touched(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T)
         for r in range(num_ranks):
             new_risk_R[r] = risk_R[r]
             if touched_bits >> np.uint64(r) & one:
@@ -317,7 +315,8 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
             best_S[:] = slots_S
     if best_cost < np.inf:
         slots_S[:] = best_S
-    return best_cost, done
+        return best_cost, done
+    return cost + 20.0 * over, done
 
 
 def node_masks(node_R: np.ndarray) -> np.ndarray:

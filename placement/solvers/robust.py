@@ -10,7 +10,8 @@ so experts that are hot in the same sequences should not share a rank. The searc
 
     weight * tokens * mean over ranks of ( Var(rank) / Var0 )^2
 
-with Var0 the mean variance of the packed layer's ranks: what balance alone gives. The square makes the worst rank count.
+with Var0 the mean variance of the packed layer's ranks: what balance alone gives. The square makes the worst rank
+count.
 """
 
 import numpy as np

@@ -136,7 +136,9 @@ def test_order_of_experts_and_tokens_does_not_matter(seed, mode):
     placement = random_placement(rng, layers=2, experts=6, slots_of_rank=[3, 3], fill=0.0)
     names = rng.permutation(6)
     renamed = trace.replace(topk_ids=names[trace.topk_ids])
-    moved = placement.replace(slot_to_expert=np.where(placement.slot_to_expert < 0, -1, names[placement.slot_to_expert]))
+    moved = placement.replace(
+        slot_to_expert=np.where(placement.slot_to_expert < 0, -1, names[placement.slot_to_expert])
+    )
     doubled = trace.replace(topk_ids=np.concatenate([trace.topk_ids] * 2))
     first = evaluate(trace, placement, mode=mode).summary()
     for other in (evaluate(renamed, moved, mode=mode), evaluate(doubled, placement, mode=mode)):

@@ -21,7 +21,9 @@ from tests.placement.instances import skewed_problem, skewed_trace
 from tests.placement.oracles import best_traffic, traffic_of
 
 
-def planted_trace(noise: float, *, experts: int = 16, ranks: int = 4, layers: int = 4, tokens: int = 800) -> RoutingTrace:
+def planted_trace(
+    noise: float, *, experts: int = 16, ranks: int = 4, layers: int = 4, tokens: int = 800
+) -> RoutingTrace:
     """Tokens of R hidden blocks per layer, renamed at random in every layer; `noise` of the tokens route anywhere."""
     rng = np.random.default_rng(7)
     names = np.stack([rng.permutation(experts) for _ in range(layers)])
@@ -180,7 +182,9 @@ def test_rebalance_keeps_to_its_moves():
     for limit in (0, 3, 8):
         new = row.copy()
         made = rebalance_layer(new, drifted, capacity_R, speed_R, max_moves=limit)
-        fetched = sum(len(set(n) - set(o)) for n, o in zip(new.reshape(8, 9).tolist(), row.reshape(8, 9).tolist(), strict=True))
+        fetched = sum(
+            len(set(n) - set(o)) for n, o in zip(new.reshape(8, 9).tolist(), row.reshape(8, 9).tolist(), strict=True)
+        )
         assert fetched == made <= limit
         assert imbalance(new) <= imbalance(row)
 
@@ -227,7 +231,7 @@ def test_loads_alone_are_balanced():
 def test_infeasible_problems_say_by_how_much():
     """Too few slots, too few ranks for survival, or more moves than allowed: the sentence names the number."""
     trace = skewed_trace(1, experts=6)
-    with pytest.raises(InfeasibleError, match="needs 6 slots .* have 4 slots: 2 are missing"):
+    with pytest.raises(InfeasibleError, match=r"needs 6 slots .* have 4 slots: 2 are missing"):
         Problem.from_trace(trace, Cluster.uniform(2, slots_per_rank=2))
     with pytest.raises(InfeasibleError, match="3 ranks, there are 2"):
         Problem.from_trace(trace, Cluster.uniform(2, slots_per_rank=9), survive=2)
