@@ -182,12 +182,12 @@ class _Stage:
         for (layer, e, p), variable in x.items():
             variable.setInitialValue(int(part_LE[layer, e] == p))
         for layer in range(first, last):
-            experts = np.flatnonzero(self._inside[layer])
+            experts = np.flatnonzero(self._inside[layer]).tolist()
             full = len(experts) == self._capacity.sum()
             for p in parts:
-                held = pulp.lpSum(x[layer, e, p] for e in experts.tolist())
+                held = pulp.lpSum(x[layer, e, p] for e in experts)
                 program += held == int(self._capacity[p]) if full else held <= int(self._capacity[p])  # (9)
-            for e in experts.tolist():
+            for e in experts:
                 program += pulp.lpSum(x[layer, e, p] for p in parts) == 1  # (10)
         if whole and np.ptp(self._capacity) == 0:
             expert = int(np.flatnonzero(self._inside[first])[0])
