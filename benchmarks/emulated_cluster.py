@@ -33,8 +33,9 @@ PREFIX = "moeplace"
 INTERFACE = "eth0"
 MASTER_PORT = "29500"
 USAGE = 2
-GRACE_SECONDS = 30.0
-"""How long other hosts may go on after one has failed: their ranks notice the loss and say so."""
+GRACE_SECONDS = 15.0
+"""How long other ranks may go on after one has failed: they notice the loss and say so. (A torchrun agent whose ranks
+are done waits minutes for the agents of other hosts, also for those that have failed.)"""
 
 
 class Unavailable(Exception):
@@ -166,8 +167,7 @@ def run_on_hosts(args: argparse.Namespace) -> int:
             hosts.make(rate=args.rate, burst=args.burst, queue=args.queue)
             for index in range(args.hosts):
                 agents.append(_start_agent(hosts, index, args, Path(folder)))
-            code = _wait(agents)
-            return _first_failure(Path(folder)) or code
+            return _wait(agents, Path(folder))
         except KeyboardInterrupt as stop:
             return 128 + int(stop.args[0] if stop.args else signal.SIGINT)
         finally:
@@ -190,15 +190,15 @@ def _start_agent(hosts: Hosts, index: int, args: argparse.Namespace, codes: Path
     return subprocess.Popen(command, env={**environment, **os.environ}, stdin=subprocess.DEVNULL)
 
 
-def _wait(agents: "list[subprocess.Popen[bytes]]") -> int:
-    """Exit code of the first agent that fails, once all have ended; 0 = none did."""
+def _wait(agents: "list[subprocess.Popen[bytes]]", codes: Path) -> int:
+    """Exit code of the first rank that fails, else of the first agent; 0 = all ended well."""
     code, deadline = 0, float("inf")
     while any(agent.poll() is None for agent in agents) and time.monotonic() < deadline:
-        failed = [agent.returncode for agent in agents if agent.returncode]
-        if failed and not code:
-            code, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+        code = code or _first_failure(codes) or next((agent.returncode for agent in agents if agent.returncode), 0)
+        if code and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE_SECONDS
         time.sleep(0.05)
-    return code or max((abs(agent.returncode or 0) for agent in agents), default=0)
+    return _first_failure(codes) or code or max((abs(agent.returncode or 0) for agent in agents), default=0)
 
 
 def _wait_briefly(agents: "list[subprocess.Popen[bytes]]") -> None:
@@ -222,7 +222,9 @@ def run_worker(codes: Path, command: list[str]) -> int:
             print(stop.code, file=sys.stderr)
     finally:
         if code:
-            (codes / os.environ["RANK"]).write_text(str(code))
+            note = codes / os.environ["RANK"]
+            note.write_text(str(code))
+            note.rename(note.with_suffix(".code"))  # seen when it is whole
     return code
 
 
@@ -251,7 +253,7 @@ def _is_python(path: str) -> bool:
 
 def _first_failure(codes: Path) -> int:
     """Exit code of the rank that failed first, 0 = none noted one."""
-    noted = sorted(codes.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    noted = sorted(codes.glob("*.code"), key=lambda path: path.stat().st_mtime_ns)
     return int(noted[0].read_text()) if noted else 0
 
 

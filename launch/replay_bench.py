@@ -72,14 +72,15 @@ class ReplayOptions:
     calibration: str | None = None
     steps: int = 24
     block: int = 3
-    kv_pieces: int = 2
+    kv_pieces: int | None = None
     seed: int = 0
     timeout: float = 120.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "block", "kv_pieces"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} ({getattr(self, name)}) must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} ({value}) must be at least 1")
         if self.timeout <= 0:
             raise InputError(f"timeout ({self.timeout} s) must be positive")
 
@@ -105,9 +106,10 @@ def calibrate_here(
     shape: ReplayShape, *, num_experts: int, top_k: int, seed: int, timeout: float
 ) -> Calibration | None:
     """Calibrate the ranks that the launcher started; the result on rank 0, None on others."""
-    group = RankGroup.from_environment(timeout=timeout)
-    group = group.with_nodes(nodes_of_launcher(group.size))
+    everyone = RankGroup.from_environment(timeout=timeout)
+    group = everyone.with_nodes(nodes_of_launcher(everyone.size))
     calibration = calibrate(group, shape, num_experts=num_experts, top_k=top_k, seed=seed)
+    _leave(group, everyone)
     return calibration if group.rank == 0 else None
 
 
@@ -120,7 +122,7 @@ def replay_bench(options: ReplayOptions) -> dict[str, Any] | None:
         PeerLostError: a rank is gone.
     """
     one_thread()
-    group = RankGroup.from_environment(timeout=options.timeout)
+    everyone = group = RankGroup.from_environment(timeout=options.timeout)
     try:
         names = [RunName.parse(text) for text in options.runs.split(",")]
         trace = _load(options)
@@ -137,8 +139,16 @@ def replay_bench(options: ReplayOptions) -> dict[str, Any] | None:
             group, options.shape, num_experts=steps.num_experts, top_k=steps.top_k, seed=options.seed
         )
     bench = _Bench(options, names, placements, steps, group, calibration)
-    runs = bench.measure()
-    return {"conditions": bench.conditions(), "runs": runs} if group.rank == 0 else None
+    report = {"runs": bench.measure(), "conditions": bench.conditions()}
+    _leave(group, everyone)
+    return report if group.rank == 0 else None
+
+
+def _leave(*groups: RankGroup) -> None:
+    """End all groups, once all ranks have done their last exchange."""
+    groups[0].agree({"benchmark": "done"})
+    for group in groups:
+        group.close()
 
 
 def _load(options: ReplayOptions) -> RoutingTrace:
@@ -209,8 +219,12 @@ class _Bench:
             tensors=self._tensors,
             group=self.group,
             node_aware=self._is_node_aware(name),
-            kv_pieces=self.options.kv_pieces,
+            kv_pieces=self._kv_pieces,
         )
+
+    @property
+    def _kv_pieces(self) -> int:
+        return self.options.kv_pieces or self.steps.num_layers
 
     def _is_node_aware(self, name: RunName) -> bool:
         """One copy per node where the form is not fixed and tokens have several experts."""
@@ -318,7 +332,7 @@ class _Bench:
             "dtype": str(shape.dtype).removeprefix("torch."),
             "timed_steps": options.steps,
             "block": options.block,
-            "kv_pieces": options.kv_pieces,
+            "kv_pieces": self._kv_pieces,
             "seed": options.seed,
             "device": self.group.device.type,
             "torch": torch.__version__,

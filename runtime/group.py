@@ -192,6 +192,17 @@ class RankGroup:
             for group in groups:
                 group._layer = OUTSIDE
 
+    def close(self) -> None:
+        """Leave: the threads of the group, and of those made from it, end. No collective may be on its way.
+
+        A process that ends while its groups are alive may be aborted by their threads.
+        """
+        for group in (self._node_group, self._background):
+            if group is not None:
+                group.close()
+        self._node_group = self._background = None
+        self.__dict__.pop("_group", None)
+
     def agree(self, items: dict[str, str]) -> None:
         """Compare values over all ranks, through the store: no collective is issued.
 

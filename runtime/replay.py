@@ -1,7 +1,8 @@
 """Replay: recorded routing on a running system. Tokens are real tensors and travel through the runtime's dispatchers.
 
-A step is one decode pass of a batch: per MoE layer each token gets its K/V from a projection, then goes through the
-dispatcher to the experts that the trace names. Attention itself and the dense layers are left out, in every mode alike.
+A step is one decode pass of a batch: per MoE layer each token's K/V (elements of its hidden state) are stored, then it
+goes through the dispatcher to the experts that the trace names. Attention and the dense layers are left out, in every
+mode alike.
 In coherent mode K/V go to all ranks and the chosen tokens' names home. All layers share
 one set of experts, which every rank holds whole: outputs of different placements and modes can be compared.
 
@@ -141,12 +142,10 @@ class ReplayTensors:
 
     Attributes:
         weights: E experts.
-        kv_weight: (D, c).
         x_BD: tokens at the start of a step.
     """
 
     weights: ExpertWeights
-    kv_weight: torch.Tensor
     x_BD: torch.Tensor
 
     @classmethod
@@ -160,8 +159,7 @@ class ReplayTensors:
 
         gate_up = draw(num_experts, 2 * shape.expert_hidden, shape.hidden)
         weights = ExpertWeights(gate_up, draw(num_experts, shape.hidden, shape.expert_hidden))
-        kv_weight = draw(shape.kv_dim, shape.hidden).t().contiguous()
-        return cls(weights, kv_weight, draw(shape.batch, shape.hidden) * shape.hidden**0.5)
+        return cls(weights, draw(shape.batch, shape.hidden) * shape.hidden**0.5)
 
 
 class Replay:
@@ -198,6 +196,9 @@ class Replay:
         start = sum(self._homes[: group.rank])
         self._home_token = torch.arange(start, start + self._homes[group.rank], device=device)
         self._weights_BK = torch.full((shape.batch, steps.top_k), 1 / steps.top_k, dtype=shape.dtype, device=device)
+        self._kv_columns: slice | torch.Tensor = slice(shape.kv_dim)
+        if shape.kv_dim > shape.hidden:
+            self._kv_columns = torch.arange(shape.kv_dim, device=device) % shape.hidden
         self._cache = torch.zeros(steps.num_layers, shape.batch, shape.kv_dim, dtype=shape.dtype, device=device)
         self._stream = (
             KvStream(group, steps.num_layers, pieces=self.kv_pieces, keep=self._keep)
@@ -223,7 +224,7 @@ class Replay:
         for layer in range(self._steps.num_layers):
             if self._stream is not None:
                 ledger = self._stream.ledger(index, layer, ledger)
-            kv = rows.x @ self._tensors.kv_weight
+            kv = rows.x[:, self._kv_columns]
             self._cache[layer, rows.token] = kv
             if ledger is not None:
                 ledger.add(layer, rows.token, kv)

@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", metavar="C", help="predict from this file instead of measuring first")
     parser.add_argument("--steps", type=int, default=24, metavar="N", help="timed steps of each run (24)")
     parser.add_argument("--block", type=int, default=3, metavar="N", help="steps of a run before the next one (3)")
-    parser.add_argument("--kv-pieces", type=int, default=2, metavar="N", help="pieces of the K/V exchange (2)")
+    parser.add_argument(
+        "--kv-pieces", type=int, metavar="N", help="pieces of a step's K/V exchange (default: one per layer)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and hidden states")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for another rank")
     add_shape_arguments(parser)
