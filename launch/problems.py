@@ -26,8 +26,6 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--objective", choices=("seconds", "traffic"), default="seconds", help="default: %(default)s")
     parser.add_argument("--max-imbalance", type=float, metavar="X", help="hard cap on a layer's training imbalance")
-    parser.add_argument("--replica-budget", choices=("layer", "global"), default="layer",
-                        help="where redundant slots may be spent (default: %(default)s)")  # fmt: skip
     parser.add_argument("--survive", type=int, default=0, metavar="N", help="ranks that may be lost at once")
     parser.add_argument("--previous", metavar="P", help="placement now in force, to stay near")
     parser.add_argument("--max-moves", type=int, metavar="M", help="most experts fetched per layer")
@@ -125,7 +123,6 @@ def problem_options(args: argparse.Namespace, trace: Any, cluster: Any) -> dict[
     return {
         "objective": args.objective,
         "max_imbalance": args.max_imbalance,
-        "replica_budget": args.replica_budget,
         "survive": args.survive,
         "previous": load_placement(args.previous) if args.previous else None,
         "max_moves": args.max_moves,

@@ -18,7 +18,6 @@ from moeplace.profiling.kernels import count_load, count_transitions
 from moeplace.profiling.trace import RoutingTrace
 
 Objective = Literal["seconds", "traffic"]
-ReplicaBudget = Literal["layer", "global"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +38,6 @@ class Problem:
         previous: placement now in force, to stay near; same model, any cluster shape.
         max_moves: most experts that may be fetched per layer relative to `previous`, or None.
         move_price: objective units per fetched byte.
-        replica_budget: "layer" = every layer may fill all its slots; "global" = redundant slots are spent where they
-            gain most over the whole model, the rest stay empty.
         survive: ranks that may be lost at once without losing an expert: every expert is on survive + 1 ranks, on as
             many nodes where there are so many.
         expert_bytes: (L, E) bytes of each expert (1 where unknown).
@@ -62,7 +59,6 @@ class Problem:
     previous: Placement | None = None
     max_moves: int | None = None
     move_price: float = 0.0
-    replica_budget: ReplicaBudget = "layer"
     survive: int = 0
     expert_bytes: np.ndarray = None  # type: ignore[assignment]  # given or not, an array after __post_init__
     layer_ids: np.ndarray | None = None
@@ -78,12 +74,13 @@ class Problem:
         load_LE = np.zeros((trace.num_layers, trace.num_experts), np.int64)
         count_load(trace.topk_ids, trace.experts_per_layer, load_LE)
         options.setdefault("shape", default_shape(trace))
+        if trace.expert_bytes is not None:
+            options.setdefault("expert_bytes", trace.expert_bytes)
         return cls(
             cluster=cluster,
             experts_per_layer=trace.experts_per_layer,
             load_LE=load_LE,
             trace=trace,
-            expert_bytes=trace.expert_bytes,
             layer_ids=trace.layer_ids,
             num_hidden_layers=trace.num_hidden_layers,
             **options,
@@ -108,7 +105,6 @@ class Problem:
         for name, value, choices in (
             ("mode", self.mode, MODES),
             ("objective", self.objective, get_args(Objective)),
-            ("replica budget", self.replica_budget, get_args(ReplicaBudget)),
         ):
             if value not in choices:
                 raise InputError(f"{name} {value!r} must be one of {', '.join(choices)}")

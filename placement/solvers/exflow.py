@@ -176,7 +176,7 @@ class _Stage:
         x = {
             (layer, e, p): program.add_variable(f"x_{layer}_{e}_{p}", cat="Binary")
             for layer in range(first, last)
-            for e in np.flatnonzero(self._inside[layer])
+            for e in np.flatnonzero(self._inside[layer]).tolist()
             for p in parts
         }
         for (layer, e, p), variable in x.items():

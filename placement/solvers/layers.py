@@ -10,6 +10,7 @@ import numpy as np
 from moeplace.placement.problem import Problem
 from moeplace.placement.solvers.annealing import seed_state
 from moeplace.placement.solvers.connectivity import anneal_layer, connectivity, layer_nets
+from moeplace.placement.solvers.packing import pack_slots
 from moeplace.placement.solvers.replicas import MOST_RANKS, anneal_replicas, fill_with_copies, node_masks
 from moeplace.placement.solvers.robust import risk_matrix
 from moeplace.placement.solvers.search_layout import load_limits, packed_start, to_slots
@@ -135,6 +136,8 @@ class LayerSearch:
     ) -> tuple[float, np.ndarray]:
         cluster, weight = self._cluster, self._problem.node_weight
         rank_of_slot = cluster.rank_of_slot
+        if self._problem.survive:  # start where every expert has its copies; the moves below keep them
+            slots_S = pack_slots(self._problem, self._layer)
         fill_with_copies(self._nets, slots_S, rank_of_slot, cluster.node_of_rank, weight, copies)
         mean_load = self._nets.load_E.sum() / len(slots_S)
         # First on every third token, where three times as many moves can be tried, then on all.

@@ -6,6 +6,8 @@ relative speeds, so "balance" means equal time.
 Shape letters: L MoE layers, E experts of a layer, R ranks, C slots per rank, S slots per layer.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
@@ -13,6 +15,7 @@ from moeplace.placement.placement import EMPTY_SLOT
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
 from moeplace.placement.stop import Budget
+from moeplace.profiling.errors import InfeasibleError
 
 _NO_LIMIT = 2**31 - 1
 
@@ -27,7 +30,11 @@ def pack_slots(problem: Problem, layer: int) -> np.ndarray:
     """(S,) int32 slot -> expert of one layer, all slots used as far as experts and ranks allow."""
     experts, cluster = int(problem.experts_per_layer[layer]), problem.cluster
     load_E = np.ascontiguousarray(problem.load_LE[layer, :experts])
-    return pack_with_replicas(load_E, cluster.slots_of_rank, cluster.speed_of_rank, min_copies=problem.survive + 1)
+    copies = problem.survive + 1
+    slots_S = pack_with_replicas(load_E, cluster.slots_of_rank, cluster.speed_of_rank, min_copies=copies)
+    if copies > 1 and cluster.num_nodes > 1:
+        spread_over_nodes(slots_S, cluster.rank_of_slot, cluster.node_of_rank, min(copies, cluster.num_nodes), layer)
+    return slots_S
 
 
 def pack(load_E: np.ndarray, capacity_R: np.ndarray, speed_R: np.ndarray | None = None) -> np.ndarray:
@@ -91,6 +98,52 @@ def rebalance_layer(
     limit = _NO_LIMIT if max_moves is None else max_moves
     rank_S = np.repeat(np.arange(len(capacity_R)), capacity_R)
     return int(_rebalance(slots_S, rank_S, np.asarray(load_E, np.float64), speed_R, limit, target, min_copies))
+
+
+def spread_over_nodes(slots_S: np.ndarray, rank_S: np.ndarray, node_R: np.ndarray, nodes: int, layer: int = 0) -> None:
+    """Swap slots, in place, until every expert is on at least `nodes` nodes; never an expert twice on a rank.
+
+    Raises:
+        InfeasibleError: no swap of two slots mends an expert that is on too few nodes.
+    """
+    node_S = node_R[rank_S]
+
+    def held(expert: int) -> list[int]:
+        return np.flatnonzero(slots_S == expert).tolist()
+
+    def ok(expert: int) -> bool:
+        return expert < 0 or len({int(node_S[s]) for s in held(expert)}) >= nodes
+
+    for expert in np.unique(slots_S[slots_S >= 0]).tolist():
+        while not ok(expert):
+            own = held(expert)
+            reached = {int(node_S[s]) for s in own}
+            spare = [s for s in own if sum(node_S[t] == node_S[s] for t in own) > 1]
+            swap = next(
+                (
+                    (x, y)
+                    for y in range(len(slots_S))
+                    for x in spare
+                    if int(node_S[y]) not in reached and _may_swap(slots_S, rank_S, x, y, ok)
+                ),
+                None,
+            )
+            if swap is None:
+                raise InfeasibleError(f"MoE layer {layer}: expert {expert} finds no room on {nodes} nodes")
+            x, y = swap
+            slots_S[x], slots_S[y] = slots_S[y], slots_S[x]
+
+
+def _may_swap(slots_S: np.ndarray, rank_S: np.ndarray, x: int, y: int, ok: Callable[[int], bool]) -> bool:
+    """Whether swapping slots x and y doubles no expert on a rank and does not break the spread of the other one."""
+    a, b = int(slots_S[x]), int(slots_S[y])
+    if a in slots_S[rank_S == rank_S[y]] or (b >= 0 and b in slots_S[rank_S == rank_S[x]]):
+        return False
+    was = ok(b)
+    slots_S[x], slots_S[y] = b, a
+    fine = ok(b) or not was
+    slots_S[x], slots_S[y] = a, b
+    return fine
 
 
 @njit(cache=True, nogil=True)

@@ -55,6 +55,9 @@ def solve_portfolio(problem: Problem, budget: Budget) -> Draft:
     """See the module's docstring."""
     if problem.trace is None or problem.mode == "allgather" or problem.num_ranks == 1:
         return solve_lpt(problem, budget)
+    if problem.survive and (problem.mode == "coherent" or problem.cluster.num_nodes > 1):
+        note = "copies that survive a loss are packed by load; their traffic is not searched in this mode"
+        return replace(solve_lpt(problem, budget), notes=(note,))
     if fits(problem):
         return solve_viterbi(problem, budget)
     if problem.objective == "traffic":
@@ -207,7 +210,31 @@ def _chain_search(problem: Problem, budget: Budget, cap: float | None, seconds: 
         found = list(pool.map(one, range(max(2, threads()))))
     rank_LS = min(found, key=lambda pair: pair[0])[1]
     rows = [to_slots(r, int(e)) for r, e in zip(rank_LS, problem.experts_per_layer, strict=True)]
-    return np.stack(rows), any(cut for _, _, cut in found)
+    slots_LS = np.stack(rows)
+    if (problem.redundant_slots > 0).any():
+        slots_LS = _with_copies_on_the_way(problem, slots_LS, cap)
+    return slots_LS, any(cut for _, _, cut in found)
+
+
+def _with_copies_on_the_way(problem: Problem, slots_LS: np.ndarray, cap: float | None) -> np.ndarray:
+    """Fill a layer's empty slots with copies of the experts that most tokens on that rank go to; kept where it pays."""
+    best = problem.evaluate(problem.placement(slots_LS))
+    limit_L = np.full(problem.num_layers, np.inf) if cap is None else np.maximum(cap, best.imbalance_L)
+    for layer in range(1, problem.num_layers):
+        placement = problem.placement(slots_LS)
+        trial_LS = slots_LS.copy()
+        arrive_RE = placement.copies_LER[layer - 1].T.astype(np.int64) @ problem.transitions_LEE[layer - 1]
+        arrive_RE[placement.copies_LER[layer].T > 0] = 0
+        for slot in np.flatnonzero(trial_LS[layer] < 0):
+            rank = int(problem.cluster.rank_of_slot[slot])
+            expert = int(arrive_RE[rank].argmax())
+            if arrive_RE[rank, expert] > 0:
+                trial_LS[layer, slot] = expert
+                arrive_RE[rank, expert] = 0
+        trial = problem.evaluate(problem.placement(trial_LS))
+        if trial.copies_per_token < best.copies_per_token and (trial.imbalance_L <= limit_L + 1e-9).all():
+            slots_LS, best = trial_LS, trial
+    return slots_LS
 
 
 def _chain_value(

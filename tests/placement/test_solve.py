@@ -239,3 +239,29 @@ def test_infeasible_problems_say_by_how_much():
         Problem.from_trace(trace, Cluster(np.zeros(2, int), np.array([12, 1]), np.ones(2)), survive=1)
     with pytest.raises(InputError, match="at least 1"):
         Problem.from_trace(trace, Cluster.uniform(2, slots_per_rank=3), max_imbalance=0.9)
+
+
+@pytest.mark.parametrize("mode", ["dispatch-combine", "coherent"])
+@pytest.mark.parametrize("per_node", [None, 2])
+def test_every_expert_survives_a_lost_rank(mode, per_node):
+    """survive=1: every expert is on two ranks, on two nodes where there are two."""
+    cluster = Cluster.uniform(4, slots_per_rank=9, ranks_per_node=per_node)
+    trace = planted_trace(0.3, tokens=300)
+    trace = trace if mode == "dispatch-combine" else trace.primary()
+    problem = Problem.from_trace(trace, cluster, mode=mode, objective="traffic", survive=1)
+    copies_LER = solve(problem, time_limit=0.5).placement.copies_LER
+    assert (copies_LER.sum(axis=2) >= 2).all()
+    if per_node:
+        by_node = copies_LER.reshape(*copies_LER.shape[:2], 2, 2).any(axis=3)
+        assert by_node.all()
+
+
+def test_more_slots_do_not_worsen_the_stay_rate():
+    """Copies in coherent mode are kept only where they keep tokens in place."""
+    trace = planted_trace(0.5, layers=3).primary()
+    values = []
+    for slots in (4, 6):
+        cluster = Cluster.uniform(4, slots_per_rank=slots)
+        result = solve(Problem.from_trace(trace, cluster, mode="coherent", objective="traffic"), time_limit=1.0)
+        values.append(result.objective)
+    assert values[1] <= values[0] + 1e-9
