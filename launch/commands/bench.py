@@ -3,8 +3,8 @@
 import argparse
 import importlib
 
-HELP = "benchmarks of the runtime: replay"
-BENCHMARKS = {"replay": "bench_replay"}  # name -> module in moeplace.launch.commands
+HELP = "benchmarks of the runtime: replay, elastic"
+BENCHMARKS = {"replay": "bench_replay", "elastic": "bench_elastic"}  # name -> module in moeplace.launch.commands
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
