@@ -91,13 +91,16 @@ def cut_pieces(arrivals: Sequence[Arrival], *, num_ranks: int, bytes_per_step: i
     while left:
         out_R, in_R = [bytes_per_step] * num_ranks, [bytes_per_step] * num_ranks
         pieces: list[Piece] = []
-        kept = []
-        for arrival, start in left:
+        kept: list[tuple[Arrival, int]] = []
+        for index, (arrival, start) in enumerate(left):
             stop = start + _fitting(arrival, start, out_R, in_R, bytes_per_step)
-            if stop > start:
-                pieces.append(Piece(arrival, start, stop))
             if stop < arrival.size:
                 kept.append((arrival, stop))
+            if stop > start:
+                pieces.append(Piece(arrival, start, stop))
+                if not any(in_R):  # nobody can receive more
+                    kept += left[index + 1 :]
+                    break
         left = kept
         yield pieces
 
