@@ -66,6 +66,21 @@ def read_json(path: str | Path) -> Any:
         raise FormatError(f"{path} is not JSON: {error}") from error
 
 
+def require_folder_of(*paths: str | Path | None) -> None:
+    """Check, before long work, that files can be written there; None is skipped.
+
+    Raises:
+        InputError: the folder of a path does not exist, or the path is a folder.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        if not Path(path).parent.is_dir():
+            raise InputError(f"cannot write {path}: the folder {Path(path).parent} does not exist")
+        if Path(path).is_dir():
+            raise InputError(f"cannot write {path}: it is a folder")
+
+
 def require_file(path: str | Path) -> Path:
     """`path` as a Path to an existing regular file.
 

@@ -39,13 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Solve, judge, print."""
+    from moeplace.placement.solvers import get_solver
     from moeplace.profiling.errors import InputError
-    from moeplace.profiling.files import write_json
+    from moeplace.profiling.files import require_folder_of, write_json
     from moeplace.profiling.trace_file import load_trace
 
+    require_folder_of(args.json, args.plot)
     if args.mode == "auto":
         raise InputError("compare needs one mode: dispatch-combine, coherent or allgather")
     solvers = [name.strip() for name in args.solvers.split(",") if name.strip()]
+    for name in solvers:  # before any of them runs
+        get_solver(name)
     caps = _caps(args.sweep) if args.sweep else [args.max_imbalance]
     rows: list[dict[str, Any]] = []
     for path in args.trace:

@@ -27,9 +27,10 @@ def run(args: argparse.Namespace) -> int:
     from moeplace.placement.cost_model import Calibration, StepShape
     from moeplace.placement.evaluate import cluster_of, evaluate
     from moeplace.placement.placement_file import load_placement
-    from moeplace.profiling.files import write_json
+    from moeplace.profiling.files import require_folder_of, write_json
     from moeplace.profiling.trace_file import load_trace
 
+    require_folder_of(args.json)
     trace = load_trace(args.trace)
     placement = load_placement(args.placement)
     side = trace.split(args.split)

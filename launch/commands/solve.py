@@ -32,8 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Solve, print, write."""
     from moeplace.profiling.errors import FormatError
+    from moeplace.profiling.files import require_folder_of
     from moeplace.profiling.trace_file import load_trace
 
+    require_folder_of(args.out, args.json)
     try:
         trace = load_trace(args.trace)
     except FormatError as no_trace:

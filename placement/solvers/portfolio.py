@@ -120,7 +120,8 @@ def _layer_searches(problem: Problem, budget: Budget, cap: float | None, seconds
         if number == 1:  # the first full round is shortened alike for every layer, so that none is left out
             factor = min(1.0, left * threads() / (slowness * effort.seconds * (problem.num_layers - layer)))
         else:  # a further one is run in full or not at all
-            factor = 1.0 if number == 0 or left > 0.7 * slowness * effort.seconds else 0.0
+            room = 0.5 * seconds if number == 0 else 0.7 * slowness * effort.seconds
+            factor = 1.0 if left > room else 0.0
         if factor < LEAST_FACTOR:
             return True
         found = searches[layer].run(effort.scaled(factor), budget.rng(layer, number))
@@ -258,11 +259,14 @@ def _chain_value(
 
 
 def _aligned(problem: Problem, slots_LS: np.ndarray) -> np.ndarray:
-    """Rename ranks layer by layer so that primary experts stay in place; traffic and balance do not change."""
+    """Rename ranks layer by layer so that tokens (coherent: their owners) meet their experts where they are.
+
+    Ranks per token and balance do not change.
+    """
     placement = problem.placement(slots_LS)
     if problem.cluster.distance_RR is not None:
         return slots_LS  # names matter
-    flow_LRR = primary_flow(problem, placement)
+    flow_LRR = (owner_flow if problem.mode == "coherent" else primary_flow)(problem, placement)
     return rename_ranks(slots_LS, align_ranks(flow_LRR, problem.cluster), problem)
 
 
@@ -274,6 +278,24 @@ def primary_flow(problem: Problem, placement: Placement) -> np.ndarray:
         before, after = placement.rank_of_expert[layer], placement.rank_of_expert[layer + 1]
         i, j = np.nonzero(counts_EE)
         np.add.at(flow[layer], (before[i], after[j]), counts_EE[i, j])
+    return flow
+
+
+def owner_flow(problem: Problem, placement: Placement) -> np.ndarray:
+    """(L-1, R, R) tokens owned by rank i in a layer (most of their experts) that rank j serves in the next."""
+    assert problem.trace is not None
+    ranks = problem.num_ranks
+    flow = np.zeros((problem.num_layers - 1, ranks, ranks))
+    owner_T = np.zeros(problem.trace.num_tokens, np.int64)
+    for layer in range(problem.num_layers):
+        ids_TK = problem.trace.layer(layer)
+        token, slot = np.nonzero(ids_TK >= 0)
+        rank = placement.rank_of_expert[layer][ids_TK[token, slot]]
+        count_TR = np.bincount(token * ranks + rank, minlength=len(ids_TK) * ranks).reshape(-1, ranks)
+        if layer:
+            for owner in range(ranks):
+                flow[layer - 1, owner] = (count_TR[owner_T == owner] > 0).sum(axis=0)
+        owner_T = np.where(count_TR.any(axis=1), count_TR.argmax(axis=1), owner_T)
     return flow
 
 
