@@ -13,15 +13,15 @@ import numpy as np
 
 from moeplace.launch.tables import format_table
 from moeplace.placement.cluster import Cluster
+from moeplace.placement.objective import load_imbalance
 from moeplace.placement.problem import Problem
 from moeplace.placement.relabel import moves
-from moeplace.placement.solve import load_imbalance, solve
+from moeplace.placement.solve import solve
 from moeplace.placement.warm_up import warm_up
 from moeplace.profiling import synthetic
 from moeplace.profiling.trace import RoutingTrace
 
 Row = list[str | float | None]
-_TRACE = Path(__file__).resolve().parents[2] / "shared" / "traces" / "deepseek-v2-lite" / "routing.npz"
 
 
 def real_trace(path: Path) -> RoutingTrace:
@@ -52,6 +52,11 @@ def zipf_loads() -> np.ndarray:
     share = 1 / np.arange(1, 257)
     share /= share.sum()
     return np.stack([np.rint(rng.permutation(share) * 1e6) for _ in range(58)])
+
+
+def zipf_trace() -> RoutingTrace:
+    """A stand-in where no instance uses the real trace."""
+    return synthetic.markov(np.full((2, 64), 1 / 64), num_tokens=64, top_k=2, stickiness=0.0, seed=0)
 
 
 def on_loads() -> list[Row]:
@@ -103,10 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("d8", "d4", "d2x4", "d72", "c8", "c4", "c8k6", "loads", "large", "mixtral")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
-    parser.add_argument("--trace", type=Path, default=_TRACE, help="routing.npz of DeepSeek-V2-Lite")
+    parser.add_argument(
+        "--trace", type=Path, help="routing.npz of DeepSeek-V2-Lite; needed by all but loads and mixtral"
+    )
     args = parser.parse_args()
     warm_up()
-    trace = real_trace(args.trace)
+    needed = set(args.names or names) - {"loads", "mixtral"}
+    if needed and args.trace is None:
+        parser.error(f"--trace is needed for {', '.join(sorted(needed))}")
+    trace = real_trace(args.trace) if needed else zipf_trace()
     flat8, flat4 = Cluster.uniform(8, slots_per_rank=8), Cluster.uniform(4, slots_per_rank=16)
     nodes, spare = Cluster.uniform(8, slots_per_rank=8, ranks_per_node=4), Cluster.uniform(8, slots_per_rank=9)
     dispatch, top1 = "dispatch-combine", trace.primary()

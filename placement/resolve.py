@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from moeplace.placement.objective import measure
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.relabel import least_bytes, moved_bytes, moves, relabel_to
@@ -55,18 +56,16 @@ def moved_summary(problem: Problem, placement: Placement) -> dict[str, float] | 
 
 
 def _drop_unpaid(problem: Problem, previous: Placement, slots_LS: np.ndarray) -> np.ndarray:
-    """Keep a layer as it was where its gain does not pay for its bytes (layers are independent in dispatch mode)."""
-    if problem.trace is None:
-        return slots_LS
-    new = problem.placement(slots_LS)
-    old_value, new_value = (problem.evaluate(p) for p in (previous.replace(mode=problem.mode), new))
-    fetched_L = moves(previous, new)
-    price_L = problem.move_price * fetched_L * problem.expert_bytes.mean(axis=1)
-    if problem.mode == "dispatch-combine":
-        gain_L = (old_value.ranks_per_token_L - new_value.ranks_per_token_L) / problem.num_layers
-        keep_L = gain_L < price_L
-    else:
-        keep_L = np.full(problem.num_layers, old_value.copies_per_token - new_value.copies_per_token < price_L.sum())
+    """Keep what does not pay for its bytes: layer by layer where layers are independent, else the whole placement."""
+    new, old = problem.placement(slots_LS), previous.replace(mode=problem.mode)
+    price_L = problem.move_price * moves(previous, new) * problem.expert_bytes.mean(axis=1)
+    by_layer = problem.trace is not None and problem.mode == "dispatch-combine" and problem.objective == "traffic"
+    if by_layer and problem.node_weight == 0:
+        old_L, new_L = (problem.evaluate(p).ranks_per_token_L for p in (old, new))
+        keep_L = (old_L - new_L) / problem.num_layers < price_L
+    else:  # the objective does not fall apart into layers: all or nothing
+        gain = measure(problem, old)[1] - measure(problem, new)[1]
+        keep_L = np.full(problem.num_layers, gain < price_L.sum())
     return np.where(keep_L[:, None], previous.slot_to_expert, slots_LS)
 
 

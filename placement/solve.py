@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from moeplace.placement.bounds import held_imbalance, problem_bounds
-from moeplace.placement.evaluate import Evaluation
+from moeplace.placement.objective import load_imbalance, measure
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.resolve import keep_close, moved_summary
@@ -49,7 +49,7 @@ def solve(
         draft = keep_close(problem, draft, budget)
     placement = problem.placement(draft.slot_to_expert)
     name, objective, values = measure(problem, placement)
-    broken = broken_cap(problem, placement)
+    broken = broken_cap(problem, placement) or broken_survival(problem, placement)
     bounded = problem.replace(max_imbalance=None) if broken else problem
     bounds = problem_bounds(bounded, time_limit=max(time_limit - (time.monotonic() - started), 0.05 * time_limit))
     lower = max(draft.lower_bound or 0.0, bounds.get(name, 0.0)) if not broken else bounds.get(name, 0.0)
@@ -74,31 +74,6 @@ def solve(
     )
 
 
-def measure(problem: Problem, placement: Placement) -> tuple[str, float, dict[str, float]]:
-    """(name of the objective, its value, values of "traffic", "imbalance" and "seconds") of a placement."""
-    if problem.trace is None:
-        imbalance = load_imbalance(problem, placement)
-        return "imbalance", float(imbalance.mean()), {"imbalance": float(imbalance.mean())}
-    evaluation = problem.evaluate(placement)
-    values = {
-        "traffic": traffic(problem, evaluation),
-        "imbalance": evaluation.imbalance_mean,
-        "seconds": evaluation.predicted_seconds,
-    }
-    name = "imbalance" if problem.mode == "allgather" and problem.objective == "traffic" else problem.objective
-    return name, values[name], values
-
-
-def traffic(problem: Problem, evaluation: Evaluation) -> float:
-    """The mode's traffic: mean d + node_weight * mean dn, or copies per token with the links' cost, or 0."""
-    weight = problem.node_weight
-    if problem.mode == "dispatch-combine":
-        return float(evaluation.ranks_per_token + weight * evaluation.nodes_per_token)
-    if problem.mode == "allgather":
-        return 0.0
-    return float(evaluation.copies_per_token + weight * evaluation.node_copies_per_token)
-
-
 def broken_cap(problem: Problem, placement: Placement) -> str:
     """A sentence if a layer exceeds the cap on imbalance (some published models have none), else ""."""
     caps_L = held_imbalance(problem)
@@ -117,10 +92,15 @@ def broken_cap(problem: Problem, placement: Placement) -> str:
     )
 
 
-def load_imbalance(problem: Problem, placement: Placement) -> np.ndarray:
-    """(L,) imbalance by layer when an expert's load is split evenly over its replicas."""
-    copies_LER = placement.copies_LER
-    part_LE = problem.load_LE / np.maximum(placement.replica_counts, 1)
-    time_LR = np.einsum("le,ler->lr", part_LE, copies_LER) / problem.cluster.speed_of_rank
-    fair_L = problem.load_LE.sum(axis=1) / problem.cluster.speed_of_rank.sum()
-    return np.divide(time_LR.max(axis=1), fair_L, out=np.ones(len(fair_L)), where=fair_L > 0)
+def broken_survival(problem: Problem, placement: Placement) -> str:
+    """A sentence if some expert would be lost with `survive` ranks (published models know no such thing), else ""."""
+    if not problem.survive:
+        return ""
+    too_few = (placement.replica_counts > 0) & (placement.replica_counts <= problem.survive)
+    if not too_few.any():
+        return ""
+    layer, expert = np.argwhere(too_few)[0]
+    return (
+        f"not every expert survives {problem.survive} lost ranks: expert {expert} of MoE layer {layer} has "
+        f"{placement.replica_counts[layer, expert]} slots; the bounds are those without a cap"
+    )

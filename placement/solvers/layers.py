@@ -11,10 +11,20 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.solvers.annealing import seed_state
 from moeplace.placement.solvers.connectivity import anneal_layer, connectivity, layer_nets
 from moeplace.placement.solvers.packing import pack_slots
-from moeplace.placement.solvers.replicas import MOST_RANKS, anneal_replicas, fill_with_copies, node_masks
+from moeplace.placement.solvers.replicas import (
+    MOST_RANKS,
+    anneal_replicas,
+    copy_heaviest,
+    expert_masks,
+    fill_with_copies,
+    node_masks,
+    replay_layer,
+)
 from moeplace.placement.solvers.robust import risk_matrix
-from moeplace.placement.solvers.search_layout import load_limits, packed_start, to_slots
+from moeplace.placement.solvers.search_layout import load_limits, packed_start, padded_load, to_slots
 
+OVERLOAD = 1e3
+"""Price of a token above the cap when runs are compared: any feasible run beats any other."""
 MOST_TOKENS = 40_000
 """Tokens of a layer that a search looks at; more are thinned evenly, which bounds memory and time."""
 
@@ -61,9 +71,12 @@ class LayerSearch:
         limits_R = load_limits(problem, layer, self._start_S, cap)
         thin_TK = np.ascontiguousarray(ids_TK[::stride])
         share = (thin_TK >= 0).sum() / max(int((ids_TK >= 0).sum()), 1)
-        self._limit_R = limits_R if stride == 1 else limits_R * share
+        self._full_limit_R = limits_R
+        self._limit_R = limits_R * share
         risk_SS = risk_matrix(problem.trace.select(slice(None, None, stride)), thin_TK, self._start_S, hedge)
-        self._nets = layer_nets(thin_TK, self._cluster.num_slots, risk_SS)
+        # Loads are those of all tokens, scaled: the cap must hold for them, not for the thinned ones.
+        scaled_S = padded_load(problem, layer) * share
+        self._nets = layer_nets(thin_TK, self._cluster.num_slots, risk_SS)._replace(load_E=scaled_S)
 
     def penalised(self, rank_S: np.ndarray) -> float:
         """Objective of a layer without replicas as the search sees it: connectivity and hedge."""
@@ -73,7 +86,12 @@ class LayerSearch:
             members = np.flatnonzero(rank_S == rank)
             total += float(self._nets.risk_EE[np.ix_(members, members)].sum()) ** 2
         load_R = np.bincount(rank_S, self._nets.load_E, minlength=self._cluster.num_ranks)
-        return total + 10.0 * float(np.maximum(load_R - self._limit_R, 0).sum())
+        return total + OVERLOAD * self._overload(load_R)
+
+    def _overload(self, load_R: np.ndarray) -> float:
+        """Load above the limits over all ranks, 0 within rounding."""
+        over = float(np.maximum(load_R - self._limit_R, 0.0).sum())
+        return over if over > 1e-6 * self._nets.load_E.sum() else 0.0
 
     def run(self, effort: Effort, rng: np.random.Generator) -> tuple[float, np.ndarray]:
         """One run from the packed start: (penalised objective, (S,) int32 slot -> expert)."""
@@ -87,11 +105,32 @@ class LayerSearch:
             self._nets, rank_S, cluster.node_of_rank, self._limit_R,
             node_weight=weight, sweeps=effort.sweeps, hot=hot, state=seed_state(rng),
         )  # fmt: skip
+        if self._overload(np.bincount(rank_S, self._nets.load_E, minlength=cluster.num_ranks)):
+            rank_S = self._start_S.copy()  # the limits are such that packing keeps them
         slots_S = to_slots(rank_S, self._experts)
         copies = int(self._problem.redundant_slots[self._layer])
-        if copies <= 0 or effort.touches <= 0 or cluster.num_ranks > MOST_RANKS:
+        if copies <= 0 or effort.touches <= 0:
             return self.penalised(rank_S), slots_S
-        return self._with_copies(slots_S, copies, effort, rng)
+        if cluster.num_ranks > MOST_RANKS:
+            copy_heaviest(slots_S, cluster.rank_of_slot, self._nets.load_E[: self._experts])
+            return self.penalised(rank_S), slots_S
+        plain = self.penalised(rank_S), slots_S.copy()
+        value, slots_S = self._with_copies(slots_S, copies, effort, rng)
+        # Copies move load in ways that only the replay tells; a layer that stays above its cap goes without them.
+        return (value, slots_S) if self._keeps_limits(slots_S) or self._problem.survive else plain
+
+    def _keeps_limits(self, slots_S: np.ndarray) -> bool:
+        """Whether the replay of all the layer's tokens keeps every rank within its limit."""
+        assert self._problem.trace is not None
+        cluster = self._cluster
+        ids_TK = np.ascontiguousarray(self._problem.trace.layer(self._layer), dtype=np.int16)
+        load_R, cost_T = np.zeros(cluster.num_ranks), np.zeros(len(ids_TK))
+        mask_E = expert_masks(slots_S, cluster.rank_of_slot, len(self._nets.load_E))
+        replay_layer(
+            ids_TK, mask_E, node_masks(cluster.node_of_rank), cluster.num_ranks, 0.0, cost_T,
+            np.full(ids_TK.shape, -1, np.int64), load_R,
+        )  # fmt: skip
+        return bool((load_R <= self._full_limit_R + 1e-6).all())
 
     def _nodes_first(self, rank_S: np.ndarray, effort: Effort, rng: np.random.Generator) -> np.ndarray:
         """Experts to nodes, then inside every node to ranks; limits of nodes are the sums of their ranks'."""

@@ -75,9 +75,11 @@ def _fastest(problem: Problem, budget: Budget) -> Draft:
         drafts.append(solve_index_order(problem, budget).slot_to_expert)
     cut = False
     for cap in caps:
-        if cut or budget.expired:
+        if budget.expired:
+            cut = True
             break
-        slots_LS, cut = _search(problem, budget, cap, 1.0 / len(caps))
+        slots_LS, shortened = _search(problem, budget, cap, 1.0 / len(caps))
+        cut |= shortened
         drafts.append(slots_LS)
     seconds = [problem.evaluate(problem.placement(d)).predicted_seconds for d in drafts]
     return Draft(drafts[int(np.argmin(seconds))], "time_limit" if cut else "feasible")

@@ -352,6 +352,19 @@ def fill_with_copies(nets: LayerNets, slots_S: np.ndarray, rank_S: np.ndarray, n
         slots_S[empty[rank_S[empty] == open_ranks[position]][0]] = expert
 
 
+def copy_heaviest(slots_S: np.ndarray, rank_S: np.ndarray, load_E: np.ndarray) -> None:
+    """Fill empty slots, in place, with the expert of the largest load per replica that their rank lacks."""
+    copies_E = np.bincount(slots_S[slots_S >= 0], minlength=len(load_E))
+    for slot in np.flatnonzero(slots_S < 0):
+        part_E = load_E / np.maximum(copies_E, 1)
+        held = slots_S[rank_S == rank_S[slot]]
+        part_E[held[held >= 0]] = -1.0
+        if part_E.max() < 0:
+            continue
+        slots_S[slot] = int(part_E.argmax())
+        copies_E[slots_S[slot]] += 1
+
+
 def expert_masks(slots_S: np.ndarray, rank_S: np.ndarray, num_experts: int) -> np.ndarray:
     """(E,) uint64 bits of the ranks that hold each expert."""
     mask_E = np.zeros(num_experts, np.uint64)

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplace.placement.cluster import Cluster
+from moeplace.placement.objective import load_imbalance
 from moeplace.placement.placement import MODES
 from moeplace.placement.problem import Problem
 from moeplace.placement.relabel import moves
-from moeplace.placement.solve import load_imbalance, solve
+from moeplace.placement.solve import solve
 from moeplace.placement.solvers.annealing import seed_state
 from moeplace.placement.solvers.chain import anneal_chain, attraction, chain_cost, descend_chain
 from moeplace.placement.solvers.connectivity import anneal_layer, connectivity, descend_within, layer_nets

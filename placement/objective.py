@@ -1,0 +1,43 @@
+"""What a problem minimises, measured on a placement by `evaluate`; solvers claim nothing else.
+
+Shape letters: L MoE layers, E experts, R ranks.
+"""
+
+import numpy as np
+
+from moeplace.placement.evaluate import Evaluation
+from moeplace.placement.placement import Placement
+from moeplace.placement.problem import Problem
+
+
+def measure(problem: Problem, placement: Placement) -> tuple[str, float, dict[str, float]]:
+    """(name of the objective, its value, values of "traffic", "imbalance" and "seconds") of a placement."""
+    if problem.trace is None:
+        imbalance = load_imbalance(problem, placement)
+        return "imbalance", float(imbalance.mean()), {"imbalance": float(imbalance.mean())}
+    evaluation = problem.evaluate(placement)
+    values = {
+        "traffic": traffic(problem, evaluation),
+        "imbalance": evaluation.imbalance_mean,
+        "seconds": evaluation.predicted_seconds,
+    }
+    name = "imbalance" if problem.mode == "allgather" and problem.objective == "traffic" else problem.objective
+    return name, values[name], values
+
+
+def traffic(problem: Problem, evaluation: Evaluation) -> float:
+    """The mode's traffic: mean d + node_weight * mean dn, or copies per token with the links' cost, or 0."""
+    weight = problem.node_weight
+    if problem.mode == "dispatch-combine":
+        return float(evaluation.ranks_per_token + weight * evaluation.nodes_per_token)
+    if problem.mode == "allgather":
+        return 0.0
+    return float(evaluation.copies_per_token + weight * evaluation.node_copies_per_token)
+
+
+def load_imbalance(problem: Problem, placement: Placement) -> np.ndarray:
+    """(L,) imbalance by layer when an expert's load is split evenly over its replicas."""
+    part_LE = problem.load_LE / np.maximum(placement.replica_counts, 1)
+    time_LR = np.einsum("le,ler->lr", part_LE, placement.copies_LER) / problem.cluster.speed_of_rank
+    fair_L = problem.load_LE.sum(axis=1) / problem.cluster.speed_of_rank.sum()
+    return np.divide(time_LR.max(axis=1), fair_L, out=np.ones(len(fair_L)), where=fair_L > 0)
