@@ -1,6 +1,7 @@
 """The trace interchange: an `.npz` with `experts` (T, L, K) and optional companions."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from moeplace.profiling.imports.common import (
 )
 from moeplace.profiling.npz_file import read_npz
 from moeplace.profiling.parallel import CHUNK_TOKENS, chunks
+from moeplace.profiling.trace_file import load_trace, save_trace
 
 _PER_TOKEN = ("sequence_ids", "positions", "is_decode", "workload")
 _MOST_TOP_K = 1024
@@ -34,6 +36,8 @@ def import_npz(source: str | Path, out: str | Path, options: ImportOptions) -> I
         FormatError: it is not an `.npz`, or not a trace.
     """
     arrays = dict(read_npz(source))
+    if {"meta", "experts"} <= set(arrays):
+        return _import_own(source, out, options)
     if "experts" not in arrays:
         hint = "; a load matrix is read with --from load" if "load" in arrays else ""
         raise FormatError(
@@ -54,6 +58,18 @@ def import_npz(source: str | Path, out: str | Path, options: ImportOptions) -> I
     if weights_TLK is not None and (weights_TLK.shape != ids_TLK.shape or weights_TLK.dtype.kind != "f"):
         raise FormatError(f"{source}: weights must be floats of shape {ids_TLK.shape}, not {_kind(weights_TLK)}")
     return write_trace(out, outline, _pieces(ids_TLK, weights_TLK, companions, options.progress), options)
+
+
+def _import_own(source: str | Path, out: str | Path, options: ImportOptions) -> Imported:
+    """A trace of ours, which says all about its model: only `top_k` changes, other options are refused."""
+    if replace(options, top_k=None, progress=False) != ImportOptions():
+        raise InputError(f"{source} is a moeplace trace already and keeps its metadata: only --top-k can be given")
+    trace = load_trace(source)
+    if options.top_k is not None:
+        trace = trace.truncate(options.top_k)
+    save_trace(out, trace)
+    shape = (trace.num_tokens, trace.num_layers, trace.num_experts, trace.top_k)
+    return Imported(Path(out), "trace", *shape, notes=trace.notes)
 
 
 def _check_cube(source: str | Path, ids_TLK: np.ndarray) -> None:

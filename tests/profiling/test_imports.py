@@ -14,7 +14,8 @@ from moeplace.profiling.errors import FormatError, InputError, MoeplaceWarning
 from moeplace.profiling.imports.common import Imported, ImportOptions, canonical_rows
 from moeplace.profiling.imports.sources import import_from
 from moeplace.profiling.load_file import load_load
-from moeplace.profiling.trace_file import load_trace
+from moeplace.profiling.trace import RoutingTrace
+from moeplace.profiling.trace_file import load_trace, save_trace
 from tests.profiling import sources
 from tests.shared_data import deepseek_trace_path
 
@@ -279,3 +280,17 @@ def test_warnings_are_ours_only(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         for name in ("interchange", "sglang_stat", "sglang_per_token", "trtllm_raw", "matrix_json"):
             read(name, tmp_path)
+
+
+def test_own_trace_keeps_its_metadata(tmp_path: Path) -> None:
+    """A trace of ours is read back whole, cut to --top-k; options it has an answer for already are refused."""
+    trace = RoutingTrace(
+        np.array([[[1, 0], [2, 1]]] * 4), np.array([3, 4]), sequence_ids=np.arange(4), layer_ids=np.array([1, 3]),
+        num_hidden_layers=6, hidden_size=32, model="tiny",
+    )  # fmt: skip
+    save_trace(tmp_path / "a.trace", trace)
+    import_from("npz", tmp_path / "a.trace", tmp_path / "b.trace", ImportOptions(top_k=1))
+    assert load_trace(tmp_path / "b.trace").equals(trace.truncate(1))
+    with pytest.raises(InputError, match="only --top-k"):
+        import_from("npz", tmp_path / "a.trace", tmp_path / "c.trace", ImportOptions(model="other"))
+    assert not (tmp_path / "c.trace").exists()
