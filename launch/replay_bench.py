@@ -227,8 +227,9 @@ class _Bench:
         return self.options.kv_pieces or self.steps.num_layers
 
     def _is_node_aware(self, name: RunName) -> bool:
-        """One copy per node where the form is not fixed and tokens have several experts."""
-        return name.form == "node-aware" if name.form else self.steps.top_k > 1
+        """Where the form is not fixed: index order sends one copy per rank, which is what dispatch-combine means; a
+        solved placement one per node, if tokens have several experts."""
+        return name.form == "node-aware" if name.form else name.placement != INDEX_ORDER and self.steps.top_k > 1
 
     def measure(self) -> list[dict[str, Any]]:
         """Figures of all runs, the same on every rank."""

@@ -3,7 +3,7 @@
 All ranks call `calibrate` together; the result is the same on every rank. Links are measured by all-to-alls of several
 sizes, first inside nodes, then between one rank of each node, then between all ranks of different nodes, which shows
 what a node's ranks share. The expert computation runs on all ranks at once, so that processors they share are shared.
-What a layer costs beside experts and exchanges is what a replay of tokens that stay inside their nodes takes beyond the
+What a layer costs beside experts and exchanges is what a replay of uniformly random routing takes beyond the
 prediction. Times are medians.
 
 Shape letters: R ranks, N nodes.
@@ -30,9 +30,11 @@ from moeplace.runtime.replay_traffic import count_traffic, predict_seconds, run_
 LINK_ROWS = (4, 16, 32, 64)
 """Hidden vectors per message, by which bandwidth is measured."""
 REPEATS = 9
-STEPS = 6
+STEPS = 2
 LAYERS = 6
-"""Steps and layers of the replay that measures what a layer costs beside experts and exchanges."""
+ROUNDS = 4
+"""Steps, layers and rounds of the replays that measure what a layer costs beside experts and exchanges. The modes take
+turns in every round, so that other load on the machine meets all of them alike."""
 
 
 def calibrate(group: RankGroup, shape: ReplayShape, *, num_experts: int, top_k: int, seed: int = 0) -> Calibration:
@@ -194,33 +196,31 @@ def _measure_overheads(
     """Seconds of a layer beside experts and exchanges, by mode and form."""
     slots = np.full(group.size, -(-num_experts // group.size))
     placement = index_order(np.full(LAYERS, num_experts), slots, group.node_of_rank)
-    steps = _steps_inside_nodes(group, shape.batch, num_experts, int(slots[0]), top_k, seed)
+    steps = _random_steps(shape.batch, num_experts, top_k, seed)
     cluster = Cluster(placement.node_of_rank, slots, np.ones(group.size))
     forms = [(mode, False) for mode in MODES]
     if group.num_nodes > 1:
         forms.append(("dispatch-combine", True))
+    runs = [
+        Replay(steps, placement, mode, shape=shape, tensors=tensors, group=group, node_aware=node_aware, kv_pieces=0)
+        for mode, node_aware in forms
+    ]
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(ROUNDS):
+        for times, run in zip(seconds, runs, strict=True):
+            times += run.time_steps(1, STEPS)
     overheads = {}
-    for mode, node_aware in forms:
-        run = Replay(
-            steps, placement, mode, shape=shape, tensors=tensors, group=group, node_aware=node_aware, kv_pieces=0
-        )
-        run.time_steps(1, 1)
-        seconds = max(_everyones(group, statistics.median(run.time_steps(1, 3 * STEPS))))
+    for times, run in zip(seconds, runs, strict=True):
         traffic = count_traffic(
-            steps.ids_SLBK, placement, mode, shape.wire_sizes(top_k), node_aware=run.node_aware, kv_pieces=0
+            steps.ids_SLBK, placement, run.mode, shape.wire_sizes(top_k), node_aware=run.node_aware, kv_pieces=0
         )
         predicted = float(np.median(predict_seconds(traffic, cluster, links)))
-        overheads[run_label(mode, node_aware=node_aware)] = max(seconds - predicted, 0.0) / LAYERS
+        measured = max(_everyones(group, statistics.median(times)))
+        overheads[run_label(run.mode, node_aware=run.node_aware)] = max(measured - predicted, 0.0) / LAYERS
     return overheads
 
 
-def _steps_inside_nodes(
-    group: RankGroup, batch: int, num_experts: int, slots: int, top_k: int, seed: int
-) -> RecordedSteps:
-    """Random routing to experts of the token's own node (in index order)."""
-    rng = np.random.default_rng(seed)
-    home_B = np.repeat(np.arange(group.size), [len(part) for part in np.array_split(np.arange(batch), group.size)])
-    rank_of_expert = np.minimum(np.arange(num_experts) // slots, group.size - 1)
-    allowed_BE = group.node_of_rank[rank_of_expert][None, :] == group.node_of_rank[home_B][:, None]
-    score = np.where(allowed_BE, rng.random((STEPS, LAYERS, batch, num_experts)), -1.0)
-    return RecordedSteps(np.argsort(-score, axis=3)[..., :top_k], num_experts)
+def _random_steps(batch: int, num_experts: int, top_k: int, seed: int) -> RecordedSteps:
+    """Uniform random routing."""
+    score = np.random.default_rng(seed).random((STEPS, LAYERS, batch, num_experts))
+    return RecordedSteps(np.argsort(score, axis=3)[..., :top_k], num_experts)
