@@ -216,7 +216,7 @@ def _by_node(position: _Position, counts: Sequence[np.ndarray], sizes: WireSizes
     node_R = position.placement.node_of_rank
     across, inside = [], []
     for count_TR in counts:
-        far, near = 0, 0
+        far = near = np.zeros((), np.int64)
         for node in range(int(node_R[-1]) + 1):
             here_TR = np.where(node_R == node, count_TR, 0)
             at_home_T = node_R[position.home_T] == node

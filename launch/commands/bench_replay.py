@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="A,B,...",
         help="PLACEMENT:MODE each, the first is the baseline; PLACEMENT is a file or index-order; MODE is "
-        "dispatch-combine, coherent or allgather; dispatch-combine/plain (default for index-order) and dispatch-combine/node-aware "
+        "dispatch-combine, coherent or allgather; dispatch-combine/plain (default for index-order) and "
+        "dispatch-combine/node-aware "
         "(default for files, top-k > 1, several nodes) fix the form",
     )
     parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="side of the trace (test)")
