@@ -7,7 +7,7 @@ first collective.
 import os
 import statistics
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class RunName:
             raise InputError(f"run {text!r} must be PLACEMENT:MODE with a mode of {', '.join(MODES)}")
         if form and (form not in FORMS or mode != "dispatch-combine"):
             raise InputError(f"run {text!r}: only dispatch-combine has forms, {' and '.join(FORMS)}")
-        return cls(placement, cast(Mode, mode), form)
+        return cls(placement, mode, form)
 
 
 @dataclass(frozen=True)
