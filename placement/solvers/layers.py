@@ -9,7 +9,7 @@ import numpy as np
 
 from moeplace.placement.problem import Problem
 from moeplace.placement.solvers.annealing import seed_state
-from moeplace.placement.solvers.connectivity import anneal_layer, connectivity, layer_nets
+from moeplace.placement.solvers.connectivity import LayerNets, anneal_layer, connectivity, layer_nets
 from moeplace.placement.solvers.packing import pack_slots
 from moeplace.placement.solvers.replicas import (
     MOST_RANKS,
@@ -114,10 +114,24 @@ class LayerSearch:
         if cluster.num_ranks > MOST_RANKS:
             copy_heaviest(slots_S, cluster.rank_of_slot, self._nets.load_E[: self._experts])
             return self.penalised(rank_S), slots_S
-        plain = self.penalised(rank_S), slots_S.copy()
+        plain_S = slots_S.copy()
         value, slots_S = self._with_copies(slots_S, copies, effort, rng)
-        # Copies move load in ways that only the replay tells; a layer that stays above its cap goes without them.
-        return (value, slots_S) if self._keeps_limits(slots_S) or self._problem.survive else plain
+        if self._keeps_limits(slots_S) or self._problem.survive:
+            return value, slots_S
+        # Copies move load in ways that only the replay tells: start again from where the cap holds, and stay there.
+        self._add_within_limits(plain_S, copies)
+        value = self._search_copies(plain_S, self._nets, 1.0, 0.0, effort.touches // 2, rng)
+        return value, plain_S
+
+    def _add_within_limits(self, slots_S: np.ndarray, copies: int) -> None:
+        """Add the copies that save most, in place, while the cap holds."""
+        cluster, weight = self._cluster, self._problem.node_weight
+        for _ in range(copies):
+            trial_S = slots_S.copy()
+            fill_with_copies(self._nets, trial_S, cluster.rank_of_slot, cluster.node_of_rank, weight, 1)
+            if np.array_equal(trial_S, slots_S) or not self._keeps_limits(trial_S):
+                return
+            slots_S[:] = trial_S
 
     def _keeps_limits(self, slots_S: np.ndarray) -> bool:
         """Whether the replay of all the layer's tokens keeps every rank within its limit."""
@@ -179,17 +193,21 @@ class LayerSearch:
             slots_S = pack_slots(self._problem, self._layer)
         fill_with_copies(self._nets, slots_S, rank_of_slot, cluster.node_of_rank, weight, copies)
         mean_load = self._nets.load_E.sum() / len(slots_S)
-        # First on every third token, where three times as many moves can be tried, then on all.
+        # On every third token, where three times as many moves can be tried; then on all.
         thin = layer_nets(self._nets.ids_TK[::3], len(self._nets.load_E))
-        stages = [
-            (thin, (self._limit_R / 3, self._nets.risk_EE / np.sqrt(3.0)), effort.hot * mean_load / 3, 0.4),
-            (self._nets, (self._limit_R, self._nets.risk_EE), 0.25 * effort.hot * mean_load, 0.6),
-        ]
-        cost = np.inf
-        for nets, (limit_R, risk_EE), hot, share in stages:
-            cost, _ = anneal_replicas(
-                nets.ids_TK, nets.first_E, nets.token_of, self._experts, slots_S, rank_of_slot,
-                node_masks(cluster.node_of_rank), cluster.num_ranks, limit_R, risk_EE, weight, hot, 0.04 * hot,
-                int(effort.touches * share), self._problem.survive + 1, seed_state(rng),
-            )  # fmt: skip
-        return float(cost), slots_S
+        hot = effort.hot * mean_load
+        self._search_copies(slots_S, thin, 3.0, hot, int(0.4 * effort.touches), rng)
+        return self._search_copies(slots_S, self._nets, 1.0, 0.25 * hot, int(0.6 * effort.touches), rng), slots_S
+
+    def _search_copies(
+        self, slots_S: np.ndarray, nets: LayerNets, thinned: float, hot: float, touches: int, rng: np.random.Generator
+    ) -> float:
+        """Exact moves on one in `thinned` tokens, in place; returns the cost, with a price on load above the cap."""
+        cluster = self._cluster
+        cost, _ = anneal_replicas(
+            nets.ids_TK, nets.first_E, nets.token_of, self._experts, slots_S, cluster.rank_of_slot,
+            node_masks(cluster.node_of_rank), cluster.num_ranks, self._limit_R / thinned,
+            self._nets.risk_EE / np.sqrt(thinned), self._problem.node_weight, hot / thinned, 0.04 * hot / thinned,
+            touches, self._problem.survive + 1, seed_state(rng),
+        )  # fmt: skip
+        return float(cost)

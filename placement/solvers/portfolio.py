@@ -44,7 +44,7 @@ CHAIN_HEDGE = 0.002
 FILL = 0.7
 """Share of the time limit that the planned work should take on two unshared cores."""
 FULL_SWEEPS = 300
-TOUCH_SECONDS = 60e-9
+TOUCH_SECONDS = 90e-9
 """Time to evaluate one token of a move in the search with copies."""
 LEAST_FACTOR = 0.05
 """A run shortened below this share of its plan is not worth starting."""
@@ -150,7 +150,7 @@ def round_efforts(problem: Problem, seconds: float) -> list[Effort]:
     slots, top_k = problem.cluster.num_slots, problem.top_k
     levels = 2.0 if problem.cluster.num_nodes > 1 else 1.0
     # One run: a proposal costs 10 ns; an accepted swap touches the tokens of two experts, 3 ns per expert of each.
-    per_sweep = 12 * (slots * (slots - 1) / 2) * 10e-9 * levels
+    per_sweep = 12 * (slots * (slots - 1) / 2) * 15e-9 * levels
     accepted = 60.0 * slots * (2 * tokens * top_k / slots) * top_k * 3e-9 * levels
     full = FULL_SWEEPS * per_sweep + accepted
     quick_sweeps = int(np.clip(0.1 * per_layer / (per_sweep + accepted / FULL_SWEEPS), 4, 40))
@@ -183,7 +183,7 @@ def _chain_search(problem: Problem, budget: Budget, cap: float | None, seconds: 
         for layer in range(problem.num_layers)
     ])  # fmt: skip
     hot = 6.0 * problem.load_LE.sum() / (problem.num_layers * slots) / 15
-    proposals = int(0.6 * seconds / (60e-9 + 1.5e-9 * slots))
+    proposals = int(2.0 * seconds / (60e-9 + 1.5e-9 * slots))
     start_LS = np.stack(starts)
     descend_chain(start_LS, flow_LSS, cost_RR, np.zeros((problem.num_layers, slots, ranks)))
 

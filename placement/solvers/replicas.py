@@ -235,6 +235,11 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
         temperature = 0.0 if last else hot * (end / hot) ** (share / 0.85)
         price = 20.0 if last else 2.0 * 3.0 ** (share / 0.85)
         x = random_below(state, slots)
+        if over > 0.0 and random_below(state, 2):  # look for moves where load must go
+            for _ in range(slots):
+                if load_R[rank_S[x]] > limit_R[rank_S[x]]:
+                    break
+                x = (x + 1) % slots
         a = slots_S[x]
         if a < 0:
             done += 1
