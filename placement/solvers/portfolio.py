@@ -41,6 +41,8 @@ from moeplace.placement.solvers.search_layout import (
 from moeplace.placement.stop import Budget
 
 CHAIN_HEDGE = 0.002
+CHAIN_ROUNDS = 2
+"""Restarts of the chain search, one after another on every thread."""
 FILL = 0.7
 """Share of the time limit that the planned work should take on two unshared cores."""
 FULL_SWEEPS = 300
@@ -183,7 +185,7 @@ def _chain_search(problem: Problem, budget: Budget, cap: float | None, seconds: 
         for layer in range(problem.num_layers)
     ])  # fmt: skip
     hot = 6.0 * problem.load_LE.sum() / (problem.num_layers * slots) / 15
-    proposals = int(2.0 * seconds / (60e-9 + 1.5e-9 * slots))
+    proposals = int(1.8 * seconds / CHAIN_ROUNDS / (60e-9 + 1.5e-9 * slots))
     start_LS = np.stack(starts)
     descend_chain(start_LS, flow_LSS, cost_RR, np.zeros((problem.num_layers, slots, ranks)))
 
@@ -194,6 +196,7 @@ def _chain_search(problem: Problem, budget: Budget, cap: float | None, seconds: 
         rank_LS, state = start_LS.copy(), seed_state(budget.rng(run))
         table_LSR = attraction(rank_LS, flow_LSS, cost_RR)
         begun, cut = budget.elapsed, False
+        ends = begun + (deadline - begun) / (CHAIN_ROUNDS - run // threads())
         first, tries = 0, proposals
         while first <= COOLING_STEPS:
             anneal_chain(
@@ -201,16 +204,18 @@ def _chain_search(problem: Problem, budget: Budget, cap: float | None, seconds: 
                 first, min(first + chunk, COOLING_STEPS + 1), tries, state,
             )  # fmt: skip
             first += chunk
-            # The closing descent tries a quarter of all proposals, as much as seven chunks.
-            needed = (budget.elapsed - begun) / (first / chunk) * ((COOLING_STEPS - first) / chunk + 7)
-            left = max(deadline - budget.elapsed, 0.0)
-            if first < COOLING_STEPS and needed > left:
-                tries, cut = int(tries * max(left / needed, 0.01)), True
+            # The closing descent tries a quarter of all proposals, as much as seven chunks. Cooler chunks are faster,
+            # so what the last one took is measured anew each time.
+            needed = 0.6 * (budget.elapsed - begun) / tries * proposals * ((COOLING_STEPS - first) / chunk + 7)
+            left = max(ends - budget.elapsed, 0.0)
+            tries = int(proposals * min(1.0, max(left / needed, 0.01))) if needed > 0 else proposals
+            cut |= tries < proposals
+            begun = budget.elapsed
             budget.report(first / COOLING_STEPS)
         return _chain_value(rank_LS, flow_LSS, cost_RR, load_LS, limit_LR, risk_LSS), rank_LS, cut
 
     with ThreadPoolExecutor(threads()) as pool:
-        found = list(pool.map(one, range(max(2, threads()))))
+        found = list(pool.map(one, range(CHAIN_ROUNDS * threads())))
     rank_LS = min(found, key=lambda pair: pair[0])[1]
     rows = [to_slots(r, int(e)) for r, e in zip(rank_LS, problem.experts_per_layer, strict=True)]
     slots_LS = np.stack(rows)
