@@ -15,4 +15,8 @@ def progress(label: str) -> Iterator[Callable[[float], None]]:
 
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=1.0, desc=label, bar_format=layout, leave=False) as bar:
-        yield lambda share: bar.update(max(0.0, min(share, 1.0) - bar.n))
+
+        def show(share: float) -> None:
+            bar.update(max(0.0, min(share, 1.0) - bar.n))
+
+        yield show

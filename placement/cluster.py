@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import networkx as nx
 import numpy as np
@@ -191,7 +191,8 @@ class Cluster:
         size = len(gpus)
         distance, latency = np.zeros((size, size)), np.zeros((size, size))
         for i, source in enumerate(gpus):
-            lengths, paths = nx.single_source_dijkstra(graph, source, weight=cost)
+            reached = nx.single_source_dijkstra(graph, source, weight=cost)
+            lengths, paths = cast(tuple[dict[Any, float], dict[Any, list[Any]]], reached)
             for j, target in enumerate(gpus):
                 if target not in lengths:
                     raise InputError(f"the topology does not connect {source!r} and {target!r}")
