@@ -71,6 +71,8 @@ class Calibration:
         other_seconds_per_layer: what a layer costs beside experts and exchanges, the same for every placement.
         mode_seconds_per_layer: the same by mode, where it was measured by mode; a key is a mode, or a mode and its form
             ("dispatch-combine node-aware").
+        kv_exposed: seconds by which a `coherent` step takes longer per second that its K/V occupy links, when they
+            travel in pieces beside the layers; None = not measured: hidden as far as links have room.
         conditions: where and how it was measured.
     """
 
@@ -79,6 +81,7 @@ class Calibration:
     expert: ExpertTime = ExpertTime()
     other_seconds_per_layer: float = 0.0
     mode_seconds_per_layer: dict[str, float] = field(default_factory=dict)
+    kv_exposed: float | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
 
     def layer_overhead(self, label: str) -> float:
@@ -107,6 +110,7 @@ class Calibration:
         document: dict[str, Any] = {"format": CALIBRATION_FORMAT, **links, "expert": expert}
         document["other_seconds_per_layer"] = self.other_seconds_per_layer
         document["mode_seconds_per_layer"] = self.mode_seconds_per_layer
+        document["kv_exposed"] = self.kv_exposed
         return {**document, "conditions": self.conditions}
 
     @classmethod
@@ -126,11 +130,13 @@ class Calibration:
                 values = dict(document[tier])
                 values["node_bandwidth"] = values.get("node_bandwidth") or float("inf")
                 links[tier] = Link(**values)
+            exposed = document.get("kv_exposed")
             return cls(
                 **links,
                 expert=ExpertTime(**document["expert"]),
                 other_seconds_per_layer=float(document.get("other_seconds_per_layer", 0.0)),
                 mode_seconds_per_layer={k: float(v) for k, v in document.get("mode_seconds_per_layer", {}).items()},
+                kv_exposed=None if exposed is None else float(exposed),
                 conditions=dict(document.get("conditions", {})),
             )
         except InputError as error:

@@ -3,8 +3,8 @@
 All ranks call `calibrate` together; the result is the same on every rank. Links are measured by all-to-alls of several
 sizes, first inside nodes, then between one rank of each node, then between all ranks of different nodes, which shows
 what a node's ranks share. The expert computation runs on all ranks at once, so that processors they share are shared.
-What a layer costs beside experts and exchanges is what a replay of uniformly random routing takes beyond the
-prediction. Times are medians.
+What a layer costs beside experts and exchanges is what a replay of random routing takes beyond the prediction; what the
+K/V exchange of the coherent mode costs is what such a step takes longer with it. Times are medians.
 
 Shape letters: R ranks, N nodes.
 """
@@ -20,12 +20,12 @@ from scipy.optimize import nnls
 
 from moeplace.placement.cluster import INTER_NODE, INTRA_NODE, Cluster, Link
 from moeplace.placement.cost_model import Calibration, ExpertTime
-from moeplace.placement.placement import MODES, index_order
+from moeplace.placement.placement import MODES, Mode, Placement, index_order
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.experts import ExpertStore
 from moeplace.runtime.group import RankGroup
 from moeplace.runtime.replay import RecordedSteps, Replay, ReplayShape, ReplayTensors
-from moeplace.runtime.replay_traffic import count_traffic, predict_seconds, run_label
+from moeplace.runtime.replay_traffic import ReplayTraffic, count_traffic, kv_link_seconds, predict_seconds, run_label
 
 LINK_ROWS = (4, 16, 32, 64)
 """Hidden vectors per message, by which bandwidth is measured."""
@@ -35,6 +35,8 @@ LAYERS = 6
 ROUNDS = 4
 """Steps, layers and rounds of the replays that measure what a layer costs beside experts and exchanges. The modes take
 turns in every round, so that other load on the machine meets all of them alike."""
+STAY_RATE = 0.6
+"""Share of tokens that stay on their rank while the coherent mode is measured; others stay by chance."""
 
 
 def calibrate(group: RankGroup, shape: ReplayShape, *, num_experts: int, top_k: int, seed: int = 0) -> Calibration:
@@ -66,8 +68,7 @@ def calibrate(group: RankGroup, shape: ReplayShape, *, num_experts: int, top_k: 
         "torch": torch.__version__,
     }
     links = Calibration(intra, inter, expert, conditions=conditions)
-    by_mode = _measure_overheads(group, shape, tensors, links, num_experts, top_k, seed)
-    return replace(links, mode_seconds_per_layer=by_mode, other_seconds_per_layer=min(by_mode.values()))
+    return _measure_modes(group, shape, tensors, links, num_experts, top_k, seed)
 
 
 def fit_line(amounts: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
@@ -184,7 +185,7 @@ def _measure_experts(group: RankGroup, shape: ReplayShape, tensors: ReplayTensor
     return fit_expert_time([tokens for tokens, _ in cases], [count for _, count in cases], seconds)
 
 
-def _measure_overheads(
+def _measure_modes(
     group: RankGroup,
     shape: ReplayShape,
     tensors: ReplayTensors,
@@ -192,32 +193,86 @@ def _measure_overheads(
     num_experts: int,
     top_k: int,
     seed: int,
-) -> dict[str, float]:
-    """Seconds of a layer beside experts and exchanges, by mode and form."""
+) -> Calibration:
+    """`links`, completed by what a layer costs beside experts and exchanges in every mode, and by `kv_exposed`.
+
+    Tokens of the coherent mode mostly stay where they are, as under a placement that is worth that mode; others are
+    routed uniformly.
+    """
     slots = np.full(group.size, -(-num_experts // group.size))
     placement = index_order(np.full(LAYERS, num_experts), slots, group.node_of_rank)
-    steps = _random_steps(shape.batch, num_experts, top_k, seed)
-    cluster = Cluster(placement.node_of_rank, slots, np.ones(group.size))
-    forms = [(mode, False) for mode in MODES]
+    cluster = links.apply(Cluster(placement.node_of_rank, slots, np.ones(group.size)))
+    uniform = _random_steps(shape.batch, num_experts, top_k, seed)
+    staying = _staying_steps(shape.batch, placement, top_k, seed)
+
+    def make(mode: Mode, *, node_aware: bool = False, kv_pieces: int = 0) -> Replay:
+        return Replay(
+            staying if mode == "coherent" else uniform,
+            placement,
+            mode,
+            shape=shape,
+            tensors=tensors,
+            group=group,
+            node_aware=node_aware,
+            kv_pieces=kv_pieces,
+        )
+
+    runs = {run_label(mode, node_aware=False): make(mode) for mode in MODES}
     if group.num_nodes > 1:
-        forms.append(("dispatch-combine", True))
-    runs = [
-        Replay(steps, placement, mode, shape=shape, tensors=tensors, group=group, node_aware=node_aware, kv_pieces=0)
-        for mode, node_aware in forms
-    ]
+        runs[run_label("dispatch-combine", node_aware=True)] = make("dispatch-combine", node_aware=True)
+    with_kv = make("coherent", kv_pieces=-(-LAYERS // 2)) if group.size > 1 else None
+    seconds = _alternate(group, [*runs.values(), *([] if with_kv is None else [with_kv])])
+
+    overheads = {}
+    for (label, run), measured in zip(runs.items(), seconds, strict=False):
+        predicted = float(np.median(predict_seconds(_traffic(run, shape), cluster, links)))
+        overheads[label] = max(measured - predicted, 0.0) / LAYERS
+    exposed = None
+    if with_kv is not None:
+        beside = seconds[-1] - seconds[list(runs).index("coherent")]
+        exposed = max(beside, 0.0) / float(np.median(kv_link_seconds(_traffic(with_kv, shape), cluster)))
+    return replace(
+        links,
+        mode_seconds_per_layer=overheads,
+        other_seconds_per_layer=min(overheads.values()),
+        kv_exposed=exposed,
+    )
+
+
+def _alternate(group: RankGroup, runs: Sequence[Replay]) -> list[float]:
+    """Median seconds per step of each run, which take turns: the slowest rank's."""
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for times, run in zip(seconds, runs, strict=True):
             times += run.time_steps(1, STEPS)
-    overheads = {}
-    for times, run in zip(seconds, runs, strict=True):
-        traffic = count_traffic(
-            steps.ids_SLBK, placement, run.mode, shape.wire_sizes(top_k), node_aware=run.node_aware, kv_pieces=0
-        )
-        predicted = float(np.median(predict_seconds(traffic, cluster, links)))
-        measured = max(_everyones(group, statistics.median(times)))
-        overheads[run_label(run.mode, node_aware=run.node_aware)] = max(measured - predicted, 0.0) / LAYERS
-    return overheads
+    return [max(_everyones(group, statistics.median(times))) for times in seconds]
+
+
+def _traffic(run: Replay, shape: ReplayShape) -> ReplayTraffic:
+    return count_traffic(
+        run.steps.ids_SLBK,
+        run.placement,
+        run.mode,
+        shape.wire_sizes(run.steps.top_k),
+        node_aware=run.node_aware,
+        kv_pieces=run.kv_pieces,
+    )
+
+
+def _staying_steps(batch: int, placement: Placement, top_k: int, seed: int) -> RecordedSteps:
+    """Random routing that prefers, with `STAY_RATE`, experts of the rank where the token's last ones were."""
+    rng = np.random.default_rng(seed)
+    experts = placement.num_experts
+    rank_E = placement.copies_LER[0].argmax(axis=1)
+    ids = np.empty((STEPS, LAYERS, batch, top_k), np.int64)
+    for step in range(STEPS):
+        rank_B = rng.integers(placement.num_ranks, size=batch)
+        for layer in range(LAYERS):
+            stays_B = rng.random(batch) < STAY_RATE
+            rank_B = np.where(stays_B, rank_B, rng.integers(placement.num_ranks, size=batch))
+            score_BE = rng.random((batch, experts)) + (rank_E == rank_B[:, None])
+            ids[step, layer] = np.argsort(-score_BE, axis=1)[:, :top_k]
+    return RecordedSteps(ids, experts)
 
 
 def _random_steps(batch: int, num_experts: int, top_k: int, seed: int) -> RecordedSteps:

@@ -158,6 +158,7 @@ class CoherentDispatcher:
         source, position = helped.t().nonzero(as_tuple=True)
         expected = torch.bincount(source, minlength=size).tolist()
         sums = partial.new_empty(len(position), partial.shape[1])
+        self.runtime.counters.copies_sent += len(leaving)
         self.group.all_to_all(sums, partial[leaving], expected, sizes, kind="return")
         return partial[mine].index_add_(0, by_token[position], sums)
 

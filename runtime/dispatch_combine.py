@@ -90,7 +90,8 @@ class DispatchCombineDispatcher:
         served_MR[:, self.group.rank] = False
         target, source = served_MR.t().nonzero(as_tuple=True)
         sent = self._dispatch(self.group, self._capacity(step), source, target, home)
-        return self._combine(self.group, sent, self._compute(layer, sent.copies), self._compute(layer, home))
+        own, foreign = self._compute_both(layer, home, sent.copies)
+        return self._combine(self.group, sent, foreign, own)
 
     def _through_nodes(self, layer: int, home: Copies, step: Step, node: RankGroup) -> torch.Tensor:
         gateway_NM = self._gateways(home.slots)
@@ -106,7 +107,8 @@ class DispatchCombineDispatcher:
         served[:, node.rank] = False
         mate, source = served.t().nonzero(as_tuple=True)
         inside = self._dispatch(node, self._node_capacity(step, node), source, mate, here)
-        summed = self._combine(node, inside, self._compute(layer, inside.copies), self._compute(layer, here))
+        gathered, forwarded = self._compute_both(layer, here, inside.copies)
+        summed = self._combine(node, inside, forwarded, gathered)
         own, foreign = summed.split([len(home.slots), len(across.copies.slots)])
         return self._combine(self.group, across, foreign, own)
 
@@ -150,9 +152,13 @@ class DispatchCombineDispatcher:
         self.runtime.counters.copies_sent += len(source)
         return Dispatched(source, received, Copies.unpack(layout, received.rows))
 
-    def _compute(self, layer: int, copies: Copies) -> torch.Tensor:
-        local = self.runtime.tables.local_slots(copies.slots)
-        return self.runtime.experts.compute(layer, copies.hidden, local, copies.weights)
+    def _compute_both(self, layer: int, here: Copies, others: Copies) -> tuple[torch.Tensor, torch.Tensor]:
+        """Partial sums of own and of received rows, in one pass over the experts: their weights are read once."""
+        rows = here.followed_by(others)
+        local = self.runtime.tables.local_slots(rows.slots)
+        sums = self.runtime.experts.compute(layer, rows.hidden, local, rows.weights)
+        own, foreign = sums.split([len(here.slots), len(others.slots)])
+        return own, foreign
 
     def _combine(self, group: RankGroup, sent: Dispatched, partial: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
         """`local` plus the partial sums that come back for what was sent; `partial` goes to where it came from."""

@@ -9,7 +9,9 @@ Row counts of all ranks are known from the headers of the last MoE layer's excha
 Shape letters: n K/V rows of this rank, R ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ class KvLedger:
         rows: (M, c) K/V elements per entry.
         announced: rows of each rank as the last exchange announced them; None = no exchange yet.
         late: whether rows were added after the last announcement.
+        on_announced: called when an exchange has announced the rows, while the layer has yet to compute.
     """
 
     tokens: list[torch.Tensor] = field(default_factory=list)
@@ -37,6 +40,7 @@ class KvLedger:
     rows: list[torch.Tensor] = field(default_factory=list)
     announced: list[int] | None = None
     late: bool = True
+    on_announced: Callable[[], None] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -53,6 +57,8 @@ class KvLedger:
         """All ranks' `num_rows`, as headers said."""
         self.announced = counts
         self.late = False
+        if self.on_announced is not None:
+            self.on_announced()
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,34 +76,49 @@ class SharedKv:
     kv: torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class PendingKv:
-    """A K/V exchange on its way, see `start_kv`.
+class KvTransfer:
+    """A K/V exchange on its way: between nodes, then (`relay`) inside them.
 
-    Attributes:
-        first: its first hop.
-        mine: (n, row_bytes) rows of this rank.
-        far: where the first hop puts rows of other ranks.
-        counts: rows of every rank.
-        layout: of the rows.
-        group: the ranks.
+    All ranks start, relay and finish their transfers in the same order.
     """
 
-    first: PendingExchange
-    mine: torch.Tensor
-    far: torch.Tensor
-    counts: list[int]
-    layout: RowLayout
-    group: RankGroup
+    def __init__(self, group: RankGroup, ledger: KvLedger) -> None:
+        """Begin: what crosses nodes is on its way when this returns.
+
+        With `group.background()` it travels beside the exchanges of the layers that follow.
+        """
+        self._group = group
+        self._mine, self._layout = _pack(ledger)
+        self._counts = _counts(group, ledger)
+        links = relay_links(group.node_of_rank) if group.num_nodes > 1 else ~np.eye(group.size, dtype=bool)
+        self._far, self._first = _start_spread(group, self._mine, self._counts, links)
+        self._second: tuple[torch.Tensor, PendingExchange] | None = None
+
+    def relay(self) -> None:
+        """Wait for what came from other nodes, and begin to pass it on inside this one. Nothing to do on one node."""
+        if self._second is not None or self._group.num_nodes == 1:
+            return
+        self._first.wait()
+        node, links = self._group.node_group(), relay_links(self._group.node_of_rank)
+        totals = [
+            self._counts[mate] + sum(self._counts[peer] for peer in np.flatnonzero(links[:, mate]))
+            for mate in self._group.node_ranks
+        ]
+        held = torch.cat([self._mine, self._far])
+        self._second = _start_spread(node, held, totals, ~np.eye(node.size, dtype=bool))
 
     def finish(self) -> SharedKv:
-        """Wait, and pass on inside the node what came from other nodes. All ranks must call it together."""
-        self.first.wait()
-        others = self.far
-        if self.group.num_nodes > 1:
-            others = torch.cat([self.far, _pass_on(self.group, self.mine, self.far, self.counts)])
-        meta = self.layout.view(others, "meta")
-        return SharedKv(meta[:, LAYER].long(), meta[:, TOKEN].long(), self.layout.view(others, "kv"))
+        """Wait for all rows of other ranks."""
+        self.relay()
+        others = self._far
+        if self._second is None:
+            self._first.wait()
+        else:
+            near, exchange = self._second
+            exchange.wait()
+            others = torch.cat([self._far, near])
+        meta = self._layout.view(others, "meta")
+        return SharedKv(meta[:, LAYER].long(), meta[:, TOKEN].long(), self._layout.view(others, "kv"))
 
 
 def share_kv(group: RankGroup, ledger: KvLedger) -> SharedKv:
@@ -105,26 +126,20 @@ def share_kv(group: RankGroup, ledger: KvLedger) -> SharedKv:
 
     Layers after the last exchange (dense layers at the end of a model) cost one more collective, for the sizes.
     """
-    return start_kv(group, ledger).finish()
+    return KvTransfer(group, ledger).finish()
 
 
-def start_kv(group: RankGroup, ledger: KvLedger) -> PendingKv:
-    """Begin `share_kv`: what crosses nodes is on its way when this returns.
-
-    With `group.background()` it travels beside the exchanges of the layers that follow.
-    """
+def _pack(ledger: KvLedger) -> tuple[torch.Tensor, RowLayout]:
+    """(n, row_bytes) this rank's rows with their headers."""
     kv = torch.cat(ledger.rows)
     layout = RowLayout.of(kv=(kv.dtype, kv.shape[1]))
-    mine = torch.zeros(len(kv), layout.row_bytes, dtype=torch.uint8, device=kv.device)
-    meta = layout.view(mine, "meta")
+    rows = torch.zeros(len(kv), layout.row_bytes, dtype=torch.uint8, device=kv.device)
+    meta = layout.view(rows, "meta")
     meta[:, TOKEN] = torch.cat(ledger.tokens)
     lengths = torch.tensor([len(token) for token in ledger.tokens], device=kv.device)
     meta[:, LAYER] = torch.repeat_interleave(torch.tensor(ledger.layers, device=kv.device), lengths)
-    layout.view(mine, "kv").copy_(kv)
-    counts = _counts(group, ledger)
-    links = relay_links(group.node_of_rank) if group.num_nodes > 1 else ~np.eye(group.size, dtype=bool)
-    far, first = _start_spread(group, mine, counts, links)
-    return PendingKv(first, mine, far, counts, layout, group)
+    layout.view(rows, "kv").copy_(kv)
+    return rows, layout
 
 
 def _counts(group: RankGroup, ledger: KvLedger) -> list[int]:
@@ -152,28 +167,22 @@ def _start_spread(
     return rows, group.start_all_to_all(rows, copies, incoming, outgoing, kind="kv")
 
 
-def _pass_on(group: RankGroup, mine: torch.Tensor, far: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Rows that other ranks of this node have: their own, and those that came to them from other nodes."""
-    links = relay_links(group.node_of_rank)
-    totals = [
-        counts[mate] + sum(counts[peer] for peer in range(group.size) if links[peer, mate]) for mate in group.node_ranks
-    ]
-    node = group.node_group()
-    near, exchange = _start_spread(node, torch.cat([mine, far]), totals, ~np.eye(node.size, dtype=bool))
-    exchange.wait()
-    return near
-
-
 def relay_links(node_of_rank: np.ndarray) -> np.ndarray:
     """(R, R) bool: [r, p] = rank r sends its rows to rank p between nodes.
 
     Rank i of a node sends to rank i of every other node (modulo that node's ranks), so that all links share the work.
     """
-    node = np.asarray(node_of_rank)
+    return _relay_links(tuple(np.asarray(node_of_rank).tolist()))
+
+
+@lru_cache(maxsize=8)
+def _relay_links(node_of_rank: tuple[int, ...]) -> np.ndarray:
+    node = np.array(node_of_rank)
     links = np.zeros((len(node), len(node)), dtype=bool)
     for rank, own in enumerate(node):
         index = rank - int(np.argmax(node == own))
         for other in set(node.tolist()) - {int(own)}:
             mates = np.flatnonzero(node == other)
             links[rank, mates[index % len(mates)]] = True
+    links.flags.writeable = False  # shared by all callers
     return links

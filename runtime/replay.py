@@ -166,6 +166,7 @@ class Replay:
     """One run: a placement in a mode.
 
     Attributes:
+        steps: recorded routing.
         placement: what is where.
         mode: how tokens travel.
         node_aware: dispatch-combine sends one copy per node.
@@ -188,7 +189,7 @@ class Replay:
         self.placement, self.mode = placement, mode
         self.node_aware = node_aware and mode == "dispatch-combine" and group.num_nodes > 1
         self.kv_pieces = min(kv_pieces, steps.num_layers)
-        self._steps, self._tensors = steps, tensors
+        self.steps, self._tensors = steps, tensors
         self._group = group
         device = group.device
         self._dispatcher = self._make_dispatcher(_make_runtime(placement, group, tensors, steps.num_layers))
@@ -221,7 +222,7 @@ class Replay:
         ids_LBK = self._ids(index)
         rows = TokenRows(self._tensors.x_BD[self._home_token], self._home_token)
         ledger: KvLedger | None = None
-        for layer in range(self._steps.num_layers):
+        for layer in range(self.steps.num_layers):
             if self._stream is not None:
                 ledger = self._stream.ledger(index, layer, ledger)
             kv = rows.x[:, self._kv_columns]
@@ -230,8 +231,6 @@ class Replay:
                 ledger.add(layer, rows.token, kv)
             block = TableBlock(ids_LBK[layer], self._weights_BK)
             rows = self._dispatcher.forward(layer, block, rows, Step(self._homes, ledger))
-            if self._stream is not None and ledger is not None:
-                self._stream.layer_done(index, layer, ledger)
         if self.mode == "coherent" and self._group.size > 1:
             self._send_names_home(rows)
         return rows
@@ -268,7 +267,7 @@ class Replay:
 
     def _ids(self, index: int) -> torch.Tensor:
         """(L, B, K) ids of a step on the device."""
-        return torch.as_tensor(self._steps.ids_SLBK[index % self._steps.num_steps], device=self._group.device)
+        return torch.as_tensor(self.steps.ids_SLBK[index % self.steps.num_steps], device=self._group.device)
 
     def _keep(self, _step: int, shared: SharedKv) -> None:
         self._cache[shared.layer, shared.token] = shared.kv

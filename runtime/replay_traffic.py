@@ -270,7 +270,8 @@ def predict_seconds(traffic: ReplayTraffic, cluster: Cluster, calibration: Calib
     """(S,) predicted seconds of each step.
 
     Every layer: the latency and transfer of its exchanges, the busiest rank's expert time, and what else a layer of
-    this mode costs. K/V travel while layers run: they cost what the busiest direction of a link needs beyond that.
+    this mode costs. K/V that travel while layers run cost the measured share of their own time on links
+    (`Calibration.kv_exposed`), at least what the busiest direction of a link needs beyond the layers.
     """
     cluster = calibration.apply(cluster)
     steps, layers, _ = traffic.tokens_SLR.shape
@@ -285,20 +286,23 @@ def predict_seconds(traffic: ReplayTraffic, cluster: Cluster, calibration: Calib
             tokens_R, activated_R = traffic.tokens_SLR[step, layer], traffic.activated_SLR[step, layer]
             seconds_S[step] += expert_seconds(tokens_R, activated_R, cluster, calibration.expert)
     if traffic.kv_hops:
-        seconds_S = _with_kv(traffic, seconds_S, cluster)
+        seconds_S = _with_kv(traffic, seconds_S, cluster, calibration.kv_exposed)
     return seconds_S
 
 
-def _with_kv(traffic: ReplayTraffic, seconds_S: np.ndarray, cluster: Cluster) -> np.ndarray:
-    """The exposed part of the K/V exchange added; in one piece it is waited for at once."""
+def kv_link_seconds(traffic: ReplayTraffic, cluster: Cluster) -> np.ndarray:
+    """(S,) seconds for which the K/V of each step occupy links, both hops one after the other, without latency."""
+    hops = [[transfer_seconds(bytes_RR, cluster, 1.0) for bytes_RR in hop] for hop in traffic.kv_hops]
+    return np.sum(hops, axis=0)
+
+
+def _with_kv(traffic: ReplayTraffic, seconds_S: np.ndarray, cluster: Cluster, exposed: float | None) -> np.ndarray:
+    """The K/V exchange added; in one piece it is waited for at once, in several it is partly hidden."""
     first = traffic.kv_hops[0]
+    own_S = kv_link_seconds(traffic, cluster)
     if traffic.kv_pieces == 1:
-        out_S = seconds_S + np.array([transfer_seconds(bytes_RR, cluster, 1.0) for bytes_RR in first])
-    else:
-        total = sum(exchange.bytes_SLRR.sum(axis=1) for exchange in traffic.exchanges) + first
-        out_S = np.maximum(seconds_S, [slowest_direction_seconds(bytes_RR, cluster) for bytes_RR in total])
-    out_S = out_S + traffic.kv_pieces * collective_latency(cluster)
-    if len(traffic.kv_hops) > 1:
-        inside = [transfer_seconds(bytes_RR, cluster, 1.0) for bytes_RR in traffic.kv_hops[1]]
-        out_S = out_S + np.array(inside) + traffic.kv_pieces * cluster.intra.latency
-    return out_S
+        latency = collective_latency(cluster) + cluster.intra.latency * (len(traffic.kv_hops) - 1)
+        return seconds_S + own_S + latency
+    total = sum(exchange.bytes_SLRR.sum(axis=1) for exchange in traffic.exchanges) + first
+    busy_S = np.array([slowest_direction_seconds(bytes_RR, cluster) for bytes_RR in total])
+    return np.maximum(seconds_S + own_S * (exposed or 0.0), busy_S)

@@ -5,7 +5,14 @@ import torch
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.counters import Counters
-from moeplace.runtime.experts import ExpertStore, ExpertWeights, gated_silu, grouped_linear, looped_linear
+from moeplace.runtime.experts import (
+    ExpertStore,
+    ExpertWeights,
+    gated_silu,
+    grouped_linear,
+    looped_linear,
+    padded_linear,
+)
 
 LAYERS, SLOTS, STAGING, HIDDEN, EXPERT_HIDDEN = 2, 4, 2, 8, 6
 
@@ -72,6 +79,18 @@ def test_grouped_and_looped_products_agree() -> None:
     x, weight = torch.randn(12, 8), torch.randn(5, 6, 8)
     ends = torch.tensor([3, 3, 7, 12, 12], dtype=torch.int32)
     torch.testing.assert_close(grouped_linear(x, weight, ends), looped_linear(x, weight, ends))
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 1, 3, 2), (1, 1, 1, 1, 1), (0, 0, 0, 9, 0), (40, 1, 1, 1, 1), (0,) * 5])
+def test_few_rows_of_a_16_bit_type_give_the_same(counts: tuple[int, ...]) -> None:
+    """Padded or not, each group's rows meet the group's matrix."""
+    x, weight = torch.randn(sum(counts), 16).bfloat16(), torch.randn(5, 8, 16).bfloat16()
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    expected = looped_linear(x.double(), weight.double(), ends)
+    torch.testing.assert_close(grouped_linear(x, weight, ends).double(), expected, rtol=2e-2, atol=5e-2)
+    if sum(counts):
+        padded = padded_linear(x, weight, torch.tensor(counts), max(counts))
+        torch.testing.assert_close(padded.double(), expected, rtol=2e-2, atol=5e-2)
 
 
 def test_commit_changes_slots_and_no_storage() -> None:

@@ -1,5 +1,6 @@
 """Replay of recorded routing: what the runtime counts equals what is counted without running it."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,9 @@ def test_kv_in_pieces_fill_idle_links() -> None:
         for n in (1, 2)
     )
     assert whole - halves == pytest.approx(2 * SIZES.kv_row / 1e3)
+    measured = replace(idle, kv_exposed=0.75)
+    pieces = count_traffic(step, two_nodes(), "coherent", SIZES, kv_pieces=2)
+    assert predict_seconds(pieces, cluster, measured)[0] - halves == pytest.approx(0.75 * 2 * SIZES.kv_row / 1e3)
 
 
 def test_steps_of_a_trace_read_lanes_in_order() -> None:
