@@ -27,8 +27,10 @@ from moeplace.runtime.group import RankGroup
 from moeplace.runtime.replay import RecordedSteps, Replay, ReplayShape, ReplayTensors
 from moeplace.runtime.replay_traffic import ReplayTraffic, count_traffic, kv_link_seconds, predict_seconds, run_label
 
-LINK_ROWS = (4, 16, 32, 64)
-"""Hidden vectors per message, by which bandwidth is measured."""
+LINK_BYTES = (1 << 14, 1 << 16, 1 << 17, 1 << 18)
+"""Bytes per message, by which bandwidth is measured: those of 4 to 64 hidden vectors of a large model."""
+LEAST_SHARE = 0.05
+"""Share of the largest message's time that is taken for its transfer, at least."""
 REPEATS = 9
 STEPS = 2
 LAYERS = 6
@@ -52,7 +54,7 @@ def calibrate(group: RankGroup, shape: ReplayShape, *, num_experts: int, top_k: 
     Raises:
         PeerLostError: a rank is gone.
     """
-    intra, inter = _measure_links(group, shape)
+    intra, inter = _measure_links(group)
     tensors = ReplayTensors.random(shape, num_experts, seed=seed, device=group.device)
     expert = _measure_experts(group, shape, tensors, num_experts)
     conditions = {
@@ -66,6 +68,7 @@ def calibrate(group: RankGroup, shape: ReplayShape, *, num_experts: int, top_k: 
         "dtype": str(shape.dtype).removeprefix("torch."),
         "device": group.device.type,
         "torch": torch.__version__,
+        "not measured": _missing_links(group),
     }
     links = Calibration(intra, inter, expert, conditions=conditions)
     return _measure_modes(group, shape, tensors, links, num_experts, top_k, seed)
@@ -90,35 +93,41 @@ def fit_expert_time(tokens: Sequence[int], activated: Sequence[int], seconds: Se
     return ExpertTime(*(float(value) for value in solution / scale))
 
 
-def _measure_links(group: RankGroup, shape: ReplayShape) -> tuple[Link, Link]:
+def _measure_links(group: RankGroup) -> tuple[Link, Link]:
     """Links inside nodes and between them; what does not exist keeps its default."""
     if group.size == 1:
         return INTRA_NODE, INTER_NODE
     node = group.node_of_rank
     same = (node[:, None] == node[None, :]) & ~np.eye(group.size, dtype=bool)
-    row = shape.hidden * shape.dtype.itemsize
     intra = INTRA_NODE
     if same.any():
         mates = group.node_group()
         latency = _exchange_seconds(mates, np.ones((mates.size, mates.size), bool), 64)
-        intra = Link(latency, _bandwidth(group, same, row))
+        intra = Link(latency, _bandwidth(group, same))
     if group.num_nodes == 1:
         return intra, INTER_NODE
     first = np.zeros(group.size, bool)
     first[np.unique(node, return_index=True)[1]] = True
     latency = _exchange_seconds(group, np.ones((group.size, group.size), bool), 64)
-    one = _bandwidth(group, ~same & first[:, None] & first[None, :], row)
-    shared = _bandwidth(group, node[:, None] != node[None, :], row, per_node=True)
+    one = _bandwidth(group, ~same & first[:, None] & first[None, :])
+    shared = _bandwidth(group, node[:, None] != node[None, :], per_node=True)
     return intra, Link(latency, max(one, shared / int(np.bincount(node).max())), shared)
 
 
-def _bandwidth(group: RankGroup, links_RR: np.ndarray, row: int, *, per_node: bool = False) -> float:
+def _missing_links(group: RankGroup) -> list[str]:
+    """Links that do not exist here, for which the calibration has the defaults."""
+    between = [] if group.num_nodes > 1 else ["links between nodes"]
+    return between if len(group.node_ranks) > 1 else [*between, "links inside nodes"]
+
+
+def _bandwidth(group: RankGroup, links_RR: np.ndarray, *, per_node: bool = False) -> float:
     """Bytes per second that the busiest rank (or node) sends when every link carries the same."""
     sent_R = (links_RR & ~np.eye(group.size, dtype=bool)).sum(axis=1)
     peers = np.bincount(group.node_of_rank, sent_R).max() if per_node else sent_R.max()
-    seconds = [_exchange_seconds(group, links_RR, rows * row) for rows in LINK_ROWS]
-    slope = fit_line([rows * row * int(peers) for rows in LINK_ROWS], seconds)[1]
-    return 1 / max(slope, 1e-15)
+    seconds = [_exchange_seconds(group, links_RR, size) for size in LINK_BYTES]
+    slope = fit_line([size * int(peers) for size in LINK_BYTES], seconds)[1]
+    # Where size makes no difference that noise does not hide, the largest message bounds the bandwidth from below.
+    return 1 / max(slope, LEAST_SHARE * seconds[-1] / (LINK_BYTES[-1] * int(peers)))
 
 
 def _exchange_seconds(group: RankGroup, links_RR: np.ndarray, size: int) -> float:

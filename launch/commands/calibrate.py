@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     if calibration is not None:  # rank 0 speaks for the group
         calibration.save(args.out)
         print(_format(calibration))
+        if calibration.conditions["not measured"]:
+            print(f"not measured on these ranks, defaults kept: {', '.join(calibration.conditions['not measured'])}")
     return 0
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 
+from moeplace.launch.commands.import_trace import layer_range
+
 HELP = "read the placement file of a serving engine"
 ENGINES = ("sglang", "vllm", "trtllm", "vllm-ascend", "omni", "exflow")
 
@@ -15,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, metavar="R", help="ranks, where FILE does not say it")
     parser.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks of a node (all in one)")
     parser.add_argument("--num-experts", type=int, metavar="E", help="experts per layer, where FILE does not say it")
-    parser.add_argument("--layer-ids", type=int, nargs="+", metavar="I", help="decoder-layer indices of the MoE layers")
+    parser.add_argument(
+        "--layer-ids", type=layer_range, metavar="IDS", help="decoder layers of the MoE layers: 1-26, 3,5,7"
+    )
     parser.add_argument("--num-hidden-layers", type=int, metavar="N", help="decoder layers in all")
 
 

@@ -1,9 +1,9 @@
-"""`moeplace import`: other programs' traces and loads."""
+"""`moeplace import`: other programs' traces, loads and placements."""
 
 import argparse
 import sys
 
-HELP = "read other programs' routing traces and expert loads"
+HELP = "read other programs' routing traces, expert loads and placement files"
 SOURCES = {
     "npz": "trace interchange: experts (T, L, K), weights, sequence_ids, positions",
     "sglang": "SGLang recorder dumps (.pt file or folder), or routed_experts as JSON lines",
@@ -11,6 +11,8 @@ SOURCES = {
     "trtllm": "TensorRT-LLM expert statistics (folder)",
     "exflow": "ExFlow trace.npy (tokens, layers), top-1",
     "load": "load matrix (L, E): .npy, .npz or .json",
+    "vllm-ascend": "expert map (a placement)",
+    "omni": "placement pattern (a placement)",
 }
 
 
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing = "; ".join(f"{name} = {text}" for name, text in SOURCES.items())
     parser.add_argument("source", metavar="FILE", help="file or folder to read")
     parser.add_argument("--from", dest="source_format", required=True, choices=SOURCES, help=listing)
-    parser.add_argument("--out", required=True, metavar="T", help="trace file to write, or load file for mere loads")
+    parser.add_argument("--out", required=True, metavar="T", help="trace, load or placement file to write")
     parser.add_argument("--top-k", type=int, metavar="K", help="keep the first K experts of every token; 1 = primary")
     parser.add_argument("--num-experts", type=int, metavar="E", help="experts per layer (default: greatest id + 1)")
     parser.add_argument("--null-experts", type=int, default=0, metavar="N", help="ids E..E+N-1 are null experts (0)")
@@ -32,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expert-bytes", type=int, metavar="B", help="bytes of one expert's weights")
     parser.add_argument("--hidden-size", type=int, default=0, metavar="D", help="hidden size of the model")
     parser.add_argument("--workload-names", default="", metavar="A,B", help="names of the workload tags")
+    parser.add_argument("--ranks", type=int, metavar="R", help="of a placement file: ranks, where FILE does not say it")
+    parser.add_argument(
+        "--ranks-per-node", type=int, metavar="N", help="of a placement file: ranks of a node (all in one)"
+    )
 
 
 def layer_range(text: str) -> tuple[int, ...]:
@@ -46,9 +52,28 @@ def layer_range(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
+    from moeplace.placement.engines import ENGINES, is_placement_file
+
+    if args.source_format in ENGINES and is_placement_file(args.source, args.source_format):
+        from moeplace.launch.commands.import_placement import run_import_placement
+
+        args.engine, args.num_hidden_layers = args.source_format, args.num_hidden_layers or None
+        return run_import_placement(args)
+    return _import_trace(args)
+
+
+def _import_trace(args: argparse.Namespace) -> int:
+    from moeplace.placement.engines import ONLY_PLACEMENTS
+    from moeplace.profiling.errors import InputError
+    from moeplace.profiling.files import require_file
     from moeplace.profiling.imports.common import ImportOptions
     from moeplace.profiling.imports.sources import import_from
 
+    if args.source_format in ONLY_PLACEMENTS:
+        require_file(args.source)
+    for name in ("ranks", "ranks_per_node"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} is for placement files, {args.source} is none")
     options = ImportOptions(
         top_k=args.top_k,
         num_experts=args.num_experts,

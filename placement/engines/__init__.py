@@ -25,7 +25,10 @@ ENGINES = {  # name -> module of this package
     "omni": "omni",
     "exflow": "exflow",
 }
+ONLY_PLACEMENTS = ("vllm-ascend", "omni")
+"""Engines of which no trace or load file is read."""
 SIDECAR_FORMAT = "moeplace.export/1"
+_HEAD_BYTES = 4096
 
 
 class Engine(Protocol):
@@ -90,6 +93,28 @@ def read_engine_placement(path: str | Path, engine: str, **options: Any) -> Plac
     if beside is not None and not options and placement.digest != beside[1]:
         warnings.warn(f"{source} was changed after it was exported", MoeplaceWarning, stacklevel=2)
     return placement
+
+
+def is_placement_file(path: str | Path, engine: str) -> bool:
+    """Whether a file or folder is a placement of an engine, not one of its traces or loads.
+
+    A sidecar says so; otherwise the engines' own names and keys tell. What is neither is left to the reader of traces,
+    whose messages say more.
+    """
+    source = Path(path)
+    if not source.is_file():
+        return False
+    if engine in ONLY_PLACEMENTS or sidecar_path(source).exists():
+        return True
+    with source.open("rb") as file:
+        head = file.read(_HEAD_BYTES).lstrip()
+    if engine == "sglang":
+        return source.suffix == ".json" and b'"physical_to_logical_map"' in head and b'"logical_count"' not in head
+    if engine == "vllm":
+        return head.startswith(b"[") or b'"initial_global_assignments"' in head
+    return (engine == "trtllm" and source.suffix in (".yaml", ".yml", ".json")) or (
+        engine == "exflow" and source.suffix == ".csv"
+    )
 
 
 def sidecar_path(path: str | Path) -> Path:

@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from moeplace.launch.commands import export, import_placement, plan
+from moeplace.launch.commands import export, import_placement, import_trace, plan
 from moeplace.placement.engines import ENGINES
 from moeplace.placement.migration import apply_plan
 from moeplace.placement.placement import Placement
@@ -108,7 +108,22 @@ def test_export_prints_the_flags_and_reads_back(
     assert run(export, old, "--to", engine, "--out", file, "--json", notes) == 0
     printed = capsys.readouterr().out
     assert json.loads(notes.read_text())["start"] in printed
-    assert run(import_placement, file, "--from", engine, "--out", again) == 0
+    for command in (import_placement, import_trace):
+        assert run(command, file, "--from", engine, "--out", again) == 0
+        assert np.array_equal(load_placement(again).copies_LER, load_placement(old).copies_LER)
+        again.unlink()
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm", "trtllm", "exflow"])
+def test_import_tells_placements_from_traces_without_a_sidecar(tmp_path: Path, old: Path, engine: str) -> None:
+    """Its own keys tell what a file is."""
+    file, again = tmp_path / ("e.csv" if engine == "exflow" else "e.json"), tmp_path / "again.json"
+    run(export, old, "--to", engine, "--out", file)
+    (tmp_path / f"{file.name}.moeplace.json").unlink()
+    options = ["--ranks", "2", "--num-experts", "4", "--layer-ids", "0-1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MoeplaceWarning)
+        assert run(import_trace, file, "--from", engine, "--out", again, *options) == 0
     assert np.array_equal(load_placement(again).copies_LER, load_placement(old).copies_LER)
 
 
@@ -125,7 +140,7 @@ def test_dense_layers_on_request(tmp_path: Path, old: Path) -> None:
     (tmp_path / "e.json.moeplace.json").unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(import_placement, file, "--from", "sglang", "--out", again, "--ranks", "2", "--layer-ids", "0", "1")
+        run(import_placement, file, "--from", "sglang", "--out", again, "--ranks", "2", "--layer-ids", "0-1")
     assert load_placement(again).num_hidden_layers == 4
     with pytest.raises(InputError, match="not among them"):
-        run(import_placement, file, "--from", "sglang", "--out", again, "--ranks", "2", "--layer-ids", "0", "7")
+        run(import_placement, file, "--from", "sglang", "--out", again, "--ranks", "2", "--layer-ids", "0,7")
