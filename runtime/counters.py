@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from moeplace.runtime.routed_rows import RecentRows
+
 TIERS = ("local", "intra_node", "inter_node")
 OUTSIDE = -1
 """The layer of a collective that belongs to no MoE layer (K/V hand-over, sampled tokens)."""
@@ -94,14 +96,14 @@ class LoadWindow:
     when they are asked for, or when many have gathered: not inside the layer that routed them.
 
     Attributes:
-        keep: how many recent token rows of ids to keep per layer; 0 = none.
+        recent: rows of the last passes, to be joined with those of other ranks; None = not kept.
     """
 
     def __init__(self, num_layers: int, num_experts: int, *, keep: int = 0) -> None:
-        self.keep = keep
+        """`keep`: recent tokens of all ranks whose ids are kept; 0 = none."""
+        self.recent = RecentRows(num_layers, keep=keep) if keep else None
         self._load = np.zeros((num_layers, num_experts), dtype=np.int64)
         self._pending: list[tuple[int, np.ndarray]] = []
-        self._recent: list[np.ndarray] = [np.zeros((0, 0), dtype=np.int64) for _ in range(num_layers)]
 
     @property
     def load(self) -> np.ndarray:
@@ -109,29 +111,25 @@ class LoadWindow:
         self._count()
         return self._load
 
-    def record(self, layer: int, ids: np.ndarray) -> None:
-        """Add the ids (T, K) of tokens routed in `layer`; -1 = none. The array is kept, not copied."""
+    def record(self, layer: int, ids: np.ndarray, token: np.ndarray) -> None:
+        """Add the ids (T, K), -1 = none, of tokens (T,) of the pass, routed in `layer`. Arrays are kept, not copied."""
+        if self.recent is not None:
+            self.recent.record(layer, ids, token)
         self._pending.append((layer, ids))
         if len(self._pending) >= _PENDING_RECORDS:
             self._count()
 
-    def recent_ids(self, layer: int) -> np.ndarray:
-        """(T, K) the last `keep` rows of ids of a layer, oldest first."""
-        self._count()
-        return self._recent[layer]
-
     def reset(self) -> None:
-        """Forget everything."""
-        self.__init__(*self._load.shape, keep=self.keep)  # type: ignore[misc]
+        """Forget everything, on all ranks at the same step boundary."""
+        self._load[:] = 0
+        self._pending.clear()
+        if self.recent is not None:
+            self.recent.clear()
 
     def _count(self) -> None:
         for layer, ids in self._pending:
             flat = ids.reshape(-1)
             self._load[layer] += np.bincount(flat[flat >= 0], minlength=self._load.shape[1])
-            if self.keep:
-                before = self._recent[layer]
-                joined = np.concatenate([before, ids]) if len(before) else ids
-                self._recent[layer] = joined[-self.keep :].copy()
         self._pending.clear()
 
 

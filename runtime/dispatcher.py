@@ -86,7 +86,7 @@ class MoeRuntime:
         """Serving slots (M, K) and gate weights (M, K) of this rank's tokens; absent experts weigh nothing."""
         ids, weights = block.route(hidden, token)
         if self.window is not None:
-            self.window.record(layer, ids.cpu().numpy())
+            self.window.record(layer, ids.cpu().numpy(), token.cpu().numpy())
         return choose_slots(self.tables, layer, ids, near=self.tables.rank, rotation=token), weights
 
 

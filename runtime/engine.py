@@ -53,7 +53,7 @@ class EngineLimits:
         kv_bytes: K/V memory of a rank; lowers `max_sequences` where it does not suffice. None = no limit.
         max_prefill_tokens: prompt tokens of one pass (a longer prompt has a pass of its own).
         staging_rows: storage rows per layer beyond the slots, for experts that arrive while serving.
-        recent_ids: routed ids to keep per layer, beside the loads.
+        recent_ids: tokens of all ranks whose routed ids are kept, beside the loads (`window.recent`).
     """
 
     max_sequences: int = 64

@@ -5,6 +5,7 @@ Shape letters: M tokens of this rank, B sequences of a decode pass, D hidden siz
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -87,6 +88,7 @@ class Executor:
         first = sum(tokens_of_rank[: self.group.rank])
         view = PrefillView(self.decoder, self.cache, rows=[s.row for s in mine], lengths=own) if mine else None
         rows = self._start(ids, first)
+        self._note_pass(ordered, [length_of[id(sequence)] for sequence in ordered])
         rows = self._run(mode, rows, lambda token: view, Step(tuple(tokens_of_rank)))
         for sequence in ordered:
             sequence.cached = length_of[id(sequence)]
@@ -112,6 +114,7 @@ class Executor:
         step = Step(tokens_of_rank, KvLedger() if coherent else None)
         make_view = self._decode_views(ordered, step)
         rows = self._start([sequence.token_ids[sequence.cached] for sequence in mine], first)
+        self._note_pass(ordered, [1] * len(ordered))
         rows = self._run(mode, rows, make_view, step)
         if step.ledger is not None:
             self._keep_shared(ordered, step.ledger)
@@ -120,6 +123,12 @@ class Executor:
             if coherent or self.group.size == 1:
                 sequence.replicated = sequence.cached
         return rows
+
+    def _note_pass(self, ordered: Sequence[RunningSequence], lengths: Sequence[int]) -> None:
+        """Tell the window whose tokens the pass serves, in their order."""
+        if self._window is not None and self._window.recent is not None:
+            names = [crc32(sequence.request.request_id.encode()) for sequence in ordered]  # alike on all ranks
+            self._window.recent.begin_pass(np.repeat(np.array(names, np.int64), lengths))
 
     def _start(self, ids: list[int], first: int) -> TokenRows:
         device = self.decoder.device
