@@ -1,0 +1,121 @@
+"""EventLog: what a service decided and did, as JSON lines and in memory."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from moeplace.profiling.errors import FormatError, InputError
+from moeplace.profiling.files import require_file, require_folder_of
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened.
+
+    Attributes:
+        time: seconds since the epoch.
+        step: of the service.
+        kind: one word with hyphens, for programs.
+        sentence: for people.
+        figures: what the sentence rests on; a figure that is not finite is None.
+    """
+
+    time: float
+    step: int
+    kind: str
+    sentence: str
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+class EventLog:
+    """Appends events to a file, one JSON object a line, each on disk before the next thing happens.
+
+    Attributes:
+        events: what happened so far, oldest first.
+    """
+
+    def __init__(self, path: str | Path | None = None, *, clock: Callable[[], float] = time.time) -> None:
+        """Open the file for appending; None = memory alone.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        self.events: list[Event] = []
+        self._clock = clock
+        self._file: TextIO | None = None
+        if path is not None:
+            require_folder_of(path)
+            try:
+                self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close
+            except OSError as error:
+                raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+    def add(self, kind: str, sentence: str, *, step: int, **figures: Any) -> Event:
+        """Note what happened now."""
+        clean = {name: _finite(value) for name, value in figures.items()}
+        event = Event(self._clock(), step, kind, sentence, clean)
+        self.events.append(event)
+        if self._file is not None:
+            self._file.write(json.dumps(asdict(event), allow_nan=False) + "\n")
+            self._file.flush()
+        return event
+
+    def close(self) -> None:
+        """Close the file; `events` stays."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_events(path: str | Path) -> list[Event]:
+    """The events of a log file; a last line that was cut off by the end of its process is left out.
+
+    Raises:
+        InputError: there is no such file.
+        FormatError: a line is not an event.
+    """
+    try:
+        lines = require_file(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not a text file: {error}") from error
+    events = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (number == len(lines) and not line.endswith("\n")):
+            continue
+        try:
+            document = json.loads(line)
+            events.append(_event(document))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise FormatError(f"{path} line {number} is not an event: it needs time, kind and sentence") from error
+    return events
+
+
+def _event(document: dict[str, Any]) -> Event:
+    figures = document.get("figures", {})
+    event = Event(
+        float(document["time"]),
+        int(document.get("step", 0)),
+        str(document["kind"]),
+        str(document["sentence"]),
+        dict(figures),
+    )
+    if not math.isfinite(event.time):
+        raise ValueError("time")
+    return event
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,67 @@
+"""The flags of re-placement, and the controller that comes of them."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moeplace.launch.replan import add_replan_arguments, build_controller, replan_window
+from moeplace.placement.cost_model import StepShape
+from moeplace.placement.placement import index_order
+from moeplace.profiling.errors import InputError
+from moeplace.profiling.synthetic import planted
+from moeplace.runtime.event_log import read_events
+
+PLACEMENT = index_order(np.full(2, 8), np.array([4, 4]), np.zeros(2, int))
+SHAPE = StepShape(batch=16)
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_replan_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_without_the_flag_nothing_is_watched() -> None:
+    """No controller, no ids kept; a flag that would be ignored is refused."""
+    assert build_controller(parse(), PLACEMENT, shape=SHAPE) is None
+    assert replan_window(parse()) == 0
+    with pytest.raises(InputError, match=r"--replan-gain \(0.1\) needs --replan"):
+        build_controller(parse("--replan-gain", "0.1"), PLACEMENT, shape=SHAPE)
+
+
+def test_flags_reach_the_controller(tmp_path: Path) -> None:
+    """Looks, quiet steps, window, log; a reference becomes a promise."""
+    reference, _ = planted(num_tokens=600, num_layers=2, num_experts=8, top_k=2, num_ranks=2, epsilon=0.0, seed=0)
+    log = tmp_path / "events.jsonl"
+    args = parse(
+        *("--replan", "--replan-every", "7", "--replan-quiet", "9", "--replan-window", "800", "--replan-log", str(log))
+    )
+    assert replan_window(args) == 800
+    controller = build_controller(args, PLACEMENT, shape=SHAPE, reference=reference, step=100)
+    assert controller is not None
+    assert not controller.is_due(108)
+    assert controller.is_due(109)
+    controller.look(109, reference.select(slice(0, 99)))
+    controller.log.close()
+    events = read_events(log)
+    assert [event.kind for event in events] == ["watching", "window-too-small"]
+    assert "planned on 600 tokens" in events[0].sentence
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--replan-window", "0", "--replan-window (0) must be at least 1"),
+        ("--replan-every", "0", "every_steps (0) must be at least 1"),
+        ("--replan-gain", "1.5", "least_gain (1.5) must lie in 0..1"),
+        ("--replan-time-limit", "0", "must be positive"),
+        ("--replan-log", "/no/such/folder/log", "does not exist"),
+    ],
+)
+def test_values_out_of_range_are_refused(flag: str, value: str, words: str) -> None:
+    """One sentence with the name and the rule."""
+    with pytest.raises(InputError) as caught:
+        build_controller(parse("--replan", flag, value), PLACEMENT, shape=SHAPE)
+    assert words in str(caught.value)
