@@ -40,8 +40,10 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fit", choices=SPLITS, default="train",
                         help="tokens to fit to; the others judge (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--split-by", choices=("sequence", "workload"), default="sequence",
-                        help="workload: hold out one tag at a time and report each (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--split-by", choices=("sequence", "workload", "adapter"), default="sequence",
+                        help="otherwise hold out one tag at a time and report each (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--mix", metavar="A=3,B=1", help="fit to and judge on this mix of workloads or of adapters "
+                        "(`base` = none) instead of the trace's own")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,22 @@ class Sides:
     name: str
 
 
-def split_sides(trace: Any, fit: str) -> Sides:
-    """Train and test by sequence; the whole trace twice, with a warning, where it cannot be split."""
+def split_sides(trace: Any, fit: str, *, mix_text: str | None = None, seed: int = 0) -> Sides:
+    """Train and test by sequence; the whole trace twice, with a warning, where it cannot be split.
+
+    Args:
+        trace: the trace.
+        fit: side to fit to.
+        mix_text: mix of workloads or adapters, see --mix; None = the trace's own.
+        seed: of the mix.
+    """
     import warnings
 
     from moeplace.profiling.errors import InputError, MoeplaceWarning
+    from moeplace.profiling.mix import mix, parse_mix
 
+    if mix_text:
+        trace = mix(trace, parse_mix(mix_text), seed=seed)
     if fit == "all":
         return Sides(trace, trace, "all")
     try:

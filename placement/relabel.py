@@ -76,8 +76,15 @@ def moved_bytes(
     previous: Placement, new: Placement, *, expert_bytes: ExpertBytes = None, origin: np.ndarray | None = None
 ) -> int:
     """Bytes that all ranks together must fetch."""
+    return int(moved_bytes_by_layer(previous, new, expert_bytes=expert_bytes, origin=origin).sum())
+
+
+def moved_bytes_by_layer(
+    previous: Placement, new: Placement, *, expert_bytes: ExpertBytes = None, origin: np.ndarray | None = None
+) -> np.ndarray:
+    """(L,) int64, the same by layer."""
     fetched_LE = _fetched(previous, new, origin).sum(axis=1)
-    return int((fetched_LE * bytes_per_expert(previous, expert_bytes)).sum())
+    return (fetched_LE * bytes_per_expert(previous, expert_bytes)).sum(axis=1)
 
 
 def least_bytes(

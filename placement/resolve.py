@@ -10,7 +10,7 @@ import numpy as np
 from moeplace.placement.objective import measure
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
-from moeplace.placement.relabel import least_bytes, moved_bytes, moves, relabel_to
+from moeplace.placement.relabel import least_bytes, moved_bytes, moved_bytes_by_layer, moves, relabel_to
 from moeplace.placement.result import Draft
 from moeplace.placement.solvers.connectivity import descend_within, layer_nets
 from moeplace.placement.solvers.packing import rebalance_layer
@@ -58,7 +58,7 @@ def moved_summary(problem: Problem, placement: Placement) -> dict[str, float] | 
 def _drop_unpaid(problem: Problem, previous: Placement, slots_LS: np.ndarray) -> np.ndarray:
     """Keep what does not pay for its bytes: layer by layer where layers are independent, else the whole placement."""
     new, old = problem.placement(slots_LS), previous.replace(mode=problem.mode)
-    price_L = problem.move_price * moves(previous, new) * problem.expert_bytes.mean(axis=1)
+    price_L = problem.move_price * moved_bytes_by_layer(previous, new, expert_bytes=problem.expert_bytes)
     by_layer = problem.trace is not None and problem.mode == "dispatch-combine" and problem.objective == "traffic"
     if by_layer and problem.node_weight == 0:
         old_L, new_L = (problem.evaluate(p).ranks_per_token_L for p in (old, new))

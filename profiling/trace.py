@@ -16,7 +16,11 @@ from moeplace.profiling.parallel import CHUNK_TOKENS, chunks, thread_pool, worke
 NO_EXPERT = -1
 """Entry of `topk_ids` where a token has fewer than K experts (ragged top-k)."""
 
+BASE_MODEL = -1
+"""Entry of `adapter` where a token was served without one."""
+
 Split = Literal["all", "train", "test"]
+Tag = Literal["workload", "adapter"]
 
 MOST_EXPERTS = 1 << 20
 """Per layer; a greater number is a damaged file."""
@@ -38,7 +42,7 @@ class RoutingTrace:
         positions: (T,) integers, position of the token in its sequence, or None.
         is_decode: (T,) bool, True where the token was generated rather than prefilled, or None.
         workload: (T,) integers, index into `workload_names`, or None.
-        workload_names: tags of the workloads, for example tasks or adapters.
+        workload_names: tags of the workloads, for example tasks.
         model: name of the model.
         layer_ids: (L,) int64, decoder-layer index of each MoE layer, rising; dense layers between are normal.
         num_hidden_layers: decoder layers in all, dense ones included.
@@ -46,6 +50,9 @@ class RoutingTrace:
         hidden_size: hidden size D of the model, 0 when unknown.
         null_experts: number of null experts per layer.
         notes: remarks on how the trace came to be, such as "pseudo-sequences of 128 tokens".
+        adapter: (T,) integers, index into `adapter_names` of the adapter that served the token, -1 = the base model; or
+            None. Adapters share the experts of the base unless `separate_adapters` tells them apart.
+        adapter_names: names of the adapters.
 
     Raises:
         InputError: shapes disagree, an id is out of range, or a token has an expert twice in one layer.
@@ -66,6 +73,8 @@ class RoutingTrace:
     hidden_size: int = 0
     null_experts: int = 0
     notes: tuple[str, ...] = ()
+    adapter: np.ndarray | None = None
+    adapter_names: tuple[str, ...] = ()
     validate: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -89,10 +98,8 @@ class RoutingTrace:
             array = getattr(self, name)
             if array is not None and np.shape(array) != shape:
                 raise InputError(f"{name} must have the shape {shape} that topk_ids implies, not {np.shape(array)}")
-        if self.workload is not None and tokens:
-            low, high = int(np.min(self.workload)), int(np.max(self.workload))
-            if low < 0 or high >= max(len(self.workload_names), 1):
-                raise InputError(f"workload index {high if low >= 0 else low} needs 0..{len(self.workload_names) - 1}")
+        for tag, least in (("workload", 0), ("adapter", BASE_MODEL)):
+            self._check_tags(tag, least)
         if self.validate:
             _check_ids(ids, experts + self.null_experts)
         set_field = object.__setattr__
@@ -105,6 +112,14 @@ class RoutingTrace:
             array = getattr(self, name)
             if array is not None:
                 set_field(self, name, _read_only(np.asarray(array)))
+
+    def _check_tags(self, tag: str, least: int) -> None:
+        index_T, names = getattr(self, tag), getattr(self, f"{tag}_names")
+        if index_T is None or not len(index_T):
+            return
+        low, high = int(np.min(index_T)), int(np.max(index_T))
+        if low < least or high >= max(len(names), least + 1):
+            raise InputError(f"{tag} index {low if low < least else high} needs {least}..{len(names) - 1}")
 
     @property
     def num_tokens(self) -> int:
@@ -158,17 +173,18 @@ class RoutingTrace:
             raise InputError("all sequence_ids are of one parity, so one side of the split by sequence is empty")
         return self.select(odd_T if side == "test" else ~odd_T)
 
-    def hold_out(self, workload: str) -> tuple[Self, Self]:
-        """(train, test): all other workloads, and the named one.
+    def hold_out(self, name: str, *, by: Tag = "workload") -> tuple[Self, Self]:
+        """(train, test): all other workloads (or adapters), and the named one.
 
         Raises:
-            InputError: the trace has no such workload tag, or no other.
+            InputError: the trace has no such tag, or no other.
         """
-        if self.workload is None or workload not in self.workload_names:
-            raise InputError(f"workload {workload!r} is not among the trace's {list(self.workload_names)}")
-        held_T = self.workload == self.workload_names.index(workload)
+        index_T, names = getattr(self, by), getattr(self, f"{by}_names")
+        if index_T is None or name not in names:
+            raise InputError(f"{by} {name!r} is not among the trace's {list(names)}")
+        held_T = index_T == names.index(name)
         if held_T.all() or not held_T.any():
-            raise InputError(f"holding out workload {workload!r} leaves one side without tokens")
+            raise InputError(f"holding out {by} {name!r} leaves one side without tokens")
         return self.select(~held_T), self.select(held_T)
 
     def primary(self) -> Self:
@@ -189,13 +205,21 @@ class RoutingTrace:
     def equals(self, other: "RoutingTrace") -> bool:
         """Whether both hold the same decisions and metadata."""
         arrays = ("topk_ids", "experts_per_layer", "layer_ids", "topk_weights", "expert_bytes", *_PER_TOKEN)
-        plain = ("workload_names", "model", "num_hidden_layers", "hidden_size", "null_experts", "notes")
+        plain = (
+            "workload_names",
+            "adapter_names",
+            "model",
+            "num_hidden_layers",
+            "hidden_size",
+            "null_experts",
+            "notes",
+        )
         return all(_same(getattr(self, name), getattr(other, name)) for name in arrays) and all(
             getattr(self, name) == getattr(other, name) for name in plain
         )
 
 
-_PER_TOKEN = ("sequence_ids", "positions", "is_decode", "workload")
+_PER_TOKEN = ("sequence_ids", "positions", "is_decode", "workload", "adapter")
 
 
 def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
@@ -226,15 +250,19 @@ def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     for name in ("topk_weights", "positions", "is_decode"):
         arrays = [getattr(t, name) for t in traces]
         changes[name] = None if any(a is None for a in arrays) else np.concatenate(arrays)
-    names = tuple(dict.fromkeys(name for t in traces for name in t.workload_names))
-    if all(t.workload is not None for t in traces):
-        maps = [np.array([names.index(n) for n in t.workload_names], dtype=np.int32) for t in traces]
-        changes["workload"] = np.concatenate([m[t.workload] for m, t in zip(maps, traces, strict=True)])
-        changes["workload_names"] = names
-    else:
-        changes["workload"], changes["workload_names"] = None, ()
+    for tag in ("workload", "adapter"):
+        names = tuple(dict.fromkeys(name for t in traces for name in getattr(t, f"{tag}_names")))
+        known = all(getattr(t, tag) is not None for t in traces)
+        changes[tag] = np.concatenate([_renumbered(t, tag, names) for t in traces]) if known else None
+        changes[f"{tag}_names"] = names if known else ()
     changes["notes"] = tuple(dict.fromkeys(note for t in traces for note in t.notes))
     return replace(first, **changes)
+
+
+def _renumbered(trace: RoutingTrace, tag: str, names: tuple[str, ...]) -> np.ndarray:
+    """(T,) index into `names` instead of the trace's own; -1 stays."""
+    own = [names.index(name) for name in getattr(trace, f"{tag}_names")]
+    return np.array([*own, -1], dtype=np.int32)[getattr(trace, tag)]
 
 
 def _check_ids(ids_TLK: np.ndarray, limit_L: np.ndarray) -> None:

@@ -1,8 +1,8 @@
 """Routing traces on disk: one uncompressed `.npz`, written as a stream and read by memory map.
 
-The file is the trace interchange format (arrays `experts`, `weights`, `sequence_ids`, `positions`) with two more
-arrays (`is_decode`, `workload`) and `meta`, the bytes of a JSON object. Anything that reads `.npz` reads it. Members
-are stored, not deflated, so that a trace larger than memory can be mapped; nothing in it is ever unpickled.
+The file is the trace interchange format (arrays `experts`, `weights`, `sequence_ids`, `positions`) with three more
+arrays (`is_decode`, `workload`, `adapter`) and `meta`, the bytes of a JSON object. Anything that reads `.npz` reads it.
+Members are stored, not deflated, so that a trace larger than memory can be mapped; nothing in it is ever unpickled.
 """
 
 import io
@@ -30,8 +30,16 @@ _ARRAYS = {  # name in the file -> field of RoutingTrace
     "positions": "positions",
     "is_decode": "is_decode",
     "workload": "workload",
+    "adapter": "adapter",
 }
-_DTYPES = {"weights": "<f2", "sequence_ids": "<i4", "positions": "<i4", "is_decode": "|b1", "workload": "<i2"}
+_DTYPES = {
+    "weights": "<f2",
+    "sequence_ids": "<i4",
+    "positions": "<i4",
+    "is_decode": "|b1",
+    "workload": "<i2",
+    "adapter": "<i2",
+}
 _COPY_BYTES = 1 << 24
 
 
@@ -77,6 +85,7 @@ class TraceWriter:
         positions: np.ndarray | None = None,
         is_decode: np.ndarray | None = None,
         workload: np.ndarray | None = None,
+        adapter: np.ndarray | None = None,
     ) -> None:
         """Add the tokens of `topk_ids` (t, L, K) and, where given, their (t,) or (t, L, K) companions.
 
@@ -91,6 +100,7 @@ class TraceWriter:
             positions,
             is_decode,
             workload,
+            adapter=adapter,
             **self._metadata,
         )
         if piece.top_k != self._top_k:
@@ -181,8 +191,8 @@ def load_trace(path: str | Path) -> RoutingTrace:
         if meta.pop("format") != FORMAT:
             raise ValueError
         fields: dict[str, Any] = {_ARRAYS[name]: array for name, array in arrays.items() if name in _ARRAYS}
-        for name in ("workload_names", "notes"):
-            meta[name] = tuple(meta[name])
+        for name in ("workload_names", "adapter_names", "notes"):
+            meta[name] = tuple(meta.get(name, ()))
         return RoutingTrace(**fields, **meta)
     except InputError as error:
         raise type(error)(f"{path}: {error}") from error
@@ -192,6 +202,7 @@ def load_trace(path: str | Path) -> RoutingTrace:
 
 _METADATA = (
     "workload_names",
+    "adapter_names",
     "model",
     "layer_ids",
     "num_hidden_layers",

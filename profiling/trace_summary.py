@@ -16,6 +16,7 @@ from moeplace.profiling.locality import (
     segment_cache,
     segment_routing,
 )
+from moeplace.profiling.parallel import chunks
 from moeplace.profiling.sampling import sample_sequences
 from moeplace.profiling.scores import (
     Affinity,
@@ -55,6 +56,8 @@ def summarize(trace: RoutingTrace, *, seed: int, locality: bool = True) -> dict[
         "coactivation": _coactivation(stats),
         "stability": _stability(trace, primary_LT, seed),
     }
+    if trace.adapter is not None:
+        document["adapters"] = _adapters(trace, primary_LT, seed)
     if locality:
         routing = sample_sequences(trace, most_tokens=ROUTING_TOKENS)
         cached = sample_sequences(trace, most_tokens=CACHE_TOKENS)
@@ -96,8 +99,19 @@ def _shape(trace: RoutingTrace, stats: RoutingStats) -> dict[str, Any]:
         "mean_top_k_by_layer": (stats.load.sum(axis=1) / max(trace.num_tokens, 1)).tolist(),
         "decode_tokens": None if decode is None else int(np.count_nonzero(decode)),
         "workloads": workloads,
+        "adapters": list(trace.adapter_names),
+        "null_share": _null_share(trace, stats),
+        "bytes": None if trace.expert_bytes is None else int(trace.expert_bytes.sum()),
         "notes": list(trace.notes),
     }
+
+
+def _null_share(trace: RoutingTrace, stats: RoutingStats) -> float:
+    """Share of the assignments that go to null or zero-computation experts: computed nowhere, dispatched nowhere."""
+    if not trace.null_experts:
+        return 0.0
+    assigned = sum(int(np.count_nonzero(piece >= 0)) for piece in chunks(trace.topk_ids))
+    return 1 - float(stats.load.sum()) / max(assigned, 1)
 
 
 def _load(stats: RoutingStats) -> dict[str, Any]:
@@ -122,6 +136,28 @@ def _affinity(trace: RoutingTrace, primary_LT: np.ndarray, seed: int) -> dict[st
             part_LT = primary_LT[:, trace.workload == index]
             by_workload[name] = _affinity_figures(affinity(part_LT, trace.num_experts, seed=seed))
         document["by_workload"] = by_workload
+    return document
+
+
+def _adapters(trace: RoutingTrace, primary_LT: np.ndarray, seed: int) -> dict[str, Any]:
+    """Load and affinity of the tokens of every adapter, and of those served by the base model alone."""
+    assert trace.adapter is not None
+    group_T = np.asarray(trace.adapter, dtype=np.int64) + 1
+    names = ("base", *trace.adapter_names)[: _MOST_WORKLOADS + 1]
+    loads = grouped_loads(trace, np.where(group_T < len(names), group_T, -1), num_groups=len(names))
+    apart = total_variation(loads, loads.sum(axis=0) - loads).mean(axis=1)
+    document = {}
+    for index, name in enumerate(names):
+        own_T = group_T == index
+        if own_T.any():
+            skew_L = load_skew(loads[index], trace.experts_per_layer)
+            document[name] = {
+                **_affinity_figures(affinity(primary_LT[:, own_T], trace.num_experts, seed=seed)),
+                "skew_mean": float(skew_L.mean()),
+                "skew_by_layer": skew_L.tolist(),
+                "experts_used_mean": float((loads[index] > 0).sum(axis=1).mean()),
+                "load_tv_from_rest": float(apart[index]),
+            }
     return document
 
 

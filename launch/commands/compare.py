@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     caps = _caps(args.sweep) if args.sweep else [args.max_imbalance]
     rows: list[dict[str, Any]] = []
     for path in args.trace:
-        sides = split_sides(load_trace(path), args.fit)
+        sides = split_sides(load_trace(path), args.fit, mix_text=args.mix, seed=args.seed)
         for name in solvers:
             for cap in caps if name == "auto" else caps[:1]:
                 rows.append({"trace": path, **_one(args, sides, name, cap)})

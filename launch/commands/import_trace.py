@@ -2,6 +2,10 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moeplace.profiling.imports.common import Imported
 
 HELP = "read other programs' routing traces, expert loads and placement files"
 SOURCES = {
@@ -37,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, metavar="R", help="of a placement file: ranks, where FILE does not say it")
     parser.add_argument(
         "--ranks-per-node", type=int, metavar="N", help="of a placement file: ranks of a node (all in one)"
+    )
+    parser.add_argument(
+        "--separate-adapters",
+        action="store_true",
+        help="number the experts that each adapter's tokens used as experts of their own, after those of the base",
     )
 
 
@@ -86,5 +95,21 @@ def _import_trace(args: argparse.Namespace) -> int:
         workload_names=tuple(name.strip() for name in args.workload_names.split(",")) if args.workload_names else (),
         progress=sys.stderr.isatty(),
     )
-    print(import_from(args.source_format, args.source, args.out, options).summary())
+    imported = import_from(args.source_format, args.source, args.out, options)
+    print(imported.summary())
+    if args.separate_adapters:
+        print(_separate_adapters(imported))
     return 0
+
+
+def _separate_adapters(imported: "Imported") -> str:
+    """Rewrite a trace that was just imported; says what changed."""
+    from moeplace.profiling.adapters import separate_adapters
+    from moeplace.profiling.errors import InputError
+    from moeplace.profiling.trace_file import load_trace, save_trace
+
+    if imported.kind != "trace":
+        raise InputError(f"--separate-adapters needs tokens, and {imported.path} holds loads")
+    trace, _ = separate_adapters(load_trace(imported.path))
+    save_trace(imported.path, trace)
+    return f"{trace.notes[-1]}: {trace.experts_per_layer.min()} to {trace.num_experts} experts per layer"

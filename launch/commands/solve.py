@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> int:
         trace = load_trace(args.trace)
     except FormatError as no_trace:
         return _solve_loads(args, no_trace)
-    if args.split_by == "workload":
-        _report_workloads(args, trace)
-    sides = split_sides(trace, args.fit)
+    if args.split_by != "sequence":
+        _report_tags(args, trace)
+    sides = split_sides(trace, args.fit, mix_text=args.mix, seed=args.seed)
     modes = _MODES if args.mode == "auto" else (args.mode,)
     results = []
     for mode in modes:
@@ -70,24 +70,25 @@ def _solve_side(args: argparse.Namespace, train: Any, mode: str, seconds: float,
     return problem, solve(problem, solver=args.solver, time_limit=seconds, seed=args.seed, report=report)
 
 
-def _report_workloads(args: argparse.Namespace, trace: Any) -> None:
-    """Hold out every workload tag in turn."""
+def _report_tags(args: argparse.Namespace, trace: Any) -> None:
+    """Hold out every workload (or adapter) in turn."""
     from moeplace.profiling.errors import InputError
 
     if args.mode == "auto":
-        raise InputError("holding out workloads needs one mode: dispatch-combine, coherent or allgather")
+        raise InputError(f"holding out {args.split_by}s needs one mode: dispatch-combine, coherent or allgather")
     rows = []
-    names = [n for i, n in enumerate(trace.workload_names) if (trace.workload == i).any()]
+    tag_T, every = getattr(trace, args.split_by), getattr(trace, f"{args.split_by}_names")
+    names = [] if tag_T is None else [name for index, name in enumerate(every) if (tag_T == index).any()]
     if len(names) < 2:
-        raise InputError(f"splitting by workload needs two tags or more, the trace has {names}")
+        raise InputError(f"splitting by {args.split_by} needs two tags or more, the trace has {names}")
     for name in names:
-        train, test = trace.hold_out(name)
+        train, test = trace.hold_out(name, by=args.split_by)
         with progress(f"holding out {name}") as report:
             problem, result = _solve_side(args, train, args.mode, args.time_limit / len(names), report)
         ours = problem.evaluate(result.placement, test)
         base = problem.evaluate(index_order_like(result.placement), test)
         rows.append([name, *_pair(base, ours)])
-    header = ["held-out workload", "ranks/token", "-> solved", "stay", "-> solved", "imbalance", "-> solved"]
+    header = [f"held-out {args.split_by}", "ranks/token", "-> solved", "stay", "-> solved", "imbalance", "-> solved"]
     print(format_table(header, rows), end="\n\n")
 
 

@@ -44,6 +44,8 @@ def sections(name: str, document: dict[str, Any]) -> Iterator[str]:
     yield describe_scores(document)
     if document["affinity"].get("by_workload"):
         yield describe_workloads(document)
+    if document.get("adapters"):
+        yield describe_adapters(document["adapters"])
     if document.get("srp"):
         yield describe_routing(document["srp"])
     if document.get("sch"):
@@ -63,7 +65,8 @@ def describe_trace(name: str, shape: dict[str, Any]) -> str:
     ]
     mean_k = sum(shape["mean_top_k_by_layer"]) / len(shape["mean_top_k_by_layer"])
     if mean_k < shape["top_k"] - 1e-9:
-        lines.append(f"{mean_k:.3f} experts per token and layer in the mean")
+        null = f"; {shape['null_share']:.1%} of the choices are null experts" if shape["null_share"] else ""
+        lines.append(f"{mean_k:.3f} experts per token and layer in the mean{null}")
     return "\n".join([*lines, *(f"note: {note}" for note in shape["notes"])])
 
 
@@ -109,6 +112,15 @@ def describe_workloads(document: dict[str, Any]) -> str:
         for name, score in document["affinity"]["by_workload"].items()
     ]
     return format_table(["workload", "tokens", "affinity bits", "by chance", "load against the rest (TV)"], rows)
+
+
+def describe_adapters(scores: dict[str, Any]) -> str:
+    """Load and affinity of every adapter."""
+    from moeplace.launch.tables import format_table
+
+    keys = ("tokens", "skew_mean", "experts_used_mean", "bits", "control_bits", "load_tv_from_rest")
+    header = ["adapter", "tokens", "load skew", "experts used", "affinity bits", "by chance", "load against the rest"]
+    return format_table(header, [[name, *(score[key] for key in keys)] for name, score in scores.items()])
 
 
 def describe_routing(scores: list[dict[str, Any]]) -> str:

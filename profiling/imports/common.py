@@ -103,6 +103,7 @@ class TraceOutline:
     layer_ids: Sequence[int] | None = None
     num_hidden_layers: int = 0
     workload_names: tuple[str, ...] = ()
+    adapter_names: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
 
@@ -127,6 +128,7 @@ def write_trace(out: str | Path, outline: TraceOutline, pieces: Iterable[Piece],
         "hidden_size": options.hidden_size,
         "null_experts": options.null_experts,
         "workload_names": outline.workload_names,
+        "adapter_names": outline.adapter_names,
         "notes": tuple(outline.notes),
     }
     with TraceWriter(out, experts_per_layer=outline.experts_per_layer, top_k=top_k, **metadata) as writer:

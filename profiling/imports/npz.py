@@ -20,16 +20,18 @@ from moeplace.profiling.imports.common import (
 )
 from moeplace.profiling.npz_file import read_npz
 from moeplace.profiling.parallel import CHUNK_TOKENS, chunks
+from moeplace.profiling.trace import BASE_MODEL
 from moeplace.profiling.trace_file import load_trace, save_trace
 
-_PER_TOKEN = ("sequence_ids", "positions", "is_decode", "workload")
+_PER_TOKEN = ("sequence_ids", "positions", "is_decode", "workload", "adapter")
 _MOST_TOP_K = 1024
-_MOST_WORKLOADS = 1 << 15
+_MOST_TAGS = 1 << 15
 
 
 def import_npz(source: str | Path, out: str | Path, options: ImportOptions) -> Imported:
     """Read `experts` int (T, L, K), optional `weights` (T, L, K), `sequence_ids`, `positions`, `is_decode`, and
-    `workload` or `task` (T,) with optional `workload_names`; ids -1 = none.
+    `workload` or `task` (T,) with optional `workload_names`, `adapter` (T,) with optional `adapter_names`; ids -1 =
+    none, in `adapter` the base model.
 
     Raises:
         InputError: there is no such file, or its contents break a rule.
@@ -53,7 +55,8 @@ def import_npz(source: str | Path, out: str | Path, options: ImportOptions) -> I
     experts = expert_count(high, options, notes)
     companions = _companions(source, arrays, ids_TLK.shape, notes)
     names = _workload_names(source, arrays, companions.get("workload"), options)
-    outline = TraceOutline(np.full(layers, experts), top_k, workload_names=names, notes=notes)
+    adapters = _adapter_names(source, arrays, companions.get("adapter"))
+    outline = TraceOutline(np.full(layers, experts), top_k, workload_names=names, adapter_names=adapters, notes=notes)
     weights_TLK = arrays.get("weights")
     if weights_TLK is not None and (weights_TLK.shape != ids_TLK.shape or weights_TLK.dtype.kind != "f"):
         raise FormatError(f"{source}: weights must be floats of shape {ids_TLK.shape}, not {_kind(weights_TLK)}")
@@ -112,16 +115,31 @@ def _workload_names(
         if options.workload_names:
             raise InputError(f"workload-names are given, but {source} has no array `workload` or `task`")
         return ()
-    low, high = id_range(workload_T)
-    if low < 0 or high >= _MOST_WORKLOADS:
-        raise FormatError(f"{source}: workload index {low if low < 0 else high} must lie in 0..{_MOST_WORKLOADS - 1}")
-    names = options.workload_names
-    stored = arrays.get("workload_names")
-    if not names and stored is not None and stored.ndim == 1 and stored.dtype.kind == "U":
-        names = tuple(str(name) for name in stored)
+    return _tag_names(source, "workload", workload_T, options.workload_names or _stored(arrays, "workload_names"), 0)
+
+
+def _adapter_names(source: str | Path, arrays: dict[str, np.ndarray], adapter_T: np.ndarray | None) -> tuple[str, ...]:
+    if adapter_T is None:
+        return ()
+    return _tag_names(source, "adapter", adapter_T, _stored(arrays, "adapter_names"), BASE_MODEL)
+
+
+def _stored(arrays: dict[str, np.ndarray], name: str) -> tuple[str, ...]:
+    stored = arrays.get(name)
+    is_text = stored is not None and stored.ndim == 1 and stored.dtype.kind == "U"
+    return tuple(str(entry) for entry in stored) if stored is not None and is_text else ()
+
+
+def _tag_names(
+    source: str | Path, tag: str, index_T: np.ndarray, names: tuple[str, ...], least: int
+) -> tuple[str, ...]:
+    """The names of the tags, numbers where there are none."""
+    low, high = id_range(index_T)
+    if low < least or high >= _MOST_TAGS:
+        raise FormatError(f"{source}: {tag} index {low if low < least else high} must lie in {least}..{_MOST_TAGS - 1}")
     names = names or tuple(str(index) for index in range(high + 1))
     if len(names) <= high or len(set(names)) != len(names):
-        raise InputError(f"workload-names must be {high + 1} different names for {source}, not {len(names)}")
+        raise InputError(f"{tag}-names must be {high + 1} different names for {source}, not {len(names)}")
     return names
 
 

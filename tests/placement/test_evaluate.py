@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from moeplace.placement.cluster import Cluster, Link
 from moeplace.placement.evaluate import evaluate, step_of_token
-from moeplace.placement.placement import MODES, Placement, index_order
+from moeplace.placement.placement import MODES, Mode, Placement, index_order
+from moeplace.placement.problem import Problem
+from moeplace.placement.solve import solve
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.trace import RoutingTrace
 from tests.placement.instances import skewed_trace
@@ -171,3 +173,21 @@ def test_refuses_another_model():
     trace = skewed_trace(1, experts=4)
     with pytest.raises(InputError, match="another model: experts_per_layer"):
         evaluate(trace, index_order(np.full(2, 6), np.full(2, 3), np.zeros(2, int)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_null_experts_cost_nothing_anywhere(mode: Mode) -> None:
+    """A token's null expert is as good as none: evaluation, problem and solver see the same."""
+    rng = np.random.default_rng(5)
+    ids_TLK = np.argsort(rng.random((200, 3, 6)), axis=2)[:, :, :2]  # ids 4 and 5 are null
+    with_null = RoutingTrace(ids_TLK, np.full(3, 4), null_experts=2)
+    without = RoutingTrace(np.where(ids_TLK < 4, ids_TLK, -1), np.full(3, 4))
+    cluster = Cluster.uniform(2, slots_per_rank=2)
+    placement = index_order(with_null.experts_per_layer, cluster.slots_of_rank, cluster.node_of_rank)
+    first, second = (evaluate(trace, placement, mode=mode) for trace in (with_null, without))
+    assert first.summary() == second.summary()
+    problems = [Problem.from_trace(trace, cluster, mode=mode) for trace in (with_null, without)]
+    assert np.array_equal(problems[0].load_LE, problems[1].load_LE)
+    assert np.array_equal(problems[0].transitions_LEE, problems[1].transitions_LEE)
+    found = [solve(problem, time_limit=0.5).objective for problem in problems]
+    assert found[0] == pytest.approx(found[1])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.objective import load_imbalance
-from moeplace.placement.placement import MODES
+from moeplace.placement.placement import MODES, Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.relabel import moves
 from moeplace.placement.solve import solve
@@ -266,3 +266,14 @@ def test_more_slots_do_not_worsen_the_stay_rate():
         result = solve(Problem.from_trace(trace, cluster, mode="coherent", objective="traffic"), time_limit=1.0)
         values.append(result.objective)
     assert values[1] <= values[0] + 1e-9
+
+
+@pytest.mark.parametrize(("light", "moves"), [(1, True), (1000, False)])
+def test_a_move_is_priced_by_the_bytes_of_the_experts_that_move(light: int, moves: bool) -> None:
+    """Experts 0 and 2, 1 and 3 belong together: what light experts can do is not priced like heavy ones."""
+    trace = RoutingTrace(np.array([[[0, 2]], [[1, 3]]] * 8), np.array([4]), expert_bytes=[[1000, light, light, 1000]])
+    cluster = Cluster.uniform(2, slots_per_rank=2)
+    previous = Placement(np.array([[0, 1, 2, 3]]), cluster.slots_of_rank, cluster.node_of_rank, np.array([4]))
+    problem = Problem.from_trace(trace, cluster, objective="traffic", previous=previous, move_price=0.01)
+    found = solve(problem, time_limit=0.5).placement
+    assert problem.evaluate(found).ranks_per_token == (1.0 if moves else 2.0)

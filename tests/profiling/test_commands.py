@@ -5,8 +5,10 @@ import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from moeplace.profiling.errors import InputError
 from moeplace.profiling.trace_file import load_trace, save_trace
 from moeplace.profiling.workloads import make_workload
 from tests.profiling import sources
@@ -47,6 +49,31 @@ def test_stats_of_odd_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         document = json.loads((tmp_path / "s.json").read_text())
         assert document["affinity"]["bits"] is None
     assert "no sequence ids" in capsys.readouterr().out
+
+
+def test_adapters_from_import_to_solve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An interchange file with adapters: stats by adapter, separated experts, a mix and held-out adapters in solve."""
+    rng = np.random.default_rng(0)
+    experts = np.argsort(rng.random((640, 3, 8)), axis=2)[:, :, :2]
+    sequences = np.arange(640) // 16
+    adapter = np.array([-1, 0, 0, 1, 1])[sequences % 5]
+    names = np.array(["law", "code"])
+    arrays = {"experts": experts, "sequence_ids": sequences, "adapter": adapter, "adapter_names": names}
+    np.savez(tmp_path / "in.npz", **arrays)
+    source, out = tmp_path / "in.npz", tmp_path / "t"
+    assert run("import_trace", source, "--from", "npz", "--out", tmp_path / "s", "--separate-adapters") == 0
+    assert "48 experts of 2 adapters" in capsys.readouterr().out
+    assert load_trace(tmp_path / "s").experts_per_layer.tolist() == [24, 24, 24]
+    assert run("import_trace", source, "--from", "npz", "--out", out) == 0
+    assert run("stats", out, "--no-locality", "--json", tmp_path / "j") == 0
+    document = json.loads((tmp_path / "j").read_text())["adapters"]
+    assert {name: score["tokens"] for name, score in document.items()} == {"base": 128, "law": 256, "code": 256}
+    assert "load against the rest" in capsys.readouterr().out
+    flags = ["--ranks", 2, "--time-limit", 0.2, "--split-by", "adapter", "--mix", "law=3,base=1"]
+    assert run("solve", out, *flags) == 0
+    assert "held-out adapter" in capsys.readouterr().out
+    with pytest.raises(InputError, match="names 'lax'"):
+        run("solve", out, "--ranks", 2, "--mix", "lax=1")
 
 
 def test_import_options_reach_the_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

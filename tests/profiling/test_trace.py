@@ -35,6 +35,8 @@ def full_trace(seed: int = 0, tokens: int = 30) -> RoutingTrace:
         hidden_size=8,
         null_experts=1,
         notes=("made up",),
+        adapter=rng.integers(-1, 2, tokens),
+        adapter_names=("x", "y"),
     )
 
 
@@ -51,9 +53,9 @@ def test_files_round_trip(seed: int, tokens: int) -> None:
 def test_writer_joins_pieces_and_keeps_nothing_of_a_failure(tmp_path: Path) -> None:
     """Pieces make the same file as the whole; a bad piece leaves neither file nor temporary folder."""
     trace = full_trace()
-    fields = ("topk_weights", "sequence_ids", "positions", "is_decode", "workload")
+    fields = ("topk_weights", "sequence_ids", "positions", "is_decode", "workload", "adapter")
     options = {n: getattr(trace, n) for n in ("model", "layer_ids", "num_hidden_layers", "expert_bytes", "hidden_size")}
-    options |= {n: getattr(trace, n) for n in ("workload_names", "null_experts", "notes")}
+    options |= {n: getattr(trace, n) for n in ("workload_names", "adapter_names", "null_experts", "notes")}
     with TraceWriter(tmp_path / "t", experts_per_layer=np.array([4, 3]), top_k=2, **options) as writer:
         for piece in (trace.select(slice(0, 7)), trace.select(slice(7, 30))):
             writer.append(piece.topk_ids, **{name: getattr(piece, name) for name in fields})
