@@ -1,37 +1,45 @@
-"""`moeplace stats`: what a routing trace says about skew, affinity, stability and locality."""
+"""`moeplace stats`: what a trace says about skew, affinity, stability, locality, and what placement would gain."""
 
 import argparse
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-HELP = "skew, affinity against a shuffled control, stability and locality scores of a trace"
+from moeplace.launch.progress import progress
+from moeplace.launch.verdict_views import add_verdict_arguments, describe_judgement, judge_trace, names_cluster
+
+HELP = "what a trace says: skew, affinity, stability, locality; what placement would gain on a cluster"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", metavar="T", help="trace file")
     parser.add_argument("--json", metavar="F", help="write all figures, by layer and expert, to F")
-    parser.add_argument("--compare", metavar="T2", help="a later trace: has the routing drifted from T to T2?")
+    parser.add_argument("--compare", metavar="T2", help="a later trace: has the routing drifted from T to T2, and how "
+                        "much of a placement's gain survives it?")  # fmt: skip
     parser.add_argument("--no-locality", action="store_true", help="leave out SRP and SCH")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of shuffles and bootstraps (0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of shuffles, bootstraps and searches (0)"
+    )
+    add_verdict_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from moeplace.profiling.drift import measure_drift
-    from moeplace.profiling.files import write_json
+    from moeplace.profiling.files import require_folder_of, write_json
     from moeplace.profiling.trace_file import load_trace
     from moeplace.profiling.trace_summary import drift_document, summarize
 
+    require_folder_of(args.json)
     trace = load_trace(args.trace)
     other = load_trace(args.compare) if args.compare else None
-    with tqdm(total=1 + bool(other), desc="stats", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with progress("scores") as report:
         document = summarize(trace, seed=args.seed, locality=not args.no_locality)
-        bar.update()
+        report(0.5 if other is not None else 1.0)
         if other is not None:
             document["drift"] = drift_document(measure_drift(trace, other, seed=args.seed))
-            bar.update()
+            report(1.0)
+    if names_cluster(args):
+        with progress("verdict") as report:
+            document |= judge_trace(args, trace, other, report)
     if args.json:
         write_json(args.json, document)
     print("\n\n".join(sections(args.trace, document)))
@@ -52,6 +60,7 @@ def sections(name: str, document: dict[str, Any]) -> Iterator[str]:
         yield describe_caches(document["sch"])
     if document.get("drift"):
         yield describe_drift(document["drift"])
+    yield from describe_judgement(document)
 
 
 def describe_trace(name: str, shape: dict[str, Any]) -> str:

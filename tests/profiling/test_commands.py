@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moeplace.profiling.errors import InputError
+from moeplace.profiling.synthetic import planted
 from moeplace.profiling.trace_file import load_trace, save_trace
 from moeplace.profiling.workloads import make_workload
 from tests.profiling import sources
@@ -49,6 +50,27 @@ def test_stats_of_odd_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         document = json.loads((tmp_path / "s.json").read_text())
         assert document["affinity"]["bits"] is None
     assert "no sequence ids" in capsys.readouterr().out
+
+
+def test_stats_judges_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --ranks: verdict, tokens needed and, with a second trace, what survives; as text and as JSON."""
+    shape = {"num_tokens": 2048, "num_layers": 2, "num_experts": 8, "top_k": 1, "num_ranks": 2, "epsilon": 0.1}
+    for seed in (1, 2):
+        save_trace(tmp_path / f"t{seed}", planted(**shape, seed=seed)[0])
+    flags = ["--no-locality", "--ranks", 2, "--time-limit", 3, "--json", tmp_path / "s.json"]
+    assert run("stats", tmp_path / "t1", "--compare", tmp_path / "t2", *flags) == 0
+    out = capsys.readouterr().out
+    document = json.loads((tmp_path / "s.json").read_text())
+    for part in ("verdict", "curve", "carry_over"):
+        assert document[part]["sentence"] in out
+    assert len(document["verdict"]["options"]) == 6
+    assert document["verdict"]["conditions"]["links"] == "nominal links and expert times"
+    assert document["curve"]["points"][-1]["tokens"] == 1024
+    assert run("stats", tmp_path / "t1", *flags, "--no-curve") == 0
+    assert "curve" not in json.loads((tmp_path / "s.json").read_text())
+    for flag, value in (("--tolerance", 0), ("--time-limit", -1), ("--ranks", 9)):
+        with pytest.raises(InputError, match=r"must|ranks \(9\)"):
+            run("stats", tmp_path / "t1", "--no-locality", "--ranks", 2, flag, value)
 
 
 def test_adapters_from_import_to_solve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
