@@ -1,7 +1,9 @@
 """Budget: how long a solver may run, what it draws its random numbers from, and whom it tells."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,3 +42,19 @@ class Budget:
     def rng(self, *key: int) -> np.random.Generator:
         """A generator for one purpose, independent of the others: (seed, key) determine it."""
         return np.random.default_rng((self.seed, *key))
+
+    @contextmanager
+    def alarm(self, seconds: float) -> Iterator[np.ndarray]:
+        """A (1,) uint8 flag that turns 1 when this many seconds have passed.
+
+        Kernels run without the interpreter's lock and look at it between moves, so that a run that is longer than
+        planned, on a busy machine or a very large layer, ends in time.
+        """
+        flag = np.zeros(1, np.uint8)
+        timer = threading.Timer(max(seconds, 0.0), flag.fill, args=(1,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield flag
+        finally:
+            timer.cancel()

@@ -95,9 +95,10 @@ def attraction(rank_LS: np.ndarray, transitions_LSS: np.ndarray, cost_RR: np.nda
 
 @njit(cache=True, nogil=True)
 def anneal_chain(  # type: ignore[no-untyped-def]
-    rank_LS, transitions_LSS, cost_RR, table_LSR, load_LS, limit_LR, risk_LSS, hot, end, first, stop, proposals, state
-):
-    """Carry out the cooling steps first..stop-1 of COOLING_STEPS in place; `stop > COOLING_STEPS` ends with descent.
+    rank_LS, transitions_LSS, cost_RR, table_LSR, load_LS, limit_LR, risk_LSS, hot, end, first, until, proposals, stop,
+    state,
+):  # fmt: skip
+    """Carry out the cooling steps first..until-1 of COOLING_STEPS in place; `until > COOLING_STEPS` ends with descent.
 
     Args:
         rank_LS: (L, S) int64.
@@ -107,8 +108,9 @@ def anneal_chain(  # type: ignore[no-untyped-def]
         load_LS: (L, S) load of each expert. limit_LR: (L, R) most load of each rank.
         risk_LSS: (L, S, S) hedge, see `robust`.
         hot, end: temperature of the first and of the last cooling step, in tokens.
-        first, stop: the steps of this call, so that the caller can look at the clock in between.
+        first, until: the steps of this call, so that the caller can look at the clock in between.
         proposals: number of swaps that all steps together try.
+        stop: (1,) uint8, set from outside when time is up.
         state: (1,) uint64.
     """
     layers, slots = rank_LS.shape
@@ -123,13 +125,15 @@ def anneal_chain(  # type: ignore[no-untyped-def]
                 risk_LSR[layer, e, rank_LS[layer, f]] += risk_LSS[layer, e, f]
         for e in range(slots):
             risk_LR[layer, rank_LS[layer, e]] += risk_LSR[layer, e, rank_LS[layer, e]]
-    for step in range(first, stop):
+    for step in range(first, until):
         last = step == COOLING_STEPS
         share = step / (COOLING_STEPS - 1.0)
         temperature = 0.0 if last else hot * (end / hot) ** share
         price = 1e6 if last else 4.0**share
         count = max(proposals // 4, 40 * layers * slots) if last else proposals * 3 // (4 * COOLING_STEPS)
         for _ in range(count):
+            if stop[0]:
+                break
             layer = random_below(state, layers)
             a, b = random_below(state, slots), random_below(state, slots)
             g, h = rank_LS[layer, a], rank_LS[layer, b]

@@ -72,6 +72,7 @@ def anneal_layer(
     node_weight: float,
     sweeps: int,
     hot: float,
+    stop: np.ndarray,
     state: np.ndarray,
 ) -> float:
     """Improve `rank_E` in place; returns sum over tokens of d + node_weight * dn.
@@ -84,6 +85,7 @@ def anneal_layer(
         node_weight: price of a node beside a rank.
         sweeps: proposals per pair of experts and temperature.
         hot: first temperature, as a share of the mean expert's load; 0 = descent only.
+        stop: (1,) uint8, set from outside when time is up.
         state: (1,) uint64 generator state.
     """
     parts = [(rank_E, len(node_R), 1.0)]
@@ -96,7 +98,7 @@ def anneal_layer(
     return float(
         _anneal(
             nets.ids_TK, nets.first_E, nets.token_of, nets.load_E, nets.risk_EE, rank_E, node_E, node_R, limit_R,
-            *first, *second, node_weight if len(parts) > 1 else 0.0, sweeps, hot, state,
+            *first, *second, node_weight if len(parts) > 1 else 0.0, sweeps, hot, stop, state,
         )
     )  # fmt: skip
 
@@ -197,7 +199,7 @@ def _swap_gain(a, b, g, h, alone_E, absent_EP, beside_EE):  # type: ignore[no-un
 def _anneal(  # type: ignore[no-untyped-def]
     ids_TK, first_E, token_of, load_E, risk_EE, rank_E, node_E, node_R, limit_R,
     count_TR, alone_E, absent_ER, beside_EE, count_TN, node_alone_E, absent_EN, node_beside_EE,
-    node_weight, sweeps, hot, state,
+    node_weight, sweeps, hot, stop, state,
 ):  # fmt: skip
     slots, num_ranks = len(rank_E), len(node_R)
     load_R = np.zeros(num_ranks)
@@ -225,6 +227,8 @@ def _anneal(  # type: ignore[no-untyped-def]
         quiet = 0
         proposals = pairs * 40 if last else int(pairs * sweeps * 0.1) + 1
         for _ in range(proposals):
+            if stop[0]:
+                break
             a, b = random_below(state, slots), random_below(state, slots)
             g, h = rank_E[a], rank_E[b]
             if g == h:

@@ -9,22 +9,12 @@ import numpy as np
 
 from moeplace.placement.problem import Problem
 from moeplace.placement.solvers.annealing import seed_state
-from moeplace.placement.solvers.connectivity import LayerNets, anneal_layer, connectivity, layer_nets
-from moeplace.placement.solvers.packing import pack_slots
-from moeplace.placement.solvers.replicas import (
-    MOST_RANKS,
-    anneal_replicas,
-    copy_heaviest,
-    expert_masks,
-    fill_with_copies,
-    node_masks,
-    replay_layer,
-)
+from moeplace.placement.solvers.connectivity import anneal_layer, connectivity, layer_nets
+from moeplace.placement.solvers.copies import OVERLOAD, CopySearch
+from moeplace.placement.solvers.replicas import MOST_RANKS, copy_heaviest
 from moeplace.placement.solvers.robust import risk_matrix
 from moeplace.placement.solvers.search_layout import load_limits, packed_start, padded_load, to_slots
 
-OVERLOAD = 1e3
-"""Price of a token above the cap when runs are compared: any feasible run beats any other."""
 MOST_TOKENS = 40_000
 """Tokens of a layer that a search looks at; more are thinned evenly, which bounds memory and time."""
 
@@ -36,14 +26,14 @@ class Effort:
     Attributes:
         sweeps: proposals per pair of experts and temperature, in tenths.
         hot: first temperature as a share of the mean expert's load.
-        touches: tokens that the replica search may evaluate.
+        copy_seconds: what the search over copies should take on an unshared core.
         hedge: weight of `robust.risk_matrix`.
-        seconds: what it should take on an unshared core.
+        seconds: what all of it should take.
     """
 
     sweeps: int = 300
     hot: float = 0.06
-    touches: int = 0
+    copy_seconds: float = 0.0
     hedge: float = 0.004
     seconds: float = 0.0
 
@@ -52,7 +42,7 @@ class Effort:
         return replace(
             self,
             sweeps=max(int(self.sweeps * factor), 4),
-            touches=int(self.touches * factor),
+            copy_seconds=self.copy_seconds * factor,
             seconds=self.seconds * factor,
         )
 
@@ -60,9 +50,10 @@ class Effort:
 class LayerSearch:
     """The nets, limits and hedge of one layer, and the searches over them."""
 
-    def __init__(self, problem: Problem, layer: int, cap: float | None, hedge: float) -> None:
+    def __init__(self, problem: Problem, layer: int, cap: float | None, hedge: float, stop: np.ndarray) -> None:
         assert problem.trace is not None
-        self._problem, self._layer = problem, layer
+        self._problem, self._layer, self._stop = problem, layer, stop
+        self._copies: CopySearch | None = None
         self._cluster = problem.cluster
         self._experts = int(problem.experts_per_layer[layer])
         ids_TK = problem.trace.layer(layer)
@@ -103,48 +94,23 @@ class LayerSearch:
             hot = effort.hot / 4  # both levels together: polish
         anneal_layer(
             self._nets, rank_S, cluster.node_of_rank, self._limit_R,
-            node_weight=weight, sweeps=effort.sweeps, hot=hot, state=seed_state(rng),
+            node_weight=weight, sweeps=effort.sweeps, hot=hot, stop=self._stop, state=seed_state(rng),
         )  # fmt: skip
         if self._overload(np.bincount(rank_S, self._nets.load_E, minlength=cluster.num_ranks)):
             rank_S = self._start_S.copy()  # the limits are such that packing keeps them
         slots_S = to_slots(rank_S, self._experts)
         copies = int(self._problem.redundant_slots[self._layer])
-        if copies <= 0 or effort.touches <= 0:
+        if copies <= 0 or effort.copy_seconds <= 0:
             return self.penalised(rank_S), slots_S
         if cluster.num_ranks > MOST_RANKS:
             copy_heaviest(slots_S, cluster.rank_of_slot, self._nets.load_E[: self._experts])
             return self.penalised(rank_S), slots_S
-        plain_S = slots_S.copy()
-        value, slots_S = self._with_copies(slots_S, copies, effort, rng)
-        if self._keeps_limits(slots_S) or self._problem.survive:
-            return value, slots_S
-        # Copies move load in ways that only the replay tells: start again from where the cap holds, and stay there.
-        self._add_within_limits(plain_S, copies)
-        value = self._search_copies(plain_S, self._nets, 1.0, 0.0, effort.touches // 2, rng)
-        return value, plain_S
-
-    def _add_within_limits(self, slots_S: np.ndarray, copies: int) -> None:
-        """Add the copies that save most, in place, while the cap holds."""
-        cluster, weight = self._cluster, self._problem.node_weight
-        for _ in range(copies):
-            trial_S = slots_S.copy()
-            fill_with_copies(self._nets, trial_S, cluster.rank_of_slot, cluster.node_of_rank, weight, 1)
-            if np.array_equal(trial_S, slots_S) or not self._keeps_limits(trial_S):
-                return
-            slots_S[:] = trial_S
-
-    def _keeps_limits(self, slots_S: np.ndarray) -> bool:
-        """Whether the replay of all the layer's tokens keeps every rank within its limit."""
-        assert self._problem.trace is not None
-        cluster = self._cluster
-        ids_TK = np.ascontiguousarray(self._problem.trace.layer(self._layer), dtype=np.int16)
-        load_R, cost_T = np.zeros(cluster.num_ranks), np.zeros(len(ids_TK))
-        mask_E = expert_masks(slots_S, cluster.rank_of_slot, len(self._nets.load_E))
-        replay_layer(
-            ids_TK, mask_E, node_masks(cluster.node_of_rank), cluster.num_ranks, 0.0, cost_T,
-            np.full(ids_TK.shape, -1, np.int64), load_R,
-        )  # fmt: skip
-        return bool((load_R <= self._full_limit_R + 1e-6).all())
+        if self._copies is None:
+            self._copies = CopySearch(
+                self._problem, self._layer, self._nets, self._limit_R, self._full_limit_R, self._stop
+            )
+        mean_load = self._nets.load_E.sum() / len(slots_S)
+        return self._copies.run(slots_S, copies, effort.hot * mean_load, effort.copy_seconds, rng)
 
     def _nodes_first(self, rank_S: np.ndarray, effort: Effort, rng: np.random.Generator) -> np.ndarray:
         """Experts to nodes, then inside every node to ranks; limits of nodes are the sums of their ranks'."""
@@ -155,7 +121,7 @@ class LayerSearch:
         zero_N = np.zeros(cluster.num_nodes, np.int64)
         anneal_layer(
             self._nets, node_S, zero_N, node_limit_N,
-            node_weight=0.0, sweeps=max(effort.sweeps // 3, 4), hot=effort.hot, state=seed_state(rng),
+            node_weight=0.0, sweeps=max(effort.sweeps // 3, 4), hot=effort.hot, stop=self._stop, state=seed_state(rng),
         )  # fmt: skip
         rank_S = np.empty_like(rank_S)
         for node in range(cluster.num_nodes):
@@ -180,34 +146,6 @@ class LayerSearch:
         limit_R = np.maximum(self._limit_R[ranks], 0.0)
         anneal_layer(
             nets, local_S, np.zeros(len(ranks), np.int64), limit_R,
-            node_weight=0.0, sweeps=effort.sweeps, hot=effort.hot, state=seed_state(rng),
+            node_weight=0.0, sweeps=effort.sweeps, hot=effort.hot, stop=self._stop, state=seed_state(rng),
         )  # fmt: skip
         return local_S
-
-    def _with_copies(
-        self, slots_S: np.ndarray, copies: int, effort: Effort, rng: np.random.Generator
-    ) -> tuple[float, np.ndarray]:
-        cluster, weight = self._cluster, self._problem.node_weight
-        rank_of_slot = cluster.rank_of_slot
-        if self._problem.survive:  # start where every expert has its copies; the moves below keep them
-            slots_S = pack_slots(self._problem, self._layer)
-        fill_with_copies(self._nets, slots_S, rank_of_slot, cluster.node_of_rank, weight, copies)
-        mean_load = self._nets.load_E.sum() / len(slots_S)
-        # On every third token, where three times as many moves can be tried; then on all.
-        thin = layer_nets(self._nets.ids_TK[::3], len(self._nets.load_E))
-        hot = effort.hot * mean_load
-        self._search_copies(slots_S, thin, 3.0, hot, int(0.4 * effort.touches), rng)
-        return self._search_copies(slots_S, self._nets, 1.0, 0.25 * hot, int(0.6 * effort.touches), rng), slots_S
-
-    def _search_copies(
-        self, slots_S: np.ndarray, nets: LayerNets, thinned: float, hot: float, touches: int, rng: np.random.Generator
-    ) -> float:
-        """Exact moves on one in `thinned` tokens, in place; returns the cost, with a price on load above the cap."""
-        cluster = self._cluster
-        cost, _ = anneal_replicas(
-            nets.ids_TK, nets.first_E, nets.token_of, self._experts, slots_S, cluster.rank_of_slot,
-            node_masks(cluster.node_of_rank), cluster.num_ranks, self._limit_R / thinned,
-            self._nets.risk_EE / np.sqrt(thinned), self._problem.node_weight, hot / thinned, 0.04 * hot / thinned,
-            touches, self._problem.survive + 1, seed_state(rng),
-        )  # fmt: skip
-        return float(cost)

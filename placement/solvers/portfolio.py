@@ -46,8 +46,6 @@ CHAIN_ROUNDS = 2
 FILL = 0.7
 """Share of the time limit that the planned work should take on two unshared cores."""
 FULL_SWEEPS = 300
-TOUCH_SECONDS = 90e-9
-"""Time to evaluate one token of a move in the search with copies."""
 LEAST_FACTOR = 0.05
 """A run shortened below this share of its plan is not worth starting."""
 _CAPS_FOR_SECONDS = (1.01, 1.05, 1.15, None)
@@ -106,8 +104,15 @@ def _layer_searches(problem: Problem, budget: Budget, cap: float | None, seconds
 
     On a machine too slow for the planned work the first full round is shortened and later ones are dropped.
     """
-    efforts = round_efforts(problem, seconds)
     deadline = min(budget.elapsed + seconds, budget.time_limit)
+    with budget.alarm(deadline - budget.elapsed) as stop:
+        return _rounds(problem, budget, cap, seconds, deadline, stop)
+
+
+def _rounds(
+    problem: Problem, budget: Budget, cap: float | None, seconds: float, deadline: float, stop: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    efforts = round_efforts(problem, seconds)
     best: list[tuple[float, np.ndarray]] = [(np.inf, row) for row in solve_lpt(problem, budget).slot_to_expert]
     searches: dict[int, LayerSearch] = {}
     jobs = [(number, layer) for number in range(len(efforts)) for layer in range(problem.num_layers)]
@@ -117,7 +122,7 @@ def _layer_searches(problem: Problem, budget: Budget, cap: float | None, seconds
         number, layer = job
         effort = efforts[number]
         if layer not in searches:
-            searches[layer] = LayerSearch(problem, layer, cap, effort.hedge if cap is not None else 0.0)
+            searches[layer] = LayerSearch(problem, layer, cap, effort.hedge if cap is not None else 0.0, stop)
         before = budget.elapsed
         slowness = max(1.0, spent["real"] / spent["planned"]) if spent["planned"] > 0 else 1.0
         left = deadline - before
@@ -141,7 +146,7 @@ def _layer_searches(problem: Problem, budget: Budget, cap: float | None, seconds
         for done, shortened in enumerate(pool.map(one, jobs)):
             cut |= shortened
             budget.report((done + 1) / len(jobs))
-    return np.stack([row for _, row in best]), cut
+    return np.stack([row for _, row in best]), cut or bool(stop[0])
 
 
 def round_efforts(problem: Problem, seconds: float) -> list[Effort]:
@@ -158,11 +163,11 @@ def round_efforts(problem: Problem, seconds: float) -> list[Effort]:
     quick_sweeps = int(np.clip(0.1 * per_layer / (per_sweep + accepted / FULL_SWEEPS), 4, 40))
     quick = Effort(sweeps=quick_sweeps, seconds=full * quick_sweeps / FULL_SWEEPS)
     if (problem.redundant_slots > 0).any():  # copies are searched long and once, after one quick round
-        touches = int(max(per_layer - full - quick.seconds, 0.3 * per_layer) / TOUCH_SECONDS)
+        copying = max(per_layer - full - quick.seconds, 0.3 * per_layer)
         base = int(np.clip(FULL_SWEEPS * 0.5 * per_layer / full, 4, FULL_SWEEPS))
         return [
-            replace(quick, touches=touches // 20),
-            Effort(sweeps=base, touches=touches, seconds=full * base / FULL_SWEEPS + touches * TOUCH_SECONDS),
+            replace(quick, copy_seconds=copying / 20),
+            Effort(sweeps=base, copy_seconds=copying, seconds=full * base / FULL_SWEEPS + copying),
         ]
     rounds = int(per_layer / full)
     if rounds == 0:
@@ -192,7 +197,7 @@ def _chain_search(problem: Problem, budget: Budget, cap: float | None, seconds: 
     deadline = min(budget.elapsed + seconds, budget.time_limit)
     chunk = COOLING_STEPS // 20
 
-    def one(run: int) -> tuple[float, np.ndarray, bool]:
+    def one(run: int, stop: np.ndarray) -> tuple[float, np.ndarray, bool]:
         rank_LS, state = start_LS.copy(), seed_state(budget.rng(run))
         table_LSR = attraction(rank_LS, flow_LSS, cost_RR)
         begun, cut = budget.elapsed, False
@@ -201,7 +206,7 @@ def _chain_search(problem: Problem, budget: Budget, cap: float | None, seconds: 
         while first <= COOLING_STEPS:
             anneal_chain(
                 rank_LS, flow_LSS, cost_RR, table_LSR, load_LS, limit_LR, risk_LSS, hot, max(hot / 100, 0.5),
-                first, min(first + chunk, COOLING_STEPS + 1), tries, state,
+                first, min(first + chunk, COOLING_STEPS + 1), tries, stop, state,
             )  # fmt: skip
             first += chunk
             # The closing descent tries a quarter of all proposals, as much as seven chunks. Cooler chunks are faster,
@@ -214,8 +219,9 @@ def _chain_search(problem: Problem, budget: Budget, cap: float | None, seconds: 
             budget.report(first / COOLING_STEPS)
         return _chain_value(rank_LS, flow_LSS, cost_RR, load_LS, limit_LR, risk_LSS), rank_LS, cut
 
-    with ThreadPoolExecutor(threads()) as pool:
-        found = list(pool.map(one, range(CHAIN_ROUNDS * threads())))
+    runs = range(CHAIN_ROUNDS * threads())
+    with budget.alarm(deadline - budget.elapsed) as stop, ThreadPoolExecutor(threads()) as pool:
+        found = list(pool.map(one, runs, [stop] * len(runs)))
     rank_LS = min(found, key=lambda pair: pair[0])[1]
     rows = [to_slots(r, int(e)) for r, e in zip(rank_LS, problem.experts_per_layer, strict=True)]
     slots_LS = np.stack(rows)

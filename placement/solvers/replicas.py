@@ -188,9 +188,19 @@ def _rank_risk(r, slots_S, rank_S, copies_E, risk_EE):  # type: ignore[no-untype
 
 
 @njit(cache=True, nogil=True)
+def _loses_node(before, after, node_mask_N, min_nodes):  # type: ignore[no-untyped-def]
+    """Whether an expert whose ranks change is on fewer nodes than before, and than it must be."""
+    was, now = 0, 0
+    for n in range(len(node_mask_N)):
+        was += before & node_mask_N[n] != np.uint64(0)
+        now += after & node_mask_N[n] != np.uint64(0)
+    return now < was and now < min_nodes
+
+
+@njit(cache=True, nogil=True)
 def anneal_replicas(  # type: ignore[no-untyped-def]
     ids_TK, first_E, token_of, num_real, slots_S, rank_S, node_mask_N, num_ranks, limit_R, risk_EE, node_weight, hot,
-    end, touches, min_copies, state,
+    end, touches, min_copies, min_nodes, stop, state,
 ):  # fmt: skip
     """Improve `slots_S` in place by exact moves; returns (best cost, or with a price on overload; tokens touched).
 
@@ -207,6 +217,8 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
         hot, end: first and last temperature in tokens; hot = 0 is descent only.
         touches: work to do, in tokens evaluated.
         min_copies: copies every expert keeps.
+        min_nodes: nodes that every expert keeps a copy on, if it starts on so many.
+        stop: (1,) uint8, set from outside when time is up.
         state: (1,) uint64.
     """
     slots, num_experts = len(slots_S), len(first_E) - 1
@@ -229,7 +241,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
     if over <= 0.0:
         best_cost = cost
     done = 0
-    while done < touches:
+    while done < touches and not stop[0]:
         share = done / touches
         last = hot <= 0 or share > 0.85
         temperature = 0.0 if last else hot * (end / hot) ** (share / 0.85)
@@ -276,6 +288,21 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
             mask_E[a] = (mask_E[a] & ~bit_g) | bit_h
             if b >= 0:
                 mask_E[b] = (mask_E[b] & ~bit_h) | bit_g
+        if min_nodes > 1 and (
+            _loses_node(old_a, mask_E[a], node_mask_N, min_nodes)
+            or (b >= 0 and _loses_node(old_b, mask_E[b], node_mask_N, min_nodes))
+        ):
+            mask_E[a] = old_a
+            if b >= 0:
+                mask_E[b] = old_b
+            slots_S[x] = a
+            if repoint:
+                copies_E[a] += 1
+                copies_E[b] -= 1
+            else:
+                slots_S[y] = b
+            done += 1
+            continue
         work = first_E[a + 1] - first_E[a] + (first_E[b + 1] - first_E[b] if b >= 0 else 0)
         done += work + 1
         delta = _touched(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T)

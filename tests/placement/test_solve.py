@@ -21,6 +21,9 @@ from moeplace.profiling.trace import RoutingTrace
 from tests.placement.instances import skewed_problem, skewed_trace
 from tests.placement.oracles import best_traffic, traffic_of
 
+GO_ON = np.zeros(1, np.uint8)
+"""A flag that never stops a kernel."""
+
 
 def planted_trace(
     noise: float, *, experts: int = 16, ranks: int = 4, layers: int = 4, tokens: int = 800
@@ -47,7 +50,7 @@ def test_annealing_keeps_exact_account(seed, nodes):
     rank_S, node_R = np.arange(12) % 4, np.array(nodes)
     weight = 2.5 if node_R.any() else 0.0
     cost = anneal_layer(
-        nets, rank_S, node_R, np.full(4, np.inf), node_weight=weight, sweeps=5, hot=0.5,
+        nets, rank_S, node_R, np.full(4, np.inf), node_weight=weight, sweeps=5, hot=0.5, stop=GO_ON,
         state=seed_state(np.random.default_rng(seed)),
     )  # fmt: skip
     assert cost == pytest.approx(connectivity(nets, rank_S, node_R, weight))
@@ -69,7 +72,7 @@ def test_chain_keeps_exact_account(seed):
     table = attraction(rank_LS, flow, cost_RR)
     limits, loads = np.full((4, 3), np.inf), problem.load_LE.copy()
     anneal_chain(
-        rank_LS, flow, cost_RR, table, loads, limits, np.zeros((4, 6, 6)), 5.0, 0.1, 0, 121, 3000,
+        rank_LS, flow, cost_RR, table, loads, limits, np.zeros((4, 6, 6)), 5.0, 0.1, 0, 121, 3000, GO_ON,
         seed_state(np.random.default_rng(seed)),
     )  # fmt: skip
     np.testing.assert_allclose(table, attraction(rank_LS, flow, cost_RR))
