@@ -103,6 +103,18 @@ class Conductor:
         if not self.is_over:
             self._pursue()
 
+    @property
+    def is_changing(self) -> bool:
+        """Whether a change of ranks or of the placement is wanted or under way."""
+        members = self.members
+        going = self.succession.is_changing or self._replacing is not None or bool(self.replacements)
+        return (
+            going
+            or bool(members.joining)
+            or len(members.wanted) != members.desired
+            or (members.next_step().kind != "none")
+        )
+
     def note(self, kind: str, sentence: str, **figures: Any) -> None:
         """Write into the event log."""
         logger.info("%s: %s", kind, sentence)
@@ -128,7 +140,7 @@ class Conductor:
         self.steps += 1
         self.waiting, self.running, self.migration = report["waiting"], report["running"], report["migration"]
         self.log.forget(report["applied"])
-        if self._lost_at is not None and report["tokens"]:
+        if self._lost_at is not None and report["tokens"] and not self.succession.is_changing:
             seconds = time.time() - self._lost_at
             self._lost_at = None
             self.note("resumed", f"the first token came {seconds:.2f} s after the loss was noticed", seconds=seconds)

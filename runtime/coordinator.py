@@ -162,6 +162,7 @@ class Coordinator:
                 migration=conductor.migration,
                 counters=conductor.figures.counters(),
                 imbalance_per_layer=conductor.figures.imbalance_per_layer(members.active),
+                changing=conductor.is_changing,
                 serving=conductor.is_serving,
                 reason=conductor.reason,
             )

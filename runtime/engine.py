@@ -82,11 +82,13 @@ class Stepped(NamedTuple):
         completions: requests that it finished.
         drawn: (request, index among its added tokens, token) of every token it added.
         note: what rank 0 told.
+        phase: of the pass, None = there was nothing to do.
     """
 
     completions: list[Completion]
     drawn: list[tuple[str, int, int]]
     note: int
+    phase: Phase | None
 
 
 class Engine:
@@ -241,6 +243,7 @@ class Engine:
     def step_with_note(self, note: int) -> Stepped:
         """`step`, in which rank 0 tells all ranks a number: it travels with the tokens, in the same collective."""
         sequences = self.scheduler.admit()
+        phase: Phase = "prefill" if sequences else "decode"
         if sequences:
             lengths = [len(sequence.token_ids) for sequence in sequences]
             mode = self._choose("prefill", sum(lengths))
@@ -250,7 +253,7 @@ class Engine:
             sequences = list(self.scheduler.running)
             rows = self.executor.decode(sequences, self._choose("decode", len(sequences)))
         else:
-            return Stepped([], [], self.tell(note))
+            return Stepped([], [], self.tell(note), None)
         ordered = by_home(sequences)
         tokens, heard = self._sample(rows, ordered, note)
         drawn = []
@@ -258,7 +261,7 @@ class Engine:
             if sequence.cached == len(sequence.token_ids):  # else a known token was decoded once more
                 drawn.append((sequence.request.request_id, len(sequence.added), token))
                 sequence.token_ids.append(token)
-        return Stepped(self._finish(ordered), drawn, heard)
+        return Stepped(self._finish(ordered), drawn, heard, phase)
 
     def tell(self, note: int) -> int:
         """The number of rank 0, on every rank: a collective of its own."""

@@ -68,6 +68,7 @@ class ServiceStatus:
         migration: the re-placement under way (bytes_moved, bytes_planned, commits), None = none.
         counters: summed over members: steps, collectives, bytes_sent by tier, and so on.
         imbalance_per_layer: (L,) most over mean of the assignments that ranks have computed, 1 = even.
+        changing: whether a change of ranks or of the placement is wanted or under way.
         serving: whether requests are being answered.
         reason: why not; while serving, why the last change of ranks failed, "" = it did not.
     """
@@ -86,6 +87,7 @@ class ServiceStatus:
     migration: Mapping[str, Any] | None
     counters: Mapping[str, Any]
     imbalance_per_layer: tuple[float, ...]
+    changing: bool
     serving: bool
     reason: str
 

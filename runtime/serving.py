@@ -80,7 +80,7 @@ class Serving:
         self._bytes_per_step, self._generation = bytes_per_step, 0
         self._replacement: Replacement | None = None
         self._slots_before: np.ndarray | None = None  # while a re-placement adds empty slots
-        self._last_counters = 0.0
+        self._last_counters = self._turn_ended = 0.0
 
     def run(self) -> Outcome | None:
         """One turn: a step and what follows it, or one command. None = there is more to do in this generation.
@@ -89,20 +89,21 @@ class Serving:
             PeerLostError: a rank is gone; the state is that of the last boundary, up to what `Snapshot` says.
         """
         if self._is_idle:
+            self._turn_ended = 0.0
             return self._apply(self._store.read(f"log/{self.applied}"))
         is_leader = self.engine.group.rank == 0
         note = self._store.log_length() if is_leader else 0
         applied_before, moving = self.applied, self._replacement is not None
-        decodes = not self.engine.scheduler.waiting
-        begin = time.perf_counter()
+        begin = self._turn_ended or time.perf_counter()
         self._faults.reach("step")
         stepped = self.engine.step_with_note(note)
         self.progress += 1
         self._faults.reach("step", after=True)
         self._advance()
+        self._turn_ended = time.perf_counter()
         if is_leader:
-            seconds = time.perf_counter() - begin
-            self._report_step(stepped, applied_before, seconds=seconds, moving=moving, decodes=decodes)
+            seconds = self._turn_ended - begin
+            self._report_step(stepped, applied_before, seconds=seconds, moving=moving)
         self._report_counters()
         while self.applied < stepped.note:
             outcome = self._apply(self._store.read(f"log/{self.applied}"))
@@ -128,7 +129,7 @@ class Serving:
 
     def take_over(self, generation: int, *, applied: int, progress: int) -> None:
         """Begin a generation."""
-        self._generation = generation
+        self._generation, self._turn_ended = generation, 0.0
         self.applied, self.progress = applied, progress
         self._slots_before = None
 
@@ -205,7 +206,7 @@ class Serving:
             engine.executor.runtime.experts.resize(int(slots_of_rank[rank]))
         engine.executor.install(placement, version=engine.executor.version)
 
-    def _report_step(self, stepped: Stepped, applied: int, *, seconds: float, moving: bool, decodes: bool) -> None:
+    def _report_step(self, stepped: Stepped, applied: int, *, seconds: float, moving: bool) -> None:
         reasons = {completion.request_id: completion.finish_reason for completion in stepped.completions}
         tokens = [[name, index, token, reasons.get(name)] for name, index, token in stepped.drawn]
         scheduler, migration = self.engine.scheduler, None
@@ -223,7 +224,7 @@ class Serving:
                 "migration": migration,
                 "seconds": seconds,
                 "moving": moving,
-                "decodes": decodes,
+                "phase": stepped.phase,
             }
         )
 
