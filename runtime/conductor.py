@@ -29,7 +29,7 @@ from moeplace.runtime.succession import Succession
 logger = logging.getLogger(__name__)
 
 _LATE = 5.0
-"""Seconds that a member may be later than the first to notice that a rank is lost, before it counts as hung."""
+"""Most seconds that a member may notice the loss of a rank later than the first one, before it counts as hung."""
 
 
 class Helper(Protocol):
@@ -226,7 +226,7 @@ class Conductor:
         if newest is None or newest.number != report["generation"]:
             return
         if not self._noticed:
-            self._helper.remind(_LATE, {"kind": "late", "generation": newest.number})
+            self._helper.remind(min(_LATE, self._options.timeout), {"kind": "late", "generation": newest.number})
         self._noticed.add(report["member"])
         if self._noticed >= set(newest.members):  # they live, their connections do not
             self.note("loss", f"all members lost their connections: {report['error']}")

@@ -1,11 +1,11 @@
 """FaultPlan: a member that kills or stops itself at a chosen moment, so that tests need no luck.
 
-    {"phase": "step", "at": 12}                          before its 12th step
-    {"phase": "tokens", "at": 3, "after": true}          after the 3rd collective of the kind "tokens"
+    {"phase": "step", "at": 12, "after": true}           after its 12th step
+    {"phase": "tokens", "at": 3}                         before the 3rd collective of the kind "tokens"
     {"phase": "migration", "at": 2, "action": "stop"}    before its 2nd advance of a migration, as if it hung
 
-Phases are the kinds of collectives (see `Counters.collectives`) and the moments that the member loop names: step,
-migration, forming, snapshots.
+Phases are the kinds of collectives (see `Counters.collectives`), before which it happens, and what a member names
+itself: step and migration, before or after, and forming, before it connects to the next generation.
 """
 
 import os

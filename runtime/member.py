@@ -136,7 +136,6 @@ class MemberLoop:
         Raises:
             PeerLostError: a member was lost.
         """
-        self._faults.reach("snapshots")
         content = json.dumps(self._snapshot().to_json()).encode()
         gathered = group.all_gather_bytes(content, kind="snapshots")
         snapshots = [Snapshot.from_json(json.loads(content)) for content in gathered]
@@ -215,7 +214,7 @@ class MemberLoop:
             engine,
             self._store,
             member=self.job.member_id,
-            bytes_per_step=options.bytes_per_step,
+            options=options,
             prepare=self._prepare_next,
             faults=self._faults,
         )

@@ -145,6 +145,7 @@ class ServiceOptions:
         timeout: seconds after which a collective that does not end is given up: how long a hung rank can stop all.
         start_timeout: seconds for a member to start and load.
         keep_width: whether members that were lost are replaced by new ones.
+        check_steps: compare the ranks after every step, see `moeplace.runtime.step_check`; for tests.
     """
 
     mode: str = "auto"
@@ -155,6 +156,7 @@ class ServiceOptions:
     timeout: float = 20.0
     start_timeout: float = 300.0
     keep_width: bool = False
+    check_steps: bool = False
 
     def __post_init__(self) -> None:
         for name in ("bytes_per_step", "timeout", "start_timeout"):

@@ -21,7 +21,9 @@ from moeplace.runtime.errors import DisagreementError, MigrationError
 from moeplace.runtime.faults import FaultPlan
 from moeplace.runtime.generation import Generation
 from moeplace.runtime.migrate import LiveMigration
+from moeplace.runtime.service import ServiceOptions
 from moeplace.runtime.service_store import Document, ServiceStore
+from moeplace.runtime.step_check import check_step
 
 COUNTERS_EVERY = 1.0
 """Seconds between two reports of a member's counters."""
@@ -68,7 +70,7 @@ class Serving:
         store: ServiceStore,
         *,
         member: int,
-        bytes_per_step: int,
+        options: ServiceOptions,
         prepare: Callable[[Generation], None],
         faults: FaultPlan,
     ) -> None:
@@ -77,7 +79,7 @@ class Serving:
         self._prepare = prepare
         self.applied = self.progress = 0
         self._store, self._member, self._faults = store, member, faults
-        self._bytes_per_step, self._generation = bytes_per_step, 0
+        self._options, self._generation = options, 0
         self._replacement: Replacement | None = None
         self._slots_before: np.ndarray | None = None  # while a re-placement adds empty slots
         self._last_counters = self._turn_ended = 0.0
@@ -100,6 +102,8 @@ class Serving:
         self.progress += 1
         self._faults.reach("step", after=True)
         self._advance()
+        if self._options.check_steps:
+            check_step(self.engine, applied=self.applied, progress=self.progress)
         self._turn_ended = time.perf_counter()
         if is_leader:
             seconds = self._turn_ended - begin
@@ -170,7 +174,7 @@ class Serving:
         self._slots_before = before
         try:
             self._take_slots(plan.layout.old_slots_of_rank)
-            migration = LiveMigration(self.engine, plan, bytes_per_step=self._bytes_per_step)
+            migration = LiveMigration(self.engine, plan, bytes_per_step=self._options.bytes_per_step)
         except (InputError, DisagreementError) as error:
             self._take_slots(before)
             self._slots_before = None
