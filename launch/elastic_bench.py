@@ -1,56 +1,77 @@
-"""The elastic benchmark: change the placement of a running service, and compare every token with an undisturbed run."""
+"""The elastic benchmark: ranks join, leave and die and experts move under load; every token is compared."""
 
 import math
 import os
-import tempfile
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from moeplace.launch.elastic_driver import ElasticDriver
 from moeplace.launch.elastic_load import ElasticJob
-from moeplace.launch.elastic_worker import make_engine
-from moeplace.launch.local_ranks import run_local_ranks
 from moeplace.launch.progress import progress
-from moeplace.launch.quickstart_job import PROGRESS, failure_path, result_path
 from moeplace.profiling.errors import MoeplaceError
-from moeplace.profiling.files import read_json
+from moeplace.runtime.coordinator import Coordinator
+from moeplace.runtime.engine import Engine, EngineLimits
+from moeplace.runtime.local_spawner import LocalSpawner
+from moeplace.runtime.service import ServiceEvent, ServiceOptions
+
+NUMBER_TYPE = "float64"
+"""So that no tie between two tokens depends on the order of a sum: another token is then a fault."""
 
 
 def elastic_bench(job: ElasticJob, *, timeout: float) -> dict[str, Any]:
-    """Serve on local ranks with re-placements, then once more in this process without.
+    """Serve on local ranks while things happen, then once more in this process without.
 
     Args:
         timeout: seconds for the ranks as a whole.
 
     Returns:
-        The figures, `conditions` among them. Ratios compare decode steps during re-placements with the others;
-        `worst_boundary_seconds` is the longest time that a migration itself took between two passes.
+        The figures, `conditions` among them. Ratios compare decode steps during re-placements with the others.
 
     Raises:
-        MoeplaceError: a rank failed, or they took too long.
+        MoeplaceError: the service ended, or took too long.
     """
     torch.set_num_threads(1)
-    measured = _serve(job, timeout)
-    expected = _answer_undisturbed(job, int(measured["added"]))
-    tokens = {int(number): list(ids) for number, ids in measured["tokens"].items()}
-    changed = sum(tokens[number] != expected[number] for number in tokens)
+    engine = Engine(job.model, mode=job.mode, dtype=torch.float64, limits=_limits(job))
+    driver = ElasticDriver(job, vocabulary=engine.executor.decoder.vocabulary, deadline=time.monotonic() + timeout)
+    events = _serve(job, driver, timeout)
+    expected = {
+        int(completion.request_id): list(completion.token_ids)
+        for completion in engine.generate(
+            [job.request(number, vocabulary=driver.vocabulary) for number in range(driver.requests)]
+        )
+    }
+    record = driver.record
+    whole = {number: ids for number, ids in record.tokens.items() if number not in record.failed}
+    width = [event.figures for event in events if event.kind == "replaced" and event.figures["what"] == "width"]
     return {
         "requests": len(expected),
-        "lost": len(expected) - len(tokens),
-        "changed": changed,
-        **step_figures(measured["step_seconds"], measured["step_tokens"], measured["moving"]),
-        "worst_boundary_seconds": max(measured["boundary_seconds"], default=None),
-        "seconds_from_kill_to_token": [],
-        "bytes_moved": 0,
-        "bytes_lower_bound": 0,
-        "bytes_replaced": measured["bytes_moved"],
-        "bytes_replaced_planned": measured["bytes_planned"],
-        "events": {"replacements": len(measured["versions"]), "joins": 0, "leaves": 0, "kills": 0},
+        "lost": len(expected) - len(whole),
+        "changed": sum(ids != expected[number] for number, ids in whole.items()),
+        **step_figures(record.step_seconds, record.step_tokens, record.moving),
+        "seconds_from_kill_to_token": seconds_to_token(record.killed_at, events),
+        "bytes_moved": sum(figures["bytes_moved"] for figures in width),
+        "bytes_lower_bound": sum(figures["bytes_lower_bound"] for figures in width),
+        "events": {
+            "replacements": driver.replaced,
+            "joins": job.joins,
+            "leaves": job.leaves,
+            "kills": len(record.killed_at),
+        },
+        "log": [{"time": event.time, "kind": event.kind, "sentence": event.sentence} for event in events],
         "conditions": _conditions(job),
     }
+
+
+def seconds_to_token(killed_at: Sequence[float], events: Sequence[ServiceEvent]) -> list[float]:
+    """From each kill to the first token of the generation that followed."""
+    resumed = [event.time for event in events if event.kind == "resumed"]
+    return [min((then for then in resumed if then > moment), default=math.inf) - moment for moment in killed_at]
 
 
 def step_figures(seconds: list[float], tokens: list[int], moving: list[bool]) -> dict[str, Any]:
@@ -87,7 +108,7 @@ def require_undisturbed(report: dict[str, Any]) -> None:
     if report["lost"] or report["changed"]:
         raise MoeplaceError(
             f"of {report['requests']} requests, {report['lost']} were lost and {report['changed']} have other tokens "
-            "than without re-placements"
+            "than in an undisturbed run"
         )
 
 
@@ -96,38 +117,41 @@ def _rate(steps: list[tuple[float, int]]) -> float:
     return sum(n for _, n in steps) / sum(s for s, _ in steps) if steps else math.nan
 
 
-def _serve(job: ElasticJob, timeout: float) -> dict[str, Any]:
-    """Run the ranks; what rank 0 recorded, once all report the same versions."""
-    with tempfile.TemporaryDirectory(prefix="moeplace-elastic-") as name, progress("serving") as report:
-        folder = Path(name)
-        job.save(folder)
+def _serve(job: ElasticJob, driver: ElasticDriver, timeout: float) -> list[ServiceEvent]:
+    """Run the driver against a service; the event log."""
+    options = ServiceOptions(
+        mode=job.mode,
+        dtype=NUMBER_TYPE,
+        limits=_limits(job),
+        bytes_per_step=job.bytes_per_step,
+        timeout=job.timeout,
+        keep_width=True,
+    )
+    spawner = LocalSpawner()
+    with (
+        progress("serving") as report,
+        Coordinator(job.model, ranks=job.ranks, spawner=spawner, options=options, on_step=driver.on_step) as service,
+    ):
+        ended = threading.Event()
+        watcher = threading.Thread(target=_show_progress, args=(driver, report, ended), daemon=True)
+        watcher.start()
+        try:
+            service.wait_until_serving(timeout=timeout)
+            driver.run(service)
+            service.close(drain=True)
+        finally:
+            ended.set()
+            watcher.join()
+        return service.events()
 
-        def poll() -> None:
-            with suppress(OSError, ValueError):  # not written yet, or just being written
-                report(float((folder / PROGRESS).read_text()))
 
-        run_local_ranks(
-            "moeplace.launch.elastic_worker",
-            [str(folder)],
-            ranks=job.ranks,
-            log=folder / "ranks.log",
-            failure_of_rank=lambda rank: failure_path(folder, rank),
-            timeout=timeout,
-            poll=poll,
-        )
-        results = [read_json(result_path(folder, rank)) for rank in range(job.ranks)]
-    versions = [result["versions"] for result in results]
-    if any(own != versions[0] for own in versions):
-        raise MoeplaceError(f"the ranks saw different placement versions: {versions}")
-    return dict(results[0])
+def _show_progress(driver: ElasticDriver, report: Callable[[float], None], ended: threading.Event) -> None:
+    while not ended.wait(0.5):
+        report(driver.share_done)
 
 
-def _answer_undisturbed(job: ElasticJob, count: int) -> dict[int, list[int]]:
-    """Token ids per request number, by one process that nothing happens to."""
-    engine = make_engine(job, None)
-    vocabulary = engine.executor.decoder.vocabulary
-    completions = engine.generate([job.request(number, vocabulary=vocabulary) for number in range(count)])
-    return {int(completion.request_id): list(completion.token_ids) for completion in completions}
+def _limits(job: ElasticJob) -> EngineLimits:
+    return EngineLimits(max_sequences=job.batch, max_length=job.max_length, staging_rows=job.staging_rows)
 
 
 def _conditions(job: ElasticJob) -> dict[str, Any]:
@@ -135,13 +159,14 @@ def _conditions(job: ElasticJob) -> dict[str, Any]:
         "model": Path(job.model).resolve().name,
         "ranks": job.ranks,
         "steps": job.steps,
+        "torch": torch.__version__,
         "slots_changed": job.share,
         "batch": job.batch,
         "bytes_per_step": job.bytes_per_step,
         "staging_rows": job.staging_rows,
         "mode": job.mode,
         "seed": job.seed,
-        "number_type": "float64",
+        "number_type": NUMBER_TYPE,
         "transport": "gloo, one machine",
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],

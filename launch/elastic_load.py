@@ -1,49 +1,65 @@
-"""What the elastic benchmark serves and when it re-places: everything follows from the seed, on every process alike.
+"""What the elastic benchmark serves and what happens meanwhile: everything follows from the seed.
 
 Shape letters: L MoE layers, S slots per layer.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, zip_longest
-from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from moeplace.placement.placement import EMPTY_SLOT, Mode, Placement
 from moeplace.profiling.errors import InputError
-from moeplace.profiling.files import read_json, write_json
 from moeplace.runtime.batch import Request
 from moeplace.runtime.sampling import GREEDY, SamplingParameters
 
-JOB = "job.json"
 PROMPT_TOKENS, NEW_TOKENS = (4, 24), (16, 48)
 """Least and most per request."""
+ChangeKind = Literal["replacement", "join", "leave", "kill"]
+
+
+class Change(NamedTuple):
+    """Something that happens to the service.
+
+    Attributes:
+        step: decode steps before it.
+        kind: what.
+        chance: in [0, 1), decides whom it befalls.
+    """
+
+    step: int
+    kind: ChangeKind
+    chance: float
 
 
 @dataclass(frozen=True)
 class ElasticJob:
-    """What every rank does.
+    """What is served, and what happens meanwhile.
 
     Attributes:
         model: checkpoint folder.
-        ranks: processes.
-        steps: timed decode steps.
+        ranks: processes at the start.
+        steps: timed decode steps, at least.
         replacements: re-placements among them.
-        share: of all slots, changed by each.
+        joins, leaves, kills: of ranks; a rank that was killed is replaced by a new one.
+        share: of all slots, changed by each re-placement.
         batch: sequences in flight; a quarter of them is admitted at a time.
         bytes_per_step: most bytes a rank sends between two steps, and most it receives.
         staging_rows: storage rows per layer beyond the slots.
         mode: execution mode.
         seed: of requests, placements and moments.
-        timeout: seconds to wait for another rank.
+        timeout: seconds after which a rank that does not answer counts as lost.
     """
 
     model: str
     ranks: int = 4
     steps: int = 200
     replacements: int = 5
+    joins: int = 0
+    leaves: int = 0
+    kills: int = 0
     share: float = 0.25
     batch: int = 32
     bytes_per_step: int = 1 << 16
@@ -57,6 +73,9 @@ class ElasticJob:
             "ranks": 2,
             "steps": 1,
             "replacements": 0,
+            "joins": 0,
+            "leaves": 0,
+            "kills": 0,
             "batch": 4,
             "bytes_per_step": 1,
             "staging_rows": 1,
@@ -65,28 +84,38 @@ class ElasticJob:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"{name.replace('_', ' ')} ({getattr(self, name)}) must be at least {value}")
-        if self.replacements > self.steps:
-            raise InputError(f"replacements ({self.replacements}) must not exceed the steps ({self.steps})")
-
-    def save(self, folder: Path) -> None:
-        """Write the job file."""
-        write_json(folder / JOB, asdict(self))
-
-    @classmethod
-    def load(cls, folder: Path) -> "ElasticJob":
-        """Read the job file."""
-        document: dict[str, Any] = read_json(folder / JOB)
-        return cls(**document)
+        changes = self.replacements + self.joins + self.leaves + self.kills
+        if changes > self.steps:
+            raise InputError(f"changes ({changes}) must not exceed the steps ({self.steps})")
+        if self.ranks + self.joins - self.leaves < 2:
+            raise InputError(
+                f"of {self.ranks} ranks and {self.joins} that join, {self.leaves} leave; at least 2 must stay"
+            )
 
     @property
     def max_length(self) -> int:
         """Positions of the longest sequence."""
         return PROMPT_TOKENS[1] + NEW_TOKENS[1]
 
-    def moments(self) -> list[int]:
-        """Decode steps after which a re-placement is due, rising; it starts when the one before is done."""
+    def changes(self) -> list[Change]:
+        """What happens, in order, at random steps; a rank leaves only where two others stay."""
         rng = np.random.default_rng([self.seed, 1])
-        return sorted(rng.choice(self.steps, self.replacements, replace=False).tolist())
+        counts: dict[ChangeKind, int] = {
+            "replacement": self.replacements,
+            "join": self.joins,
+            "leave": self.leaves,
+            "kill": self.kills,
+        }
+        in_turn = [kind for kind, count in counts.items() for _ in range(count)]
+        kinds = [in_turn[index] for index in rng.permutation(len(in_turn))]
+        width = self.ranks
+        for index, kind in enumerate(kinds):
+            if kind == "leave" and width <= 2:  # a later join comes first
+                other = kinds.index("join", index)
+                kinds[index], kinds[other] = "join", "leave"
+            width += {"join": 1, "leave": -1}.get(kinds[index], 0)
+        steps = np.sort(rng.choice(self.steps, len(kinds), replace=False)).tolist()
+        return [Change(step, kind, float(rng.random())) for step, kind in zip(steps, kinds, strict=True)]
 
     def request(self, number: int, *, vocabulary: int) -> Request:
         """Request `number`: a random prompt; every other one is sampled, the rest greedy."""
@@ -95,13 +124,6 @@ class ElasticJob:
         sampling = SamplingParameters(temperature=0.8, seed=number) if number % 2 else GREEDY
         new_tokens = int(rng.integers(*NEW_TOKENS, endpoint=True))
         return Request(str(number), tuple(prompt.tolist()), new_tokens, sampling, stop_ids=())
-
-    def placements(self, first: Placement) -> list[Placement]:
-        """The placements served one after another, `first` included."""
-        rng, served = np.random.default_rng([self.seed, 3]), [first]
-        for _ in range(self.replacements):
-            served.append(exchange_slots(served[-1], share=self.share, rng=rng))
-        return served
 
 
 def exchange_slots(placement: Placement, *, share: float, rng: np.random.Generator) -> Placement:
