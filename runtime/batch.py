@@ -138,16 +138,24 @@ class Scheduler:
         Raises:
             InputError: it can never fit, or its name is in use.
         """
+        self.check(request)
+        taken = {r.request_id for r in self.waiting} | {s.request.request_id for s in self.running}
+        if request.request_id in taken:
+            raise InputError(f"request {request.request_id!r} is already in flight; names must be unique")
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Whether a request fits when it is alone.
+
+        Raises:
+            InputError: it can never fit.
+        """
         if request.length_limit > self.positions:
             raise InputError(
                 f"request {request.request_id!r} needs {request.length_limit} positions (prompt "
                 f"{len(request.token_ids)} + max_new_tokens {request.max_new_tokens}), but the K/V cache holds at most "
                 f"{self.positions} per sequence"
             )
-        taken = {r.request_id for r in self.waiting} | {s.request.request_id for s in self.running}
-        if request.request_id in taken:
-            raise InputError(f"request {request.request_id!r} is already in flight; names must be unique")
-        self.waiting.append(request)
 
     def admit(self) -> list[RunningSequence]:
         """Give waiting requests a place: in order, while rows and the prefill limit of a pass allow (at least one)."""

@@ -24,7 +24,6 @@ from moeplace.placement.cost_model import Calibration, StepShape
 from moeplace.placement.evaluate import require_same_model
 from moeplace.placement.placement import Mode, Placement, index_order
 from moeplace.profiling.errors import InputError, MoeplaceError
-from moeplace.profiling.files import read_json
 from moeplace.profiling.trace import RoutingTrace
 from moeplace.runtime.batch import Completion, Request, RunningSequence, Scheduler
 from moeplace.runtime.checkpoint import Checkpoint
@@ -158,7 +157,7 @@ class Engine:
             replicated=self._modes.may_be_coherent,
             max_prefill_tokens=limits.max_prefill_tokens,
         )
-        self.stop_ids = _stop_ids(self.checkpoint)
+        self.stop_ids = self.checkpoint.stop_ids
         self._last_choice: dict[Phase, str] = {}
 
     @property
@@ -196,8 +195,17 @@ class Engine:
         Raises:
             InputError: it can never fit, or a token id is out of range.
         """
-        self._check_tokens(request.request_id, request.token_ids)
+        self.check_request(request)
         self.scheduler.add(request)
+
+    def check_request(self, request: Request) -> None:
+        """Whether a request can be served at all; looks at nothing that a step changes, so any thread may ask.
+
+        Raises:
+            InputError: it can never fit, or a token id is out of range.
+        """
+        self._check_tokens(request.request_id, request.token_ids)
+        self.scheduler.check(request)
 
     def step(self) -> list[Completion]:
         """One pass on all ranks; what it finished. Nothing happens when no request is in flight."""
@@ -379,13 +387,3 @@ def _last_positions(rows: TokenRows, ordered: list[RunningSequence]) -> TokenRow
     owner = torch.searchsorted(last, rows.token)
     is_last = rows.token == last[owner]
     return TokenRows(rows.x[is_last], owner[is_last])
-
-
-def _stop_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The model's end-of-sequence ids: generation_config.json first, then config.json."""
-    path = checkpoint.path / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    ids = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (int(ids),)
