@@ -30,6 +30,8 @@ from moeplace.runtime.service import Service
 
 _LONG_BODY = 16384
 """Bytes of a body from which its text is tokenised in a thread: the loop must not wait."""
+_MOST_SKIPPED = 64 << 20
+"""Bytes of an oversized body that are read to be thrown away."""
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -228,8 +230,9 @@ async def _read_bytes(request: Request, limit: int, timeout: float) -> bytes:
         async with asyncio.timeout(timeout):
             async for piece in request.stream():
                 if len(content) + len(piece) > limit or int(declared) > limit:
-                    skipped += len(piece)  # not kept; read on for a while, so that the client comes to read the answer
-                    if skipped > limit:
+                    # Not kept. Closing while a client still sends resets the connection, and the answer with it.
+                    skipped += len(piece)
+                    if skipped > _MOST_SKIPPED:
                         break
                 else:
                     content += piece
