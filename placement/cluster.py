@@ -51,7 +51,7 @@ class Cluster:
 
     Attributes:
         node_of_rank: (R,) int64, node of each rank; nodes are consecutive blocks of ranks, numbered from 0.
-        slots_of_rank: (R,) int64, slots per layer of each rank.
+        slots_of_rank: (R,) int64, slots per layer of each rank; 0 = a rank that joins or leaves.
         speed_of_rank: (R,) float64, relative speed of the expert computation, mean 1.
         intra: link between ranks of a node.
         inter: link between nodes.
@@ -78,8 +78,8 @@ class Cluster:
         steps = np.diff(node)
         if node[0] != 0 or (steps < 0).any() or (steps > 1).any():
             raise InputError(f"nodes must be consecutive blocks of ranks numbered from 0, not {node.tolist()}")
-        if slots.shape != node.shape or (slots < 1).any():
-            raise InputError(f"slots per rank must be {len(node)} positive numbers, not {slots.tolist()}")
+        if slots.shape != node.shape or (slots < 0).any() or not slots.any():
+            raise InputError(f"slots per rank must be {len(node)} numbers from 0, not all 0, not {slots.tolist()}")
         if speed.shape != node.shape or not (speed > 0).all():
             raise InputError(f"relative speeds must be {len(node)} positive numbers, not {speed.tolist()}")
         distance = self.distance_RR

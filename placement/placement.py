@@ -25,7 +25,7 @@ class Placement:
 
     Attributes:
         slot_to_expert: (L, S) int32; the slots of rank r are consecutive. -1 = the slot is empty.
-        slots_of_rank: (R,) int64, slots per layer of each rank.
+        slots_of_rank: (R,) int64, slots per layer of each rank; 0 = a rank that joins or leaves.
         node_of_rank: (R,) int64, nodes are consecutive blocks of ranks.
         experts_per_layer: (L,) int64.
         layer_ids: (L,) int64, decoder-layer index of each MoE layer.
@@ -56,7 +56,7 @@ class Placement:
         layer_ids = np.arange(layers) if self.layer_ids is None else np.asarray(self.layer_ids, dtype=np.int64)
         if self.mode not in MODES:
             raise InputError(f"mode {self.mode!r} must be one of {', '.join(MODES)}")
-        if on_rank.ndim != 1 or (on_rank < 1).any() or on_rank.sum() != per_layer:
+        if on_rank.ndim != 1 or (on_rank < 0).any() or on_rank.sum() != per_layer:
             raise InputError(f"each layer has {per_layer} slots, but the ranks hold {on_rank.tolist()}")
         if node.shape != on_rank.shape or node[0] != 0 or not np.isin(np.diff(node), (0, 1)).all():
             raise InputError(f"nodes must be consecutive blocks of ranks numbered from 0, not {node.tolist()}")

@@ -35,9 +35,19 @@ def save_plan(path: str | Path, plan: MigrationPlan) -> None:
     Raises:
         InputError: the file cannot be written.
     """
+    head = {"format": FORMAT, **plan_to_json(plan)}
+    rows = head.pop("rounds")
+    lines = [f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in head.items()]
+    rounds = ",\n  ".join(json.dumps(transfers) for transfers in rows)
+    lines.append(f' "rounds": [\n  {rounds}]' if rounds else ' "rounds": []')
+    with atomic_write(path) as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def plan_to_json(plan: MigrationPlan) -> dict[str, Any]:
+    """As plain data: what a plan file holds."""
     layout = plan.layout
-    head = {
-        "format": FORMAT,
+    return {
         **summarize_plan(plan),
         "old": {"digest": plan.old_digest, "slots_of_rank": layout.old_slots_of_rank.tolist()},
         "new": {
@@ -52,12 +62,8 @@ def save_plan(path: str | Path, plan: MigrationPlan) -> None:
         "lost_ranks": list(layout.lost_ranks),
         "emptied": plan.emptied,
         "round_seconds": plan.round_seconds,
+        "rounds": plan.rounds,
     }
-    lines = [f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in head.items()]
-    rounds = ",\n  ".join(json.dumps(transfers) for transfers in plan.rounds)
-    lines.append(f' "rounds": [\n  {rounds}]' if rounds else ' "rounds": []')
-    with atomic_write(path) as file:
-        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def load_plan(path: str | Path) -> MigrationPlan:
@@ -71,7 +77,7 @@ def load_plan(path: str | Path) -> MigrationPlan:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise FormatError(f"{path} is not a plan file: it lacks the tag {FORMAT!r}")
     try:
-        plan = _parse(document)
+        plan = plan_from_json(document)
         _check_transfers(plan)
     except KeyError as error:
         raise FormatError(f"{path} is not a plan file: it lacks the key {error}") from error
@@ -80,7 +86,8 @@ def load_plan(path: str | Path) -> MigrationPlan:
     return plan
 
 
-def _parse(document: dict[str, Any]) -> MigrationPlan:
+def plan_from_json(document: dict[str, Any]) -> MigrationPlan:
+    """From plain data, as `plan_to_json` gives it; raises whatever a wrong document makes the types raise."""
     old, new = document["old"], document["new"]
     if new["mode"] not in MODES:
         raise ValueError(f"mode {new['mode']!r} must be one of {', '.join(MODES)}")

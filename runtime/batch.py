@@ -47,6 +47,25 @@ class Request:
         """Most positions its sequence can take."""
         return len(self.token_ids) + self.max_new_tokens
 
+    def require_fit(self, *, positions: int, vocabulary: int | None = None) -> None:
+        """Check against what an engine can hold; `vocabulary` None = the token ids are checked elsewhere.
+
+        Raises:
+            InputError: it can never fit, or a token id is out of range.
+        """
+        if self.length_limit > positions:
+            raise InputError(
+                f"request {self.request_id!r} needs {self.length_limit} positions (prompt {len(self.token_ids)} + "
+                f"max_new_tokens {self.max_new_tokens}), but the K/V cache holds at most {positions} per sequence"
+            )
+        if vocabulary is None:
+            return
+        wrong = next((token for token in self.token_ids if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise InputError(
+                f"request {self.request_id!r} has the token id {wrong}, which must lie in 0..{vocabulary - 1}"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
@@ -88,7 +107,8 @@ class RunningSequence:
         home: rank that keeps its attention state.
         row: its row in the K/V cache.
         token_ids: prompt and what was added so far.
-        cached: positions whose K/V exist (at home).
+        cached: positions whose K/V exist (at home). Those between it and the last token, which a change of ranks may
+            leave, are decoded again; no token is drawn meanwhile.
         replicated: positions whose K/V exist on every rank.
     """
 
@@ -117,13 +137,15 @@ class Scheduler:
     Attributes:
         waiting: requests without a place, first come first served.
         running: sequences with a place, in the order of admission.
+        replicated: whether a sequence takes its row of the K/V cache on all ranks.
     """
 
     def __init__(self, *, num_ranks: int, rows: int, positions: int, replicated: bool, max_prefill_tokens: int) -> None:
         """`rows` cache rows of `positions` on every rank; with `replicated` a sequence takes its row on all ranks."""
-        self.num_ranks, self.positions = num_ranks, positions
+        self.num_ranks, self.rows, self.positions, self.replicated = num_ranks, rows, positions, replicated
         self.max_prefill_tokens = max_prefill_tokens
         self.waiting: deque[Request] = deque()
+        self._added: dict[str, tuple[int, ...]] = {}  # of waiting requests that ran before
         self.running: list[RunningSequence] = []
         pools = 1 if replicated else num_ranks
         self._free = [list(range(rows)) for _ in range(pools)]
@@ -133,29 +155,43 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, request: Request) -> None:
-        """Queue a request.
+        """Queue a request; raises as `check`."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Whether a request can be queued.
 
         Raises:
             InputError: it can never fit, or its name is in use.
         """
-        self.check(request)
+        request.require_fit(positions=self.positions)
         taken = {r.request_id for r in self.waiting} | {s.request.request_id for s in self.running}
         if request.request_id in taken:
             raise InputError(f"request {request.request_id!r} is already in flight; names must be unique")
+
+    def resume(self, request: Request, added: Items[int]) -> None:
+        """Queue, behind the others, a request that has got tokens already."""
         self.waiting.append(request)
+        self._added[request.request_id] = tuple(added)
 
-    def check(self, request: Request) -> None:
-        """Whether a request fits when it is alone.
+    def added(self, request: Request) -> tuple[int, ...]:
+        """Tokens that a waiting request has got already."""
+        return self._added.get(request.request_id, ())
 
-        Raises:
-            InputError: it can never fit.
-        """
-        if request.length_limit > self.positions:
-            raise InputError(
-                f"request {request.request_id!r} needs {request.length_limit} positions (prompt "
-                f"{len(request.token_ids)} + max_new_tokens {request.max_new_tokens}), but the K/V cache holds at most "
-                f"{self.positions} per sequence"
-            )
+    def seat(self, sequence: RunningSequence) -> None:
+        """Take over a sequence that has a home and a row, which must be free."""
+        pool = self._pool(sequence.home)
+        pool.remove(sequence.row)
+        heapq.heapify(pool)
+        self.running.append(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request, wherever it is; an unknown one is ignored."""
+        self.waiting = deque(request for request in self.waiting if request.request_id != request_id)
+        self._added.pop(request_id, None)
+        for sequence in [s for s in self.running if s.request.request_id == request_id]:
+            self.release(sequence)
 
     def admit(self) -> list[RunningSequence]:
         """Give waiting requests a place: in order, while rows and the prefill limit of a pass allow (at least one)."""
@@ -163,7 +199,7 @@ class Scheduler:
         tokens = 0
         while self.waiting:
             request = self.waiting[0]
-            tokens += len(request.token_ids)
+            tokens += len(request.token_ids) + len(self.added(request))
             if admitted and tokens > self.max_prefill_tokens:
                 break
             sequence = self.place(request)
@@ -171,6 +207,7 @@ class Scheduler:
                 break
             admitted.append(sequence)
             self.waiting.popleft()
+            self._added.pop(request.request_id, None)
         return admitted
 
     def place(self, request: Request) -> RunningSequence | None:
@@ -182,7 +219,8 @@ class Scheduler:
         if not homes:
             return None
         home = min(homes, key=load.__getitem__)
-        sequence = RunningSequence(request, home, heapq.heappop(self._pool(home)), list(request.token_ids))
+        known = [*request.token_ids, *self.added(request)]
+        sequence = RunningSequence(request, home, heapq.heappop(self._pool(home)), known)
         self.running.append(sequence)
         return sequence
 

@@ -61,6 +61,24 @@ class Counters:
         yield
         self.seconds[name] += time.perf_counter() - start
 
+    def totals(self) -> dict[str, Any]:
+        """The totals alone: those of several ranks, or of several times, can be added."""
+        by_kind: Counter[str] = Counter()
+        for (_, kind), count in self.collectives.items():
+            by_kind[kind] += count
+        return {
+            "passes": self.steps,
+            "layer_passes": dict(self.layer_passes),
+            "collectives": dict(by_kind),
+            "bytes_sent": {tier: self.bytes_sent[tier] for tier in TIERS},
+            "copies_sent": self.copies_sent,
+            "tokens_computed": self.tokens.total(),
+            "activated_experts": self.activated.total(),
+            "single_exchange": self.single_exchange,
+            "overflows": self.overflows,
+            "seconds": dict(self.seconds),
+        }
+
     def snapshot(self) -> dict[str, Any]:
         """The totals and the means that follow from them, ready for JSON."""
         total = self.layer_passes.total()

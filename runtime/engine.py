@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ class EngineLimits:
         max_prefill_tokens: prompt tokens of one pass (a longer prompt has a pass of its own).
         staging_rows: storage rows per layer beyond the slots, for experts that arrive while serving.
         recent_ids: routed ids to keep per layer, beside the loads.
+        rank_sequences: sequences in flight per rank, where the number of ranks may change; None = a share of
+            `max_sequences` (all of them where K/V are on every rank).
     """
 
     max_sequences: int = 64
@@ -61,6 +63,7 @@ class EngineLimits:
     max_prefill_tokens: int = 8192
     staging_rows: int = 0
     recent_ids: int = 0
+    rank_sequences: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_prefill_tokens"):
@@ -69,6 +72,20 @@ class EngineLimits:
 
 
 DEFAULT_LIMITS = EngineLimits()
+
+
+class Stepped(NamedTuple):
+    """What a step did.
+
+    Attributes:
+        completions: requests that it finished.
+        drawn: (request, index among its added tokens, token) of every token it added.
+        note: what rank 0 told.
+    """
+
+    completions: list[Completion]
+    drawn: list[tuple[str, int, int]]
+    note: int
 
 
 class Engine:
@@ -96,6 +113,7 @@ class Engine:
         routing: RoutingTrace | None = None,
         calibration: Calibration | None = None,
         modes: ModeRule | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         """Open the checkpoint, agree with the other ranks, and read this rank's share.
 
@@ -109,6 +127,7 @@ class Engine:
             routing: recorded routing, from which `auto` predicts every mode; None = `auto` follows the placement.
             calibration: measured links and expert time for those predictions.
             modes: a rule of one's own instead of `mode`; it must choose alike on every rank.
+            decoder: that of the checkpoint, read already; its number type counts, not `dtype`.
 
         Raises:
             InputError: the model is dense, or the placement is for another model or number of ranks.
@@ -120,23 +139,22 @@ class Engine:
         try:
             self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
             placement = _checked_placement(self.checkpoint, placement, group.size)
-            decoder = Decoder(self.checkpoint, dtype=dtype, device=group.device)
+            if decoder is None:
+                decoder = Decoder(self.checkpoint, dtype=dtype, device=group.device)
             predictor = _make_predictor(routing, placement, calibration, decoder) if mode == "auto" else None
             self._modes = choose_mode_rule(mode, placement, predictor) if modes is None else modes
             rows, positions = _cache_size(limits, decoder, group.size, replicated=self._modes.may_be_coherent)
         except MoeplaceError as error:
             group.give_up(str(error))
             raise
-        group.agree(
-            {
-                "placement": placement.digest,
-                "checkpoint": self.checkpoint.fingerprint,
-                "mode": f"{mode}{' node-aware' if node_aware else ''}",
-                "recorded routing": "none" if routing is None else f"{routing.num_tokens} tokens",
-                "number type": str(decoder.dtype),
-                "limits": str(limits),
-            }
-        )
+        self._agreed = {
+            "checkpoint": self.checkpoint.fingerprint,
+            "mode": f"{mode}{' node-aware' if node_aware else ''}",
+            "recorded routing": "none" if routing is None else f"{routing.num_tokens} tokens",
+            "number type": str(decoder.dtype),
+            "limits": str(limits),
+        }
+        self.agree(group, placement)
         self.group = group.with_nodes(placement.node_of_rank)
         experts = load_experts(self.checkpoint, decoder, placement, self.group, staging_rows=limits.staging_rows)
         self.window = LoadWindow(self.checkpoint.num_layers, placement.num_experts, keep=limits.recent_ids)
@@ -150,15 +168,27 @@ class Engine:
             node_aware=node_aware,
             capacity=capacity,
         )
-        self.scheduler = Scheduler(
-            num_ranks=group.size,
-            rows=rows,
-            positions=positions,
-            replicated=self._modes.may_be_coherent,
-            max_prefill_tokens=limits.max_prefill_tokens,
-        )
+        self._max_prefill_tokens = limits.max_prefill_tokens
+        self.scheduler = self._make_scheduler()
         self.stop_ids = self.checkpoint.stop_ids
         self._last_choice: dict[Phase, str] = {}
+
+    def agree(self, group: RankGroup, placement: Placement) -> None:
+        """Compare with the other ranks of a group what must be the same on all.
+
+        Raises:
+            DisagreementError: something differs.
+        """
+        group.agree({"placement": placement.digest, **self._agreed})
+
+    def _make_scheduler(self) -> Scheduler:
+        return Scheduler(
+            num_ranks=self.group.size,
+            rows=self.executor.cache.rows,
+            positions=self.executor.cache.positions,
+            replicated=self._modes.may_be_coherent,
+            max_prefill_tokens=self._max_prefill_tokens,
+        )
 
     @property
     def placement(self) -> Placement:
@@ -199,19 +229,19 @@ class Engine:
         self.scheduler.add(request)
 
     def check_request(self, request: Request) -> None:
-        """Whether a request can be served at all; looks at nothing that a step changes, so any thread may ask.
-
-        Raises:
-            InputError: it can never fit, or a token id is out of range.
-        """
+        """Whether a request can be queued; raises as `add_request`."""
         self._check_tokens(request.request_id, request.token_ids)
         self.scheduler.check(request)
 
     def step(self) -> list[Completion]:
         """One pass on all ranks; what it finished. Nothing happens when no request is in flight."""
+        return self.step_with_note(0).completions
+
+    def step_with_note(self, note: int) -> Stepped:
+        """`step`, in which rank 0 tells all ranks a number: it travels with the tokens, in the same collective."""
         sequences = self.scheduler.admit()
         if sequences:
-            lengths = [len(sequence.request.token_ids) for sequence in sequences]
+            lengths = [len(sequence.token_ids) for sequence in sequences]
             mode = self._choose("prefill", sum(lengths))
             rows = self.executor.prefill(sequences, mode, lengths=lengths)
             rows = _last_positions(rows, by_home(sequences))
@@ -219,11 +249,36 @@ class Engine:
             sequences = list(self.scheduler.running)
             rows = self.executor.decode(sequences, self._choose("decode", len(sequences)))
         else:
-            return []
+            return Stepped([], [], self.tell(note))
         ordered = by_home(sequences)
-        for sequence, token in zip(ordered, self._sample(rows, ordered), strict=True):
-            sequence.token_ids.append(token)
-        return self._finish(ordered)
+        tokens, heard = self._sample(rows, ordered, note)
+        drawn = []
+        for sequence, token in zip(ordered, tokens, strict=True):
+            if sequence.cached == len(sequence.token_ids):  # else a known token was decoded once more
+                drawn.append((sequence.request.request_id, len(sequence.added), token))
+                sequence.token_ids.append(token)
+        return Stepped(self._finish(ordered), drawn, heard)
+
+    def tell(self, note: int) -> int:
+        """The number of rank 0, on every rank: a collective of its own."""
+        number = torch.tensor([note if self.group.rank == 0 else 0], device=self.group.device)
+        if self.group.size > 1:
+            self.group.all_reduce(number, kind="note")
+        return int(number.item())
+
+    def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:
+        """Go on with the ranks of another group, between two steps and on all of them together.
+
+        The experts of `placement` must be in the slots of this rank. No sequence runs afterwards: `scheduler` is a new
+        one, for the caller to fill.
+
+        Raises:
+            DisagreementError: ranks were given different placements.
+        """
+        self.agree(group, placement)
+        self.group = group.with_nodes(placement.node_of_rank)
+        self.executor.regroup(self.group, placement, version=version)
+        self.scheduler = self._make_scheduler()
 
     def score(
         self, sequences: Sequence[Sequence[int]], *, prompt_lengths: Sequence[int] | None = None
@@ -269,19 +324,21 @@ class Engine:
         return choice.mode
 
     @torch.inference_mode()
-    def _sample(self, rows: TokenRows, ordered: list[RunningSequence]) -> list[int]:
-        """The next token of each sequence: drawn where its hidden state is, then made known to all ranks."""
+    def _sample(self, rows: TokenRows, ordered: list[RunningSequence], note: int) -> tuple[list[int], int]:
+        """The next token of each sequence: drawn where its hidden state is, then made known to all ranks; the note."""
         logits = self.executor.decoder.logits(rows.x)
         greedy = logits.argmax(1)
-        tokens = torch.zeros(len(ordered), dtype=torch.int64, device=rows.x.device)
+        tokens = torch.zeros(len(ordered) + 1, dtype=torch.int64, device=rows.x.device)
         tokens[rows.token] = greedy
+        tokens[-1] = note if self.group.rank == 0 else 0
         for row, index in enumerate(rows.token.tolist()):
             parameters = ordered[index].request.sampling
             if parameters.temperature:
                 tokens[index] = sample(logits[row], parameters, position=len(ordered[index].token_ids))
         if self.group.size > 1:
             self.group.all_reduce(tokens, kind="tokens")
-        return tokens.tolist()
+        *drawn, heard = tokens.tolist()
+        return drawn, heard
 
     def _finish(self, ordered: list[RunningSequence]) -> list[Completion]:
         finished = []
@@ -368,7 +425,7 @@ def _cache_size(limits: EngineLimits, decoder: Decoder, ranks: int, *, replicate
     positions = min(decoder.max_positions, 2048) if limits.max_length is None else limits.max_length
     if not 1 <= positions <= decoder.max_positions:
         raise InputError(f"max_length ({positions}) must lie in 1..{decoder.max_positions}, the model's own limit")
-    rows = limits.max_sequences if replicated else -(-limits.max_sequences // ranks)
+    rows = limits.max_sequences if replicated else limits.rank_sequences or -(-limits.max_sequences // ranks)
     if limits.kv_bytes is not None:
         row_bytes = kv_bytes_per_position(decoder) * positions
         rows = min(rows, limits.kv_bytes // row_bytes)

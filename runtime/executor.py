@@ -68,6 +68,11 @@ class Executor:
         self.runtime = MoeRuntime(tables, self._experts, self.group.counters, self._window)
         self._dispatchers: dict[Mode, TokenDispatcher] = {}
 
+    def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:
+        """Serve with the ranks of another group from the next pass on; see `Engine.regroup`."""
+        self.group = group
+        self.install(placement, version=version)
+
     @torch.inference_mode()
     def prefill(self, sequences: Sequence[RunningSequence], mode: Mode, *, lengths: Sequence[int]) -> TokenRows:
         """Run the first `lengths` tokens of new sequences, at their homes; fills the cache.

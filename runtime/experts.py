@@ -58,6 +58,17 @@ class ExpertWeights:
         biases = (room(2 * expert_hidden), room(hidden)) if bias else (None, None)
         return cls(room(2 * expert_hidden, hidden), room(hidden, expert_hidden), *biases)
 
+    def select_rows(self, rows: list[int], *, room: int) -> "ExpertWeights":
+        """New room for `room` experts, the first of which are those of `rows`."""
+
+        def select(tensor: torch.Tensor) -> torch.Tensor:
+            selected = tensor.new_empty(room, *tensor.shape[1:])
+            selected[: len(rows)] = tensor[rows]
+            return selected
+
+        parts = {name: select(tensor) for name, tensor in self.parts().items()}
+        return ExpertWeights(**parts)
+
     def parts(self) -> dict[Part, torch.Tensor]:
         """The tensors that exist, by name."""
         named = {
@@ -77,6 +88,7 @@ class ExpertStore:
         row_of_slot: (L, C) int64, storage row of each slot.
         contents: which expert each row holds, as far as `load` and migrations put it there.
         is_migrating: whether the rows beyond the slots are taken by a migration.
+        staging_rows: rows per layer beyond the slots.
         activation: from gate_up to the input of down.
     """
 
@@ -98,6 +110,7 @@ class ExpertStore:
         self.activation = activation
         self.contents = RowContents([len(layer_weights.gate_up) for layer_weights in weights])
         self.is_migrating = False
+        self.staging_rows = len(weights[0].gate_up) - slots
         device = weights[0].gate_up.device
         self._install_rows(torch.arange(slots, device=device).repeat(len(weights), 1))
         self._counters = counters
@@ -166,6 +179,23 @@ class ExpertStore:
         self._rows = [
             torch.cat([table, table.new_tensor([row])]) for table, row in zip(row_of_slot, beyond, strict=True)
         ]
+
+    def resize(self, slots: int) -> None:
+        """Hold more or fewer slots per layer, layer by layer; what is in slots beyond the new number is dropped.
+
+        Beyond the rows themselves this takes the memory of one layer, while its rows are copied.
+        """
+        kept, room = min(slots, self.row_of_slot.shape[1]), slots + self.staging_rows
+        before, contents = self.row_of_slot[:, :kept].tolist(), self.contents
+        self.contents = RowContents([room] * len(self.weights))
+        self.contents.reference = contents.reference
+        for layer, rows in enumerate(before):
+            self.weights[layer] = self.weights[layer].select_rows(rows, room=room)
+            for row, old in enumerate(rows):
+                if (layer, old) in contents.sums:
+                    expert = contents.expert_of_row[layer][old]
+                    self.contents.fill(layer, row, expert, contents.sums[layer, old])
+        self._install_rows(torch.arange(slots, device=self.row_of_slot.device).repeat(len(self.weights), 1))
 
     def compute(self, layer: int, x: torch.Tensor, slots: torch.Tensor, gate_weights: torch.Tensor) -> torch.Tensor:
         """Weighted sum over this rank's experts, for every row.

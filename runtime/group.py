@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Self
@@ -57,6 +57,7 @@ class RankGroup:
         device: where tensors of collectives live.
         counters: where collectives and bytes are counted; shared with the node group.
         short_messages: whether a receive buffer may be larger than what arrives, see `all_to_all`.
+        observer: called with the kind of each collective before it is issued; a background group inherits it.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class RankGroup:
         self.node_of_rank = np.zeros(size, dtype=np.int64) if node_of_rank is None else np.asarray(node_of_rank)
         if len(self.node_of_rank) != size:
             raise InputError(f"there are {size} ranks, but node_of_rank lists {len(self.node_of_rank)}")
+        self.observer: Callable[[str], None] = _ignore
         self._store = store
         self._layer, self._mode = OUTSIDE, ""
         self._agreements = 0
@@ -177,6 +179,7 @@ class RankGroup:
                 counters=self.counters,
                 short_messages=self.short_messages,
             )
+            self._background.observer = self.observer
         return self._background
 
     @contextmanager
@@ -319,6 +322,21 @@ class RankGroup:
             self.broadcast(buffer, root=root, kind=kind)
         return buffer.cpu().numpy().tobytes()
 
+    def all_gather_bytes(self, content: bytes, *, kind: str) -> list[bytes]:
+        """The bytes of every rank, on every rank."""
+        if self.size == 1:
+            return [content]
+        length = torch.tensor([len(content)], device=self.device)
+        lengths_R = length.new_empty(self.size, 1)
+        self.all_gather(lengths_R, length, kind=kind)
+        lengths = lengths_R.flatten().tolist()
+        mine = torch.zeros(max(*lengths, 1), dtype=torch.uint8, device=self.device)
+        if content:
+            mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self.device)
+        everyone = mine.new_empty(self.size, len(mine))
+        self.all_gather(everyone, mine, kind=kind)
+        return [row[:size].tobytes() for row, size in zip(everyone.cpu().numpy(), lengths, strict=True)]
+
     @contextmanager
     def _issued(self, kind: str, bytes_to_peer: list[int]) -> Iterator[None]:
         """Count and time a collective."""
@@ -328,6 +346,7 @@ class RankGroup:
         for tier, sent in zip(self._tier_of_peer, bytes_to_peer, strict=True):
             if sent:
                 self.counters.bytes_sent[tier] += sent
+        self.observer(kind)
         with self.counters.timed("exchange"), self._guard(kind):
             yield
 
@@ -344,6 +363,10 @@ class RankGroup:
                 f"rank {self.rank} of {self.size} lost a peer during {doing} ({place}): "
                 f"{_first_sentence(str(error))} (timeout {self.timeout:g} s)"
             ) from error
+
+
+def _ignore(kind: str) -> None:
+    """What observes collectives by default."""
 
 
 def _first_sentence(text: str) -> str:

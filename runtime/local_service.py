@@ -10,7 +10,6 @@ It is what `moeplace serve --http` runs on one rank, and the oracle of services 
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +19,6 @@ from moeplace.placement.migration import plan_migration
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.batch import Request
-from moeplace.runtime.counters import Counters
 from moeplace.runtime.engine import Engine
 from moeplace.runtime.errors import MigrationError
 from moeplace.runtime.migrate import LiveMigration
@@ -71,10 +69,11 @@ class LocalService:
         self._thread.start()
 
     def submit(self, request: Request, on_event: OnEvent) -> None:
-        self._engine.check_request(request)
+        engine = self._engine  # what is looked at here does not change, whatever its thread does
+        request.require_fit(positions=engine.scheduler.positions, vocabulary=engine.executor.decoder.vocabulary)
         with self._changed:
             if self._closing or self._reason:
-                raise InputError(f"request {request.request_id!r} came too late: {self._reason or 'it is closing'}")
+                raise MoeplaceError(f"request {request.request_id!r} is not served: {self._reason or 'it is closing'}")
             if request.request_id in self._listeners:
                 raise InputError(f"request {request.request_id!r} is already in flight; names must be unique")
             self._listeners[request.request_id] = on_event
@@ -170,12 +169,8 @@ class LocalService:
         return not (scheduler.is_idle and self._migration is None and self._closing)
 
     def _drop(self, request_id: str) -> None:
-        """Take a request out of the scheduler, wherever it is; nothing happens when it has finished meanwhile."""
-        scheduler = self._engine.scheduler
-        for request in [request for request in scheduler.waiting if request.request_id == request_id]:
-            scheduler.waiting.remove(request)
-        for sequence in [s for s in scheduler.running if s.request.request_id == request_id]:
-            scheduler.release(sequence)
+        """Nothing happens when it has finished meanwhile."""
+        self._engine.scheduler.cancel(request_id)
         self._tell(request_id, None, "cancelled")
 
     def _tell(self, request_id: str, token_ids: Sequence[int] | None, reason: FinishReason | None = None) -> None:
@@ -250,7 +245,7 @@ class LocalService:
             steps=0,
             tokens=0,
             migration=None,
-            counters=_totals(engine.group.counters),
+            counters=engine.group.counters.totals(),
             imbalance_per_layer=(1.0,) * engine.checkpoint.num_layers,
             serving=True,
             reason="",
@@ -262,7 +257,7 @@ class LocalService:
         now = time.monotonic()
         if now - self._counted_at > _COUNTERS_EVERY or scheduler.is_idle:
             engine.executor.runtime.experts.flush_counts()
-            counters, self._counted_at = _totals(engine.group.counters), now
+            counters, self._counted_at = engine.group.counters.totals(), now
         progress = None if self._migration is None else self._migration.progress
         self._status = replace(
             self._status,
@@ -281,18 +276,3 @@ class LocalService:
             },
             counters=counters,
         )
-
-
-def _totals(counters: Counters) -> dict[str, Any]:
-    """Totals of a rank that can be added to another's."""
-    collectives: Counter[str] = Counter()
-    for (_, kind), count in counters.collectives.items():
-        collectives[kind] += count
-    return {
-        "collectives": dict(collectives),
-        "bytes_sent": dict(counters.bytes_sent),
-        "copies_sent": counters.copies_sent,
-        "tokens_computed": counters.tokens.total(),
-        "single_exchange": counters.single_exchange,
-        "overflows": counters.overflows,
-    }

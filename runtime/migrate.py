@@ -163,6 +163,11 @@ class LiveMigration:
             self._end("aborted")
         return self.progress
 
+    def discard(self) -> None:
+        """Give up without the other ranks, one of which is gone: what is on its way is left alone."""
+        if self.is_moving:
+            self._end("aborted")
+
     def _begin(self) -> None:
         """Reserve rows for the next commit, or end."""
         if not self.commits:

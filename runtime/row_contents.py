@@ -73,6 +73,14 @@ class RowContents:
             reference = shared.cpu().numpy()
         self.reference = reference
 
+    def receive_reference(self, group: RankGroup, placement: Placement, *, root: int) -> None:
+        """Learn the checksums of all experts from a rank that knows them: a collective."""
+        shape = (placement.num_layers, placement.num_experts, len(PARTS))
+        known = np.zeros(shape, np.int64) if self.reference is None else self.reference
+        shared = torch.as_tensor(known, device=group.device).clone()
+        group.broadcast(shared, root=root, kind="checksums")
+        self.reference = shared.cpu().numpy()
+
 
 def checksums(parts: Mapping[str, torch.Tensor]) -> Sums:
     """Checksums of the parts of an expert."""

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_http_arguments(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--ranks", type=int, default=1, metavar="R", help="ranks to start on this machine (default: 1)")
     group.add_argument("--model-name", metavar="NAME", help="the model's name for clients (default: its folder's)")
     group.add_argument(
         "--api-key-file", metavar="F", help="bearer token that clients must send (default: $MOEPLACE_API_KEY, or none)"
@@ -104,6 +105,7 @@ def _answer_http(args: argparse.Namespace) -> int:
 
     from moeplace.launch.serve import Tokenizer
     from moeplace.profiling.errors import InputError
+    from moeplace.runtime.checkpoint import Checkpoint
 
     try:
         from moeplace.launch.http_front.application import HttpFront
@@ -122,14 +124,13 @@ def _answer_http(args: argparse.Namespace) -> int:
         drain_timeout=args.drain_timeout,
         seed=args.seed,
     )
-    with bind(
-        *parse_address(args.http), settings
-    ) as listener:  # before the model is read: a taken port is known at once
-        service, stop_ids = _start_service(args)
+    with bind(*parse_address(args.http), settings) as listener:  # first: that the port is taken is known at once
+        stop_ids = Checkpoint(args.model).stop_ids
+        tokenizer = Tokenizer(args.model)
+        if tokenizer.exists:
+            tokenizer.load()
+        service = _start_service(args)
         try:
-            tokenizer = Tokenizer(args.model)
-            if tokenizer.exists:
-                tokenizer.load()
             front = HttpFront(service, settings, coder=tokenizer if tokenizer.exists else None, stop_ids=stop_ids)
             run_front(
                 front,
@@ -143,16 +144,46 @@ def _answer_http(args: argparse.Namespace) -> int:
     return 0
 
 
-def _start_service(args: argparse.Namespace) -> "tuple[Service, tuple[int, ...]]":
-    """A running service and the model's end-of-sequence ids."""
+def _start_service(args: argparse.Namespace) -> "Service":
+    """A service that takes requests: one rank in this process, or several that it starts."""
     from moeplace.profiling.errors import InputError
     from moeplace.runtime.group import RankGroup
     from moeplace.runtime.local_service import LocalService
 
     if "RANK" in os.environ:
         raise InputError("--http starts its own ranks; run it without torchrun")
-    engine = _make_engine(args, RankGroup.from_environment(timeout=args.timeout), _load_inputs(args))
-    return LocalService(engine), engine.stop_ids
+    if args.ranks == 1:
+        return LocalService(_make_engine(args, RankGroup.from_environment(timeout=args.timeout), _load_inputs(args)))
+    if args.trace or args.calibration:
+        raise InputError("--trace and --calibration work with one rank, or with --requests under torchrun")
+    return _start_ranks(args)
+
+
+def _start_ranks(args: argparse.Namespace) -> "Service":
+    from moeplace.runtime.coordinator import Coordinator
+    from moeplace.runtime.engine import EngineLimits
+    from moeplace.runtime.local_spawner import LocalSpawner
+    from moeplace.runtime.service import ServiceOptions
+
+    limits = EngineLimits(
+        max_sequences=args.max_sequences, max_length=args.max_length, kv_bytes=args.kv_bytes, staging_rows=1
+    )
+    options = ServiceOptions(
+        mode=args.mode,
+        dtype=args.dtype,
+        limits=limits,
+        node_aware=args.node_aware,
+        timeout=args.timeout,
+        keep_width=True,
+    )
+    placement = _load_inputs(args)["placement"]
+    service = Coordinator(args.model, ranks=args.ranks, spawner=LocalSpawner(), options=options, placement=placement)
+    try:
+        service.wait_until_serving(timeout=options.start_timeout)
+    except BaseException:
+        service.close(drain=False)
+        raise
+    return service
 
 
 def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from moeplace.launch.http_front.completion_run import CompletionRun, EventBridge
 from moeplace.launch.http_front.guard import COMPLETIONS, HEALTH, Guard
 from moeplace.launch.http_front.metrics import FrontMetrics
 from moeplace.launch.http_front.settings import FrontSettings
-from moeplace.profiling.errors import MoeplaceError
 from moeplace.runtime.service import Service
 
 _LONG_BODY = 16384
@@ -105,16 +104,13 @@ class HttpFront:
 
     async def _complete(self, request: Request) -> Response:
         started = time.perf_counter()
-        self._require_service()
+        self._require_room(1)
         body = await self._read(request)
-        self._require_room(body)
+        self._require_room(body.num_choices)  # others came while it was read
         name = f"cmpl-{secrets.token_hex(12)}"
         assert self._bridge is not None  # made at startup
         run = CompletionRun(self._service, self._bridge, self.metrics, body, name=name, decode=self._decode)
-        try:
-            run.start()
-        except MoeplaceError as error:  # not a fault of the request: it stopped serving in this moment
-            raise unavailable(str(error)) from error
+        run.start()
         self._enter(run)
 
         def leave() -> None:
@@ -127,14 +123,12 @@ class HttpFront:
         )
         return answer  # type: ignore[return-value]  # Starlette calls what an endpoint returns as an application
 
-    def _require_service(self) -> None:
+    def _require_room(self, choices: int) -> None:
         if self._draining:
             raise unavailable("the server is shutting down")
-        status = self._service.status()
-        if not status.serving:
-            raise unavailable(status.reason)
-        if self._in_flight >= self._settings.max_concurrent:
-            raise overloaded(f"{self._in_flight} completions are under way, the most that are possible")
+        most = self._settings.max_concurrent
+        if self._in_flight + choices > most:
+            raise overloaded(f"{self._in_flight} completions are under way, {choices} more would exceed {most}")
 
     async def _read(self, request: Request) -> CompletionBody:
         """Read and check the body, within the limits."""
@@ -169,13 +163,6 @@ class HttpFront:
         if body.num_choices > settings.max_concurrent:
             rule = f"{body.num_choices} completions in one request are too many; at most {settings.max_concurrent}"
             raise ApiError(400, rule, param="n")
-
-    def _require_room(self, body: CompletionBody) -> None:
-        """Once more, with the body read: others came meanwhile."""
-        self._require_service()
-        if self._in_flight + body.num_choices > self._settings.max_concurrent:
-            rule = f"{self._in_flight} completions are under way, {body.num_choices} more would exceed the limit"
-            raise overloaded(rule)
 
     def _enter(self, run: CompletionRun) -> None:
         self._runs.add(run)

@@ -12,11 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
-from moeplace.launch.http_front.api_errors import ApiError
+from moeplace.launch.http_front.api_errors import ApiError, unavailable
 from moeplace.launch.http_front.completion_body import CompletionBody, Prompt
 from moeplace.launch.http_front.metrics import FrontMetrics
 from moeplace.launch.http_front.text_stream import Decode, TextStream
-from moeplace.profiling.errors import InputError
+from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.batch import Request
 from moeplace.runtime.service import FinishReason, Service, TokenEvent
 
@@ -141,7 +141,7 @@ class CompletionRun:
         """Give all choices to the service, or none.
 
         Raises:
-            ApiError: 400, one can never fit.
+            ApiError: 400, one can never fit; 503, the service takes none.
         """
         now = time.perf_counter()
         for choice in self.choices:
@@ -154,6 +154,9 @@ class CompletionRun:
             except InputError as error:
                 self.give_up("another prompt of the same request was refused")
                 raise ApiError(400, str(error), param="prompt", code="context_length_exceeded") from error
+            except MoeplaceError as error:
+                self.give_up("the service takes no requests")
+                raise unavailable(str(error)) from error
 
     async def wait(self) -> None:
         """Until something new has come since the last call."""

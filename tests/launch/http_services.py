@@ -10,7 +10,7 @@ from moeplace.launch.http_front.application import HttpFront
 from moeplace.launch.http_front.server import FrontServer, bind
 from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.placement.placement import Placement
-from moeplace.profiling.errors import InputError
+from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.batch import Request
 from moeplace.runtime.service import FinishReason, ServiceEvent, ServiceStatus, TokenEvent
 
@@ -43,6 +43,8 @@ class ManualService:
         self._listeners: dict[str, Callable[[TokenEvent], None]] = {}
 
     def submit(self, request: Request, on_event: Callable[[TokenEvent], None]) -> None:
+        if not self.serving:
+            raise MoeplaceError(self.reason)
         if request.max_new_tokens > 100_000:
             raise InputError(f"request {request.request_id!r} can never fit")
         self._listeners[request.request_id] = on_event

@@ -1,6 +1,8 @@
 """The official client of OpenAI against a real server process with the shipped model."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,31 @@ def test_a_guarded_server_ends_well(tmp_path: Path) -> None:
         assert pieces[-1].choices[0].finish_reason == "length"
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
+
+
+def test_ranks_that_die(tmp_path: Path, expected: dict[tuple[str, int], str]) -> None:
+    """Two ranks, one is killed in the middle of streams: they go on with the same text, and another rank follows."""
+    with running_server(tmp_path / "log", "--ranks", "2", "--dtype", "float32") as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=WAIT)
+        common: dict[str, Any] = {"model": MODEL, "temperature": 0, "stream": True, "extra_body": IGNORE_EOS}
+        streams = [client.completions.create(prompt=prompt, max_tokens=100, **common) for prompt in PROMPTS]
+        texts = [next(stream).choices[0].text for stream in streams]
+        os.kill(members(server)[-1], signal.SIGKILL)
+        for index, stream in enumerate(streams):
+            texts[index] += "".join(chunk.choices[0].text for chunk in stream)
+        for prompt, text in zip(PROMPTS, texts, strict=True):
+            assert text.startswith(expected[prompt, -1])
+        alone = client.completions.create(prompt=PROMPTS[0], max_tokens=100, **{**common, "stream": False})
+        assert alone.choices[0].text == texts[0]
+        while sample(server, "moeplace_members", state="routable") < 2:
+            pass
+        assert sample(server, "moeplace_generation") > 1
+
+
+def members(server: ServerProcess) -> list[int]:
+    """Process ids of the ranks, whichever thread started them."""
+    files = Path(f"/proc/{server.process.pid}/task").glob("*/children")
+    return sorted(int(child) for file in files for child in file.read_text().split())
 
 
 def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moeplace.placement.placement import Placement
-from moeplace.profiling.errors import InputError
+from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.batch import Request
 from moeplace.runtime.engine import Engine, EngineLimits
 from moeplace.runtime.local_service import LocalService
@@ -108,7 +108,7 @@ def test_close_without_drain_cancels(service: LocalService) -> None:
         service.submit(long_request(f"r{index}"), listener)
     service.close(drain=False, timeout=WAIT)
     assert {listener.wait()[1] for listener in listeners} == {"cancelled"}
-    with pytest.raises(InputError, match="came too late"):
+    with pytest.raises(MoeplaceError, match="is not served"):
         service.submit(long_request("late"), Listener())
 
 
