@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return int(args.run(args))
+    except SystemExit as stop:  # options that do not go together: argparse has printed already
+        return int(stop.code or 0)
     except MoeplaceError as error:
         return _fail(args, str(error))
     except KeyboardInterrupt:

@@ -34,6 +34,14 @@ class Tokenizer:
         """Whether the checkpoint has one."""
         return any(Path(self._folder).glob("tokenizer*"))
 
+    def load(self) -> None:
+        """Load it now rather than with the first text.
+
+        Raises:
+            FormatError: it cannot be read.
+        """
+        self._get()
+
     def encode(self, text: str) -> list[int]:
         """Text -> token ids, with the special tokens that the model expects."""
         return list(self._get()(text)["input_ids"])

@@ -47,6 +47,25 @@ class Request:
         """Most positions its sequence can take."""
         return len(self.token_ids) + self.max_new_tokens
 
+    def require_fit(self, *, positions: int, vocabulary: int | None = None) -> None:
+        """Check against what an engine can hold; `vocabulary` None = the token ids are checked elsewhere.
+
+        Raises:
+            InputError: it can never fit, or a token id is out of range.
+        """
+        if self.length_limit > positions:
+            raise InputError(
+                f"request {self.request_id!r} needs {self.length_limit} positions (prompt {len(self.token_ids)} + "
+                f"max_new_tokens {self.max_new_tokens}), but the K/V cache holds at most {positions} per sequence"
+            )
+        if vocabulary is None:
+            return
+        wrong = next((token for token in self.token_ids if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise InputError(
+                f"request {self.request_id!r} has the token id {wrong}, which must lie in 0..{vocabulary - 1}"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
@@ -146,12 +165,7 @@ class Scheduler:
         Raises:
             InputError: it can never fit, or its name is in use.
         """
-        if request.length_limit > self.positions:
-            raise InputError(
-                f"request {request.request_id!r} needs {request.length_limit} positions (prompt "
-                f"{len(request.token_ids)} + max_new_tokens {request.max_new_tokens}), but the K/V cache holds at most "
-                f"{self.positions} per sequence"
-            )
+        request.require_fit(positions=self.positions)
         taken = {r.request_id for r in self.waiting} | {s.request.request_id for s in self.running}
         if request.request_id in taken:
             raise InputError(f"request {request.request_id!r} is already in flight; names must be unique")

@@ -77,6 +77,16 @@ class Checkpoint:
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{self.path / 'config.json'} does not say how many layers the model has") from error
 
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The model's end-of-sequence ids: generation_config.json first, then config.json."""
+        path = self.path / "generation_config.json"
+        generation = read_json(path) if path.is_file() else {}
+        ids = generation.get("eos_token_id", self.config.get("eos_token_id"))
+        if ids is None:
+            return ()
+        return tuple(ids) if isinstance(ids, list) else (int(ids),)
+
     def _find_experts(self) -> None:
         found: dict[int, set[int]] = {}
         depth = self.num_hidden_layers

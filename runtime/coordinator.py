@@ -300,18 +300,7 @@ class Coordinator:
         limits = self._conductor.limits
         if not limits:
             raise MoeplaceError(f"request {request.request_id!r} is not served: {self._conductor.reason}")
-        if request.length_limit > limits["positions"]:
-            raise InputError(
-                f"request {request.request_id!r} needs {request.length_limit} positions (prompt "
-                f"{len(request.token_ids)} + max_new_tokens {request.max_new_tokens}), but the K/V cache holds at most "
-                f"{limits['positions']} per sequence"
-            )
-        vocabulary = limits["vocabulary"]
-        wrong = next((token for token in request.token_ids if not 0 <= token < vocabulary), None)
-        if wrong is not None:
-            raise InputError(
-                f"request {request.request_id!r} has the token id {wrong}, which must lie in 0..{vocabulary - 1}"
-            )
+        request.require_fit(positions=limits["positions"], vocabulary=limits["vocabulary"])
 
     def _tell(self, report: Document) -> None:
         with suppress(ServiceEndedError):

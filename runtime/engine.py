@@ -24,7 +24,6 @@ from moeplace.placement.cost_model import Calibration, StepShape
 from moeplace.placement.evaluate import require_same_model
 from moeplace.placement.placement import Mode, Placement, index_order
 from moeplace.profiling.errors import InputError, MoeplaceError
-from moeplace.profiling.files import read_json
 from moeplace.profiling.trace import RoutingTrace
 from moeplace.runtime.batch import Completion, Request, RunningSequence, Scheduler
 from moeplace.runtime.checkpoint import Checkpoint
@@ -173,7 +172,7 @@ class Engine:
         )
         self._max_prefill_tokens = limits.max_prefill_tokens
         self.scheduler = self._make_scheduler()
-        self.stop_ids = _stop_ids(self.checkpoint)
+        self.stop_ids = self.checkpoint.stop_ids
         self._last_choice: dict[Phase, str] = {}
 
     def agree(self, group: RankGroup, placement: Placement) -> None:
@@ -448,13 +447,3 @@ def _last_positions(rows: TokenRows, ordered: list[RunningSequence]) -> TokenRow
     owner = torch.searchsorted(last, rows.token)
     is_last = rows.token == last[owner]
     return TokenRows(rows.x[is_last], owner[is_last])
-
-
-def _stop_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The model's end-of-sequence ids: generation_config.json first, then config.json."""
-    path = checkpoint.path / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    ids = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (int(ids),)

@@ -13,10 +13,10 @@ import pytest
 
 from moeplace.launch.cli import COMMANDS, DONE, FAILED, USAGE, main
 
-HEAVY = ("torch", "ray", "transformers", "ortools", "pulp", "numba", "scipy", "networkx")
+HEAVY = ("torch", "ray", "transformers", "ortools", "pulp", "numba", "scipy", "networkx", "starlette", "uvicorn")
 MOST_MODULES = 400
-OPTIONAL_INPUT = {"quickstart": "--model", "serve": "--placement"}
-"""Commands whose input file is an option with a default, and that option."""
+OPTIONAL = {"quickstart": ["--model"], "serve": ["--placement", "--requests", "--out"]}
+"""Options that the parser does not require: an input file with a default, one form of a command out of two."""
 
 _HELP_SCRIPT = """
 import contextlib, io, json, sys
@@ -44,8 +44,7 @@ def required_arguments(parser: argparse.ArgumentParser, name: str, file: Path) -
     """The least a command accepts, with `file` for every input; None if it reads no file."""
     words, reads = [], False
     for action in parser._actions:
-        required = action.required or action.option_strings == [OPTIONAL_INPUT.get(name)]
-        if not required:
+        if not action.required and not set(action.option_strings) & set(OPTIONAL.get(name, [])):
             continue
         output = "--out" in action.option_strings or "--json" in action.option_strings
         value = str(file.parent / "out") if output else _value(action, file)

@@ -1,0 +1,1 @@
+"""The HTTP front: OpenAI-compatible completions, health and metrics in front of a `Service`."""

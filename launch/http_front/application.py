@@ -1,0 +1,250 @@
+"""HttpFront: the routes of the HTTP front, over a `Service`.
+
+POST /v1/completions   GET /v1/models   GET /healthz   GET /metrics
+"""
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from moeplace.launch.http_front.api_errors import ApiError, overloaded, unavailable
+from moeplace.launch.http_front.completion_answer import ClientGone, CompletionAnswer
+from moeplace.launch.http_front.completion_body import CompletionBody, parse_body, parse_json
+from moeplace.launch.http_front.completion_run import CompletionRun, EventBridge
+from moeplace.launch.http_front.guard import COMPLETIONS, HEALTH, Guard
+from moeplace.launch.http_front.metrics import FrontMetrics
+from moeplace.launch.http_front.settings import FrontSettings
+from moeplace.runtime.service import Service
+
+_LONG_BODY = 16384
+"""Bytes of a body from which its text is tokenised in a thread: the loop must not wait."""
+_MOST_SKIPPED = 64 << 20
+"""Bytes of an oversized body that are read to be thrown away."""
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class TextCoder(Protocol):
+    """Text to token ids and back."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class HttpFront:
+    """See the module.
+
+    Args:
+        service: what completes.
+        settings: name, limits, bearer token.
+        coder: the model's tokenizer; None = it has none: prompts are token ids and texts are empty.
+        stop_ids: the model's end-of-sequence ids.
+
+    Attributes:
+        application: the ASGI application.
+        metrics: what it counts.
+    """
+
+    def __init__(
+        self, service: Service, settings: FrontSettings, *, coder: TextCoder | None, stop_ids: Sequence[int]
+    ) -> None:
+        self._service, self._settings, self._stop_ids = service, settings, tuple(stop_ids)
+        self._encode = None if coder is None else coder.encode
+        self._decode: Callable[[Sequence[int]], str] = (lambda token_ids: "") if coder is None else coder.decode
+        self._seeds = random.Random(settings.seed)
+        self._started = int(time.time())
+        self._runs: set[CompletionRun] = set()
+        self._in_flight = 0
+        self._draining = False
+        self._bridge: EventBridge | None = None
+        self.metrics = FrontMetrics(service)
+        self.application: ASGIApp = Guard(self._routes(), api_key=settings.api_key, metrics=self.metrics)
+
+    def refuse_new(self) -> None:
+        """Finish what runs, take nothing more."""
+        self._draining = True
+
+    def abandon(self) -> None:
+        """End what still runs with an error."""
+        for run in list(self._runs):
+            run.give_up("the server is shutting down")
+
+    def _routes(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route(COMPLETIONS, self._complete, methods=["POST"]),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{model:path}", self._model),
+                Route(HEALTH, self._health),
+                Route("/metrics", self._metrics),
+            ],
+            exception_handlers={
+                ApiError: _answer_error,
+                HTTPException: _answer_http_error,
+                Exception: _answer_defect,
+            },
+            lifespan=self._lifespan,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, application: Starlette) -> AsyncIterator[None]:
+        self._bridge = EventBridge(asyncio.get_running_loop())
+        yield
+
+    async def _complete(self, request: Request) -> Response:
+        started = time.perf_counter()
+        self._require_room(1)
+        body = await self._read(request)
+        self._require_room(body.num_choices)  # others came while it was read
+        name = f"cmpl-{secrets.token_hex(12)}"
+        assert self._bridge is not None  # made at startup
+        run = CompletionRun(self._service, self._bridge, self.metrics, body, name=name, decode=self._decode)
+        run.start()
+        self._enter(run)
+
+        def leave() -> None:
+            self._leave(run)
+            self.metrics.request_seconds.observe(time.perf_counter() - started)
+
+        settings = self._settings
+        answer = CompletionAnswer(
+            run, name=name, model=settings.model, stall_timeout=settings.stall_timeout, on_end=leave
+        )
+        return answer  # type: ignore[return-value]  # Starlette calls what an endpoint returns as an application
+
+    def _require_room(self, choices: int) -> None:
+        if self._draining:
+            raise unavailable("the server is shutting down")
+        most = self._settings.max_concurrent
+        if self._in_flight + choices > most:
+            raise overloaded(f"{self._in_flight} completions are under way, {choices} more would exceed {most}")
+
+    async def _read(self, request: Request) -> CompletionBody:
+        """Read and check the body, within the limits."""
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":  # what a web page may send without asking is refused with everything else
+            raise ApiError(415, "the content type must be application/json")
+        content = await _read_bytes(request, self._settings.max_body_bytes, self._settings.body_timeout)
+
+        def parse() -> CompletionBody:
+            return parse_body(
+                parse_json(content),
+                encode=self._encode,
+                model=self._settings.model,
+                model_stop_ids=self._stop_ids,
+                default_seed=seed,
+            )
+
+        seed = self._seeds.getrandbits(31)
+        body = await asyncio.to_thread(parse) if len(content) > _LONG_BODY else parse()
+        self._check_limits(body)
+        return body
+
+    def _check_limits(self, body: CompletionBody) -> None:
+        settings = self._settings
+        longest = max(len(prompt.token_ids) for prompt in body.prompts)
+        if settings.max_prompt_tokens is not None and longest > settings.max_prompt_tokens:
+            rule = f"a prompt has {longest} tokens, at most {settings.max_prompt_tokens} are possible"
+            raise ApiError(400, rule, param="prompt", code="context_length_exceeded")
+        if settings.max_tokens is not None and body.max_tokens > settings.max_tokens:
+            rule = f"max_tokens ({body.max_tokens}) must be at most {settings.max_tokens}"
+            raise ApiError(400, rule, param="max_tokens")
+        if body.num_choices > settings.max_concurrent:
+            rule = f"{body.num_choices} completions in one request are too many; at most {settings.max_concurrent}"
+            raise ApiError(400, rule, param="n")
+
+    def _enter(self, run: CompletionRun) -> None:
+        self._runs.add(run)
+        self._in_flight += len(run.choices)
+        self.metrics.in_flight.set(self._in_flight)
+        self.metrics.prompt.inc(run.usage["prompt_tokens"])
+
+    def _leave(self, run: CompletionRun) -> None:
+        self._runs.discard(run)
+        self._in_flight -= len(run.choices)
+        self.metrics.in_flight.set(self._in_flight)
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model_document()]})
+
+    async def _model(self, request: Request) -> Response:
+        if request.path_params["model"] != self._settings.model:
+            raise ApiError(404, f"the model {request.path_params['model']!r} does not exist", code="model_not_found")
+        return JSONResponse(self._model_document())
+
+    def _model_document(self) -> dict[str, object]:
+        return {"id": self._settings.model, "object": "model", "created": self._started, "owned_by": "moeplace"}
+
+    async def _health(self, request: Request) -> Response:
+        status = self._service.status()
+        serving = status.serving and not self._draining
+        document = {
+            "serving": serving,
+            "reason": status.reason or ("the server is shutting down" if self._draining else ""),
+            "generation": status.generation,
+            "placement_version": status.placement_version,
+            "desired": status.desired,
+            "active": len(status.active),
+        }
+        return JSONResponse(document, 200 if serving else 503, {"Cache-Control": "no-store"})
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.metrics.render(), headers={"content-type": _METRICS_TYPE})
+
+
+async def _read_bytes(request: Request, limit: int, timeout: float) -> bytes:
+    """The body.
+
+    Raises:
+        ApiError: 413, it is longer than `limit` bytes; 408, it takes longer than `timeout` seconds.
+        ClientGone: the client closed the connection.
+    """
+    declared = request.headers.get("content-length", "0")
+    content = bytearray()
+    skipped = 0
+    try:
+        async with asyncio.timeout(timeout):
+            async for piece in request.stream():
+                if len(content) + len(piece) > limit or int(declared) > limit:
+                    # Not kept. Closing while a client still sends resets the connection, and the answer with it.
+                    skipped += len(piece)
+                    if skipped > _MOST_SKIPPED:
+                        break
+                else:
+                    content += piece
+    except TimeoutError as error:
+        raise ApiError(408, f"the body did not come within {timeout:g} s", headers={"Connection": "close"}) from error
+    except ClientDisconnect as error:
+        raise ClientGone("the client closed the connection before its request was complete") from error
+    if skipped:
+        rule = f"the body is longer than {limit} bytes"
+        raise ApiError(413, rule, code="body_too_large", headers={"Connection": "close"})
+    return bytes(content)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such path, another method."""
+    assert isinstance(error, HTTPException)
+    return ApiError(
+        error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers
+    ).response()
+
+
+async def _answer_defect(request: Request, error: Exception) -> Response:
+    return ApiError(500, "internal error", code="internal_error").response()

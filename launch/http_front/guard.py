@@ -1,0 +1,72 @@
+"""Guard: what every request passes before and after the routes: the bearer token, errors, the count of answers."""
+
+import hmac
+import logging
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moeplace.launch.http_front.api_errors import ApiError
+from moeplace.launch.http_front.completion_answer import ClientGone
+from moeplace.launch.http_front.metrics import FrontMetrics
+
+logger = logging.getLogger(__name__)
+
+HEALTH = "/healthz"
+COMPLETIONS = "/v1/completions"
+ROUTES = (COMPLETIONS, "/v1/models", HEALTH, "/metrics")
+_OTHER = "other"
+_CLIENT_GONE = 499
+"""The status under which requests are counted whose client did not wait (nginx's number)."""
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        app: what it protects.
+        api_key: bearer token of every route but the health check; None = none is needed.
+        metrics: where answers are counted.
+    """
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None, metrics: FrontMetrics) -> None:
+        self._app, self._metrics = app, metrics
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status: list[int] = []
+
+        async def send_and_note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                status.append(message["status"])
+            await send(message)
+
+        try:
+            if self._is_allowed(Request(scope)):
+                await self._app(scope, receive, send_and_note)
+            else:
+                await _refusal().response()(scope, receive, send_and_note)
+        except ClientGone as error:
+            logger.info("%s: %s", scope["path"], error)
+            status[:] = [_CLIENT_GONE]
+        except Exception as error:  # a defect of ours; the routes have answered it
+            logger.error("%s: internal error: %s: %s", scope["path"], type(error).__name__, error)
+            logger.debug("where it came from", exc_info=True)
+        finally:
+            route = scope["path"] if scope["path"] in ROUTES else _OTHER
+            self._metrics.http_requests.labels(route, str(status[0] if status else _CLIENT_GONE)).inc()
+
+    def _is_allowed(self, request: Request) -> bool:
+        if self._expected is None or request.url.path == HEALTH:
+            return True
+        given = request.headers.get("authorization", "").encode("latin-1", "replace")
+        return hmac.compare_digest(given, self._expected)
+
+
+def _refusal() -> ApiError:
+    return ApiError(
+        401, "a valid bearer token is needed", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+    )

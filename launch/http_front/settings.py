@@ -1,0 +1,90 @@
+"""FrontSettings: what the HTTP front offers and what it refuses."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeplace.profiling.errors import InputError
+from moeplace.profiling.files import require_file
+
+KEY_VARIABLE = "MOEPLACE_API_KEY"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class FrontSettings:
+    """See the module.
+
+    Attributes:
+        model: name of the model, as clients give it.
+        api_key: what clients must send as a bearer token; None = nothing.
+        max_body_bytes: of a request's body.
+        max_prompt_tokens: of one prompt; None = what the service can hold.
+        max_tokens: most tokens of a completion that may be asked for; None = what the service can hold.
+        max_concurrent: completions under way at once; every prompt counts `n` times.
+        body_timeout: seconds that a client has to send a body.
+        stall_timeout: seconds that a client may go without taking any of what waits for it.
+        drain_timeout: seconds that requests under way have to finish after a signal.
+        seed: of the seeds of requests that bring none.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    model: str
+    api_key: str | None = None
+    max_body_bytes: int = 1 << 20
+    max_prompt_tokens: int | None = None
+    max_tokens: int | None = None
+    max_concurrent: int = 256
+    body_timeout: float = 30.0
+    stall_timeout: float = 60.0
+    drain_timeout: float = 30.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise InputError("the model's name is empty; clients need one")
+        for name in ("max_body_bytes", "max_prompt_tokens", "max_tokens", "max_concurrent"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} ({value}) must be at least 1")
+        for name in ("body_timeout", "stall_timeout", "drain_timeout"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name} ({getattr(self, name)}) must be a positive number of seconds")
+
+
+def read_api_key(path: str | Path | None) -> str | None:
+    """The bearer token: the first line of a file, or else the environment variable MOEPLACE_API_KEY, or none.
+
+    Raises:
+        InputError: the file is missing or empty, or the token cannot be sent in a header.
+    """
+    if path is None:
+        key, source = os.environ.get(KEY_VARIABLE), KEY_VARIABLE
+        if key is None:
+            return None
+    else:
+        try:
+            key, source = (require_file(path).read_text(encoding="utf-8").splitlines() or [""])[0].strip(), str(path)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not a text file: {error}") from error
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(f"{source} must hold a bearer token of printable ASCII characters without blanks")
+    return key
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """`HOST:PORT`, `:PORT` (loopback) or `[IPv6]:PORT`; port 0 = any free one.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise InputError(f"the address {text!r} must have an IPv6 host in brackets, [HOST]:PORT")
+    if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
+        raise InputError(f"the address {text!r} must be HOST:PORT with a port in 0..65535")
+    return host or LOOPBACK[0], int(port)

@@ -1,0 +1,65 @@
+"""`moeplace serve --http` as a process of its own, on a port that the system chose."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.shared_data import tiny_moe_path
+
+WAIT = 60.0
+
+
+class ServerProcess:
+    """A running server.
+
+    Attributes:
+        url: where it answers.
+        process: its process.
+    """
+
+    def __init__(self, log: Path, *options: str, environment: dict[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "moeplace.launch.cli", "serve", str(tiny_moe_path()), "--http", "127.0.0.1:0"]
+        self._log = log.open("wb")
+        self.process = subprocess.Popen(
+            [*command, *options],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()  # ends with the process, if it does not come up
+        found = re.search(r"http://\S+", line)
+        assert found, f"{line!r}, {log.read_text()}"
+        self.url = found[0]
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> tuple[int, str]:
+        """Exit code, and what it printed after the address."""
+        out, _ = self.process.communicate(timeout=WAIT)
+        self._log.close()
+        return self.process.returncode, out
+
+
+@contextmanager
+def running_server(log: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[ServerProcess]:
+    """A server; it is ended by a signal, and must end well."""
+    server = ServerProcess(log, *options, environment=environment)
+    try:
+        yield server
+        if server.process.poll() is None:
+            server.terminate()
+        assert server.wait() == (0, "stopped\n"), log.read_text()
+        assert "Traceback" not in log.read_text()
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.communicate()
