@@ -51,6 +51,11 @@ svg text.s4,svg text.s5,svg text.s6,svg text.s7,svg text.t0,svg text.t6{fill:#ff
 @media(prefers-color-scheme:dark){svg text.s5,svg text.s6,svg text.s7,svg text.t0,svg text.t6{fill:#0c1218}}
 .block{fill:none;stroke:var(--ink);stroke-width:1.1}
 .bar{fill:var(--accent)}.bar.first{fill:var(--first)}.mark{stroke:var(--mark);stroke-width:2.2;fill:none}
+.grid{stroke:var(--line);fill:none}.front{stroke:var(--accent);stroke-width:1.5;stroke-dasharray:5 4;fill:none}
+.seen{stroke:var(--ink);stroke-width:1.5;fill:none}svg text.number{font-weight:600;fill:#fff}
+.event{fill:var(--accent)}.event.good{fill:var(--good)}.event.bad{fill:var(--bad)}
+table.events td{text-align:left}table.events td:first-child{white-space:nowrap;width:1%}
+.scroll+p.note{margin:10px 0 0}
 .r0{fill:var(--r0)}.r1{fill:var(--r1)}.r2{fill:var(--r2)}.r3{fill:var(--r3)}.r4{fill:var(--r4)}.r5{fill:var(--r5)}
 .r6{fill:var(--r6)}.r7{fill:var(--r7)}.move{fill-opacity:.26}.stay{fill-opacity:.82}
 .key{display:flex;flex-wrap:wrap;

@@ -14,10 +14,13 @@ import numpy as np
 from moeplace.launch import page
 from moeplace.launch.charts import affinity_chart, bar_chart, flow_caption, flow_chart, load_chart, travel_chart
 from moeplace.launch.comparison import FIGURES, Figure, Run, best_run, runs_from_json, shown_figures, verdict
+from moeplace.launch.front_chart import Front, front_chart, front_table
 from moeplace.launch.report_views import PlacementView, make_views
+from moeplace.launch.timeline import event_table, timeline_chart
 from moeplace.placement.placement import Placement
 from moeplace.profiling.files import atomic_write
 from moeplace.profiling.trace import RoutingTrace
+from moeplace.runtime.event_log import Event
 
 _MOST_BOUNDARIES = 5
 _TILES = ("collectives_per_layer", "copies_per_token", "imbalance", "tokens_per_second")
@@ -33,6 +36,8 @@ class Report:
         conditions: how all of it came to be.
         check: the outcome of a comparison with the plain model, may be empty.
         equal: whether it went well.
+        fronts: traffic against balance, may be none.
+        events: of a service, may be none.
     """
 
     views: Sequence[PlacementView]
@@ -40,15 +45,27 @@ class Report:
     conditions: Mapping[str, Any] = field(default_factory=dict)
     check: str = ""
     equal: bool = True
+    fronts: Sequence[Front] = ()
+    events: Sequence[Event] = ()
 
     @classmethod
-    def of(cls, trace: RoutingTrace, placements: dict[str, Placement], document: Mapping[str, Any]) -> Self:
+    def of(
+        cls,
+        trace: RoutingTrace,
+        placements: dict[str, Placement],
+        document: Mapping[str, Any],
+        *,
+        fronts: Sequence[Front] = (),
+        events: Sequence[Event] = (),
+    ) -> Self:
         """A report on placements seen through `trace`.
 
         Args:
             trace: the tokens to judge by.
             placements: by name; the first is the baseline.
             document: conditions, runs and checks, as in report.json; may lack any.
+            fronts: see `fronts_from_json`.
+            events: see `read_events`.
 
         Raises:
             InputError: a placement is for another model.
@@ -62,6 +79,8 @@ class Report:
             conditions=document.get("conditions", {}),
             check=checks.get("sentence", ""),
             equal=checks.get("equal", True),
+            fronts=fronts,
+            events=events,
         )
 
     @property
@@ -96,9 +115,13 @@ def render(report: Report) -> str:
     body = [_header(report)]
     if report.runs:
         body += [_tiles(report.runs), _comparison(report.runs)]
+    if report.fronts:
+        body.append(_fronts(report.fronts))
     body += [_flows(report), _loads(report)]
     if len(report.before.travel_BRR):
         body.append(_affinities(report))
+    if report.events:
+        body.append(_timeline(report.events))
     if report.conditions:
         body.append(page.section("Conditions", "What was run, and how.", [page.definitions(report.conditions)]))
     return page.page("moeplace report", body)
@@ -210,6 +233,25 @@ def _affinities(report: Report) -> str:
     return page.section(
         "Affinity between layers", note, [f'<div class="small" style="{layout}">{"".join(figures)}</div>']
     )
+
+
+def _fronts(fronts: Sequence[Front]) -> str:
+    note = (
+        "Every point is a placement, judged on held-out tokens; down and left is better. Joined are those that no "
+        "other beats in both: which of them to take depends on what your cluster waits for."
+    )
+    rows = [page.row([page.figure(front.trace, front_chart(front)), front_table(front)]) for front in fronts]
+    return page.section("Traffic against balance", note, rows)
+
+
+def _timeline(events: Sequence[Event]) -> str:
+    note = (
+        "When the routing was looked at, what was decided, and when placements changed. The line is what a step was "
+        "predicted to cost, dashed what had been promised for the placement in force."
+    )
+    legend = page.key([("accent", "nothing to do"), ("good", "led to a change"), ("bad", "failed or cancelled")])
+    chart = page.figure("Reviews and migrations", timeline_chart(events))
+    return page.section("Re-placement while serving", note, [legend, page.row([chart, event_table(events)])])
 
 
 def _pair(report: Report) -> list[PlacementView]:

@@ -15,7 +15,7 @@ def scatter_svg(points: Sequence[tuple[float, float, str]], *, x_label: str, y_l
         points: (x, y, name), both better when smaller.
         x_label, y_label: axis titles.
     """
-    xs, ys = _ticks([x for x, _, _ in points]), _ticks([y for _, y, _ in points])
+    xs, ys = round_ticks([x for x, _, _ in points]), round_ticks([y for _, y, _ in points])
 
     def place(x: float, y: float) -> tuple[float, float]:
         share_x = (x - xs[0]) / (xs[-1] - xs[0])
@@ -37,7 +37,7 @@ def scatter_svg(points: Sequence[tuple[float, float, str]], *, x_label: str, y_l
         left, py = place(xs[0], y)
         parts.append(f'<path d="M{left:.1f} {py:.1f}H{right:.1f}" stroke="#e3e6ea"/>')
         parts.append(f'<text x="{left - 8:.1f}" y="{py + 4:.1f}" text-anchor="end" fill="#444">{y:g}</text>')
-    front = _front(points)
+    front = pareto_front(points)
     path = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(x, y) for x, y, _ in front))
     parts.append(f'<polyline points="{path}" fill="none" stroke="#1f77b4" stroke-width="1.5" stroke-dasharray="5 4"/>')
     for x, y, name in points:
@@ -54,7 +54,7 @@ def scatter_svg(points: Sequence[tuple[float, float, str]], *, x_label: str, y_l
     return "\n".join(parts) + "\n"
 
 
-def _ticks(values: Sequence[float]) -> list[float]:
+def round_ticks(values: Sequence[float]) -> list[float]:
     """Four to nine round numbers that enclose the values."""
     low, high = min(values), max(values)
     span = max(high - low, 1e-3 * max(abs(high), 1e-9))
@@ -67,7 +67,7 @@ def _ticks(values: Sequence[float]) -> list[float]:
     return [round(float(i * step), 10) for i in np.arange(first, max(last, first + 1) + 1)]
 
 
-def _front(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+def pareto_front(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
     """Points that no other beats in both coordinates, by x."""
     best, front = np.inf, []
     for point in sorted(points):

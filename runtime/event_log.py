@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,9 @@ from typing import Any, Self, TextIO
 
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import require_file, require_folder_of
+
+_START = '{"time": '
+"""With which every line begins, also one that was cut off."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class EventLog:
             require_folder_of(path)
             try:
                 self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close
+                if _is_cut(Path(path)):
+                    self._file.write("\n")
             except OSError as error:
                 raise InputError(f"cannot write {path}: {error.strerror}") from error
 
@@ -81,24 +87,25 @@ class EventLog:
 
 
 def read_events(path: str | Path) -> list[Event]:
-    """The events of a log file; a last line that was cut off by the end of its process is left out.
+    """The events of a log file; a line that was cut off by the end of its process is left out.
 
     Raises:
         InputError: there is no such file.
         FormatError: a line is not an event.
     """
     try:
-        lines = require_file(path).read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = require_file(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not a text file: {error}") from error
     events = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or (number == len(lines) and not line.endswith("\n")):
+        if not line.strip():
             continue
         try:
-            document = json.loads(line)
-            events.append(_event(document))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            events.append(_event(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError) and line.startswith(_START):
+                continue
             raise FormatError(f"{path} line {number} is not an event: it needs time, kind and sentence") from error
     return events
 
@@ -115,6 +122,15 @@ def _event(document: dict[str, Any]) -> Event:
     if not math.isfinite(event.time):
         raise ValueError("time")
     return event
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether the file does not end with a line."""
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _finite(value: Any) -> Any:

@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measurements", metavar="F", help="report.json of the quickstart, or JSON of `moeplace bench`"
     )
+    parser.add_argument("--sweep", metavar="F", help="JSON of `moeplace compare --sweep`: traffic against balance")
+    parser.add_argument("--events", metavar="F", help="event log of a service: its reviews and migrations")
     parser.add_argument("--split", choices=SPLITS, default="test", help="tokens to judge by (default: %(default)s)")
     parser.add_argument("--out", required=True, metavar="HTML", help="page to write")
 
@@ -24,13 +26,20 @@ def run(args: argparse.Namespace) -> int:
     """Read, draw, write."""
     from pathlib import Path
 
+    from moeplace.launch.front_chart import fronts_from_json
     from moeplace.launch.problems import index_order_like
     from moeplace.launch.report import Report, write_report
     from moeplace.placement.placement_file import load_placement
     from moeplace.profiling.errors import FormatError
-    from moeplace.profiling.files import read_json
+    from moeplace.profiling.files import read_json, require_folder_of
     from moeplace.profiling.trace_file import load_trace
+    from moeplace.runtime.event_log import read_events
 
+    require_folder_of(args.out)
+    fronts = fronts_from_json(read_json(args.sweep), args.sweep) if args.sweep else []
+    events = read_events(args.events) if args.events else []
+    if args.events and not events:
+        raise FormatError(f"{args.events} has no events")
     trace = load_trace(args.trace)
     loaded = {str(path): load_placement(path) for path in args.placement}
     names = [Path(path).stem for path in loaded]
@@ -45,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     conditions = {"model": trace.model or "unnamed model", "trace": str(args.trace), "tokens": tokens}
     conditions |= {name: f"{path}, {loaded[path].digest[:19]}" for name, path in zip(names, loaded, strict=True)}
     document = {**document, "conditions": {**conditions, **document.get("conditions", {})}}
-    report = Report.of(side, placements, document)
+    report = Report.of(side, placements, document, fronts=fronts, events=events)
     write_report(args.out, report)
     print(f"{report.verdict}\nwrote {args.out}")
     return 0

@@ -340,9 +340,14 @@ def test_events_are_on_disk_at_once(tmp_path: Path) -> None:
     assert document == {"time": 12.5, "step": 1, "kind": "kept", "sentence": "all is well", "figures": figures}
     path.write_text(path.read_text() + '{"time": 13')
     assert [event.step for event in read_events(path)] == [0, 1]
-    path.write_text(path.read_text() + "\n")
-    with pytest.raises(FormatError, match="line 3 is not an event"):
-        read_events(path)
+    with EventLog(path) as log:
+        log.add("watching", "again", step=2)  # on a line of its own
+    assert [event.step for event in read_events(path)] == [0, 1, 2]
+    for damage in ("{}", "what?", '{"time": NaN, "kind": "a", "sentence": "b"}'):
+        path.write_text(path.read_text() + damage + "\n")
+        with pytest.raises(FormatError, match="line 5 is not an event"):
+            read_events(path)
+        path.write_text("\n".join(path.read_text().splitlines()[:4]) + "\n")
     with pytest.raises(InputError, match="does not exist"):
         EventLog(tmp_path / "no" / "events.jsonl")
 
