@@ -244,6 +244,7 @@ class LocalService:
             running=0,
             steps=0,
             tokens=0,
+            changing=False,
             migration=None,
             counters=engine.group.counters.totals(),
             imbalance_per_layer=(1.0,) * engine.checkpoint.num_layers,
@@ -267,6 +268,7 @@ class LocalService:
             running=len(scheduler.running),
             steps=engine.group.counters.steps,
             tokens=self._tokens,
+            changing=progress is not None,
             migration=None
             if progress is None
             else {
