@@ -86,6 +86,7 @@ class ManualService:
             migration={"bytes_moved": 5, "bytes_planned": 9, "commits": 1},
             counters={"collectives": {"dispatch": 6}, "bytes_sent": {"inter_node": 8}, "copies_sent": 2},
             imbalance_per_layer=tuple(1 + layer / 100 for layer in range(100)),
+            changing=True,
             serving=self.serving,
             reason=self.reason,
         )
