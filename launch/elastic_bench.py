@@ -55,6 +55,7 @@ def elastic_bench(job: ElasticJob, *, timeout: float) -> dict[str, Any]:
         "changed": sum(ids != expected[number] for number, ids in whole.items()),
         **step_figures(record.step_seconds, record.step_tokens, record.moving),
         "seconds_from_kill_to_token": seconds_to_token(record.killed_at, events),
+        "seconds_of_switch": record.switch_seconds,
         "bytes_moved": sum(figures["bytes_moved"] for figures in width),
         "bytes_lower_bound": sum(figures["bytes_lower_bound"] for figures in width),
         "events": {

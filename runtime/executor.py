@@ -240,13 +240,17 @@ def load_experts(
     slots = here.stop - here.start
     hidden, expert_hidden = checkpoint.expert_shape()
     bias = "gate_up_bias" in checkpoint.expert(0, 0)
-    weights = [
-        ExpertWeights.empty(
-            slots + staging_rows, hidden, expert_hidden, bias=bias, dtype=decoder.dtype, device=decoder.device
-        )
-        for _ in range(checkpoint.num_layers)
-    ]
-    store = ExpertStore(weights, slots=slots, counters=group.counters, activation=activation_of(decoder.config))
+
+    def room(rows: int) -> ExpertWeights:
+        return ExpertWeights.empty(rows, hidden, expert_hidden, bias=bias, dtype=decoder.dtype, device=decoder.device)
+
+    store = ExpertStore(
+        [room(slots) for _ in range(checkpoint.num_layers)],
+        slots=slots,
+        counters=group.counters,
+        activation=activation_of(decoder.config),
+        staging=room(staging_rows),
+    )
     for layer, experts in enumerate(np.asarray(placement.slot_to_expert)[:, here]):
         for slot, expert in enumerate(experts):
             if expert >= 0:

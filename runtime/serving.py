@@ -221,6 +221,7 @@ class Serving:
         self._store.report(
             {
                 "kind": "step",
+                "generation": self._generation,
                 "applied": applied,
                 "tokens": tokens,
                 "waiting": len(scheduler.waiting),
