@@ -212,6 +212,38 @@ class Executor:
         ledger.announce(counts.tolist())
         self._write_shared(ledger, row, position)
 
+    def give_kv(
+        self, sequences: Sequence[RunningSequence], replicated: Sequence[int], receivers: Sequence[int]
+    ) -> None:
+        """Give K/V that all other ranks have to some ranks that have none: each home sends those of its sequences.
+
+        Args:
+            sequences: all that run.
+            replicated: of each, the first positions to give.
+            receivers: who gets them.
+        """
+        group, layers = self.group, range(self.decoder.num_layers)
+        pairs: list[tuple[list[int], list[int]]] = [([], []) for _ in range(group.size)]  # rows, positions by home
+        for sequence, count in zip(sequences, replicated, strict=True):
+            rows, positions = pairs[sequence.home]
+            rows += [sequence.row] * count
+            positions += range(count)
+        device, width = self.decoder.device, self.cache.row_width
+        places = [(torch.tensor(r, device=device), torch.tensor(p, device=device)) for r, p in pairs]
+        sizes = [len(rows) * len(layers) for rows, _ in pairs]
+        row, position = places[group.rank]
+        own = [self.cache.read(layer, row, position) for layer in layers] if sizes[group.rank] else []
+        kv = torch.cat(own) if own else torch.empty(0, width, dtype=self.decoder.dtype, device=device)
+        others = [rank for rank in receivers if rank != group.rank]
+        outgoing = [sizes[group.rank] if rank in others else 0 for rank in range(group.size)]
+        mine = group.rank in receivers
+        incoming = [sizes[rank] if mine and rank != group.rank else 0 for rank in range(group.size)]
+        got = kv.new_empty(sum(incoming), width)
+        group.all_to_all(got, torch.cat([kv] * len(others)) if others else kv[:0], incoming, outgoing, kind="kv")
+        for (row, position), block in zip(places, got.split(incoming), strict=True):
+            for layer, part in zip(layers, block.split(len(row)) if len(block) else (), strict=False):
+                self.cache.write(layer, row, position, part)
+
     def _keep_shared(self, ordered: Sequence[RunningSequence], ledger: KvLedger) -> None:
         device = self.decoder.device
         row = torch.tensor([sequence.row for sequence in ordered], device=device)
