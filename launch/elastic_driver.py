@@ -27,6 +27,7 @@ class Record:
     Attributes:
         step_seconds: of decode steps on rank 0, from the end of the step before.
         step_tokens: that each added.
+        step_ranks: that took part.
         moving: whether a re-placement was under way.
         tokens: token ids per request number.
         failed: request number -> why it ended without all its tokens.
@@ -36,6 +37,7 @@ class Record:
 
     step_seconds: list[float] = field(default_factory=list)
     step_tokens: list[int] = field(default_factory=list)
+    step_ranks: list[int] = field(default_factory=list)
     moving: list[bool] = field(default_factory=list)
     tokens: dict[int, list[int]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
@@ -101,6 +103,7 @@ class ElasticDriver:
                 if self._steps > 0 and not self._is_over:
                     self.record.step_seconds.append(report["seconds"])
                     self.record.step_tokens.append(len(report["tokens"]))
+                    self.record.step_ranks.append(report["ranks"])
                     self.record.moving.append(report["moving"])
             self._changed.notify_all()
 

@@ -222,6 +222,7 @@ class Serving:
             {
                 "kind": "step",
                 "generation": self._generation,
+                "ranks": self.engine.group.size,
                 "applied": applied,
                 "tokens": tokens,
                 "waiting": len(scheduler.waiting),
