@@ -53,8 +53,10 @@ def elastic_bench(job: ElasticJob, *, timeout: float) -> dict[str, Any]:
         "requests": len(expected),
         "lost": len(expected) - len(whole),
         "changed": sum(ids != expected[number] for number, ids in whole.items()),
-        **step_figures(record.step_seconds, record.step_tokens, record.moving),
+        **step_figures(record.step_seconds, record.step_tokens, record.moving, record.step_ranks),
+        "staging_bytes": job.staging_rows * engine.executor.runtime.experts.expert_bytes(0),
         "seconds_from_kill_to_token": seconds_to_token(record.killed_at, events),
+        "seconds_of_switch": record.switch_seconds,
         "bytes_moved": sum(figures["bytes_moved"] for figures in width),
         "bytes_lower_bound": sum(figures["bytes_lower_bound"] for figures in width),
         "events": {
@@ -74,23 +76,33 @@ def seconds_to_token(killed_at: Sequence[float], events: Sequence[ServiceEvent])
     return [min((then for then in resumed if then > moment), default=math.inf) - moment for moment in killed_at]
 
 
-def step_figures(seconds: list[float], tokens: list[int], moving: list[bool]) -> dict[str, Any]:
-    """Figures of decode steps; ratios are None where there are no steps of one kind.
+def step_figures(
+    seconds: Sequence[float], tokens: Sequence[int], moving: Sequence[bool], ranks: Sequence[int]
+) -> dict[str, Any]:
+    """Figures of decode steps; ratios are None where there are no steps to compare.
+
+    Ratios compare steps with quiet ones of as many ranks: a step of more ranks takes another time anyway.
 
     Args:
         seconds: of each step.
         tokens: that each step added.
         moving: whether a re-placement was under way.
+        ranks: that took part.
     """
-    quiet = [(s, n) for s, n, moved in zip(seconds, tokens, moving, strict=True) if not moved]
-    during = [(s, n) for s, n, moved in zip(seconds, tokens, moving, strict=True) if moved]
-    usual = median(s for s, _ in quiet) if quiet else math.nan
+    steps = list(zip(seconds, tokens, moving, ranks, strict=True))
+    quiet = [(s, n, width) for s, n, moved, width in steps if not moved]
+    widths = {width for _, _, width in quiet}
+    during = [(s, n, width) for s, n, moved, width in steps if moved and width in widths]
+    usual = {width: median(s for s, _, w in quiet if w == width) for width in widths}
+    pace = {width: _seconds_per_token([step for step in quiet if step[2] == width]) for width in widths}
+    expected = sum(n * pace[width] for _, n, width in during)
+    ratios = [s / usual[width] for s, _, width in during]
     figures = {
-        "median_step_seconds": usual,
-        "median_step_ratio": median(s for s, _ in during) / usual if during else math.nan,
-        "worst_step_ratio": max((s for s, _ in during), default=math.nan) / usual,
-        "worst_step_ratio_quiet": max((s for s, _ in quiet), default=math.nan) / usual,
-        "throughput_ratio": _rate(during) / _rate(quiet),
+        "median_step_seconds": median(s for s, _, _ in quiet) if quiet else math.nan,
+        "median_step_ratio": median(ratios) if ratios else math.nan,
+        "worst_step_ratio": max(ratios, default=math.nan),
+        "worst_step_ratio_quiet": max((s / usual[width] for s, _, width in quiet), default=math.nan),
+        "throughput_ratio": expected / sum(s for s, _, _ in during) if during else math.nan,
     }
     return {
         **{name: None if math.isnan(value) else value for name, value in figures.items()},
@@ -112,9 +124,8 @@ def require_undisturbed(report: dict[str, Any]) -> None:
         )
 
 
-def _rate(steps: list[tuple[float, int]]) -> float:
-    """Tokens per second, not a number where there are no steps."""
-    return sum(n for _, n in steps) / sum(s for s, _ in steps) if steps else math.nan
+def _seconds_per_token(steps: Sequence[tuple[float, int, int]]) -> float:
+    return sum(s for s, _, _ in steps) / sum(n for _, n, _ in steps)
 
 
 def _serve(job: ElasticJob, driver: ElasticDriver, timeout: float) -> list[ServiceEvent]:

@@ -27,18 +27,22 @@ class Record:
     Attributes:
         step_seconds: of decode steps on rank 0, from the end of the step before.
         step_tokens: that each added.
+        step_ranks: that took part.
         moving: whether a re-placement was under way.
         tokens: token ids per request number.
         failed: request number -> why it ended without all its tokens.
         killed_at: seconds since the epoch.
+        switch_seconds: from the last step of a generation to the first of the next, where no rank was killed.
     """
 
     step_seconds: list[float] = field(default_factory=list)
     step_tokens: list[int] = field(default_factory=list)
+    step_ranks: list[int] = field(default_factory=list)
     moving: list[bool] = field(default_factory=list)
     tokens: dict[int, list[int]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     killed_at: list[float] = field(default_factory=list)
+    switch_seconds: list[float] = field(default_factory=list)
 
 
 class ElasticDriver:
@@ -59,6 +63,7 @@ class ElasticDriver:
         self._changed = threading.Condition()
         self._steps = -WARM_UP
         self._in_flight = 0
+        self._last_step = (0, 0, 0.0)  # generation, kills before it, time
         self._is_over = False
         self._goal: Placement | None = None
         self.requests = self.replaced = 0
@@ -92,13 +97,21 @@ class ElasticDriver:
     def on_step(self, report: Document) -> None:
         """What rank 0 says of a step."""
         with self._changed:
+            self._note_switch(report["generation"])
             if report["phase"] == "decode" and report["tokens"]:
                 self._steps += 1
                 if self._steps > 0 and not self._is_over:
                     self.record.step_seconds.append(report["seconds"])
                     self.record.step_tokens.append(len(report["tokens"]))
+                    self.record.step_ranks.append(report["ranks"])
                     self.record.moving.append(report["moving"])
             self._changed.notify_all()
+
+    def _note_switch(self, generation: int) -> None:
+        now, (before, kills, then) = time.monotonic(), self._last_step
+        self._last_step = (generation, len(self.record.killed_at), now)
+        if 0 < before < generation and kills == len(self.record.killed_at):
+            self.record.switch_seconds.append(now - then)
 
     def _on_event(self, event: TokenEvent) -> None:
         number = int(event.request_id)

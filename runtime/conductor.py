@@ -32,6 +32,10 @@ _LATE = 5.0
 """Most seconds that a member may notice the loss of a rank later than the first one, before it counts as hung."""
 
 
+MAX_EVENTS = 10_000
+"""Of the event log; older ones are forgotten."""
+
+
 class Helper(Protocol):
     """What takes time, and comes back as a report."""
 
@@ -78,7 +82,7 @@ class Conductor:
         self.ledger, self.figures = RequestLedger(), ServiceFigures()
         self.is_serving = self.is_over = False
         self.reason = "the members are starting"
-        self.events: list[ServiceEvent] = []
+        self.events: deque[ServiceEvent] = deque(maxlen=MAX_EVENTS)
         self.deliveries: list[tuple[Deliver, TokenEvent]] = []
         self.replacements: deque[Placement] = deque()
         self.steps = self.waiting = self.running = self.version = 0
@@ -274,6 +278,9 @@ class Conductor:
             self._fail(f"member {member} was lost before the service began: {why}")
             return
         self._lost_at = time.time()
+        if not self.members.wanted:  # those that were about to leave are all there is
+            for state in self.members.members.values():
+                state.leaving = False
         if not self._options.keep_width:
             self.members.desired = len(self.members.wanted)
         self.note("loss", f"member {member} was lost: {why}", member=member)

@@ -124,6 +124,8 @@ class Coordinator:
         """See `Service`."""
         with self._lock:
             members = self._conductor.members
+            if not self._conductor.is_serving:
+                raise MoeplaceError(f"the ranks cannot change: {self._conductor.reason}")
             going = members.choose_leaving(num_ranks, leaving)
             for member in going:
                 members.members[member].leaving = True

@@ -51,7 +51,7 @@ class EngineLimits:
         max_length: positions of a sequence, prompt and completion together; None = the model's, at most 2048.
         kv_bytes: K/V memory of a rank; lowers `max_sequences` where it does not suffice. None = no limit.
         max_prefill_tokens: prompt tokens of one pass (a longer prompt has a pass of its own).
-        staging_rows: storage rows per layer beyond the slots, for experts that arrive while serving.
+        staging_rows: experts, of whatever layers, that a rank holds beyond its slots while they arrive.
         recent_ids: tokens of all ranks whose routed ids are kept, beside the loads (`window.recent`).
         rank_sequences: sequences in flight per rank, where the number of ranks may change; None = a share of
             `max_sequences` (all of them where K/V are on every rank).

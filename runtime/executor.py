@@ -221,6 +221,38 @@ class Executor:
         ledger.announce(counts.tolist())
         self._write_shared(ledger, row, position)
 
+    def give_kv(
+        self, sequences: Sequence[RunningSequence], replicated: Sequence[int], receivers: Sequence[int]
+    ) -> None:
+        """Give K/V that all other ranks have to some ranks that have none: each home sends those of its sequences.
+
+        Args:
+            sequences: all that run.
+            replicated: of each, the first positions to give.
+            receivers: who gets them.
+        """
+        group, layers = self.group, range(self.decoder.num_layers)
+        pairs: list[tuple[list[int], list[int]]] = [([], []) for _ in range(group.size)]  # rows, positions by home
+        for sequence, count in zip(sequences, replicated, strict=True):
+            rows, positions = pairs[sequence.home]
+            rows += [sequence.row] * count
+            positions += range(count)
+        device, width = self.decoder.device, self.cache.row_width
+        places = [(torch.tensor(r, device=device), torch.tensor(p, device=device)) for r, p in pairs]
+        sizes = [len(rows) * len(layers) for rows, _ in pairs]
+        row, position = places[group.rank]
+        own = [self.cache.read(layer, row, position) for layer in layers] if sizes[group.rank] else []
+        kv = torch.cat(own) if own else torch.empty(0, width, dtype=self.decoder.dtype, device=device)
+        others = [rank for rank in receivers if rank != group.rank]
+        outgoing = [sizes[group.rank] if rank in others else 0 for rank in range(group.size)]
+        mine = group.rank in receivers
+        incoming = [sizes[rank] if mine and rank != group.rank else 0 for rank in range(group.size)]
+        got = kv.new_empty(sum(incoming), width)
+        group.all_to_all(got, torch.cat([kv] * len(others)) if others else kv[:0], incoming, outgoing, kind="kv")
+        for (row, position), block in zip(places, got.split(incoming), strict=True):
+            for layer, part in zip(layers, block.split(len(row)) if len(block) else (), strict=False):
+                self.cache.write(layer, row, position, part)
+
     def _keep_shared(self, ordered: Sequence[RunningSequence], ledger: KvLedger) -> None:
         device = self.decoder.device
         row = torch.tensor([sequence.row for sequence in ordered], device=device)
@@ -249,13 +281,17 @@ def load_experts(
     slots = here.stop - here.start
     hidden, expert_hidden = checkpoint.expert_shape()
     bias = "gate_up_bias" in checkpoint.expert(0, 0)
-    weights = [
-        ExpertWeights.empty(
-            slots + staging_rows, hidden, expert_hidden, bias=bias, dtype=decoder.dtype, device=decoder.device
-        )
-        for _ in range(checkpoint.num_layers)
-    ]
-    store = ExpertStore(weights, slots=slots, counters=group.counters, activation=activation_of(decoder.config))
+
+    def room(rows: int) -> ExpertWeights:
+        return ExpertWeights.empty(rows, hidden, expert_hidden, bias=bias, dtype=decoder.dtype, device=decoder.device)
+
+    store = ExpertStore(
+        [room(slots) for _ in range(checkpoint.num_layers)],
+        slots=slots,
+        counters=group.counters,
+        activation=activation_of(decoder.config),
+        staging=room(staging_rows),
+    )
     for layer, experts in enumerate(np.asarray(placement.slot_to_expert)[:, here]):
         for slot, expert in enumerate(experts):
             if expert >= 0:

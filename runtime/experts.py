@@ -2,8 +2,9 @@
 
     slot of this rank  --row_of_slot-->  storage row  -->  gate_up[row], down[row], biases[row]
 
-Slots are what a placement talks about; storage rows hold weights. Rows beyond the slots are staging: weights are
-written there while the old ones serve, and `commit` then changes the slot table only.
+Slots are what a placement talks about; storage rows hold weights. Behind the rows of each layer come staging rows,
+which all layers share: weights are written there while the old ones serve. What is to serve is exchanged with the row
+of what it replaces, and `commit` changes the slot table.
 
 Shape letters: L MoE layers, C slots per rank, D hidden size, H expert hidden size, N token rows, K top-k, M
 assignments (token row, slot) of this rank.
@@ -22,6 +23,10 @@ from moeplace.runtime.row_contents import RowContents, checksums
 
 Part = Literal["gate_up", "down", "gate_up_bias", "down_bias"]
 Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+_CHUNK = 1 << 20
+"""Bytes that an exchange of rows copies at a time."""
 
 
 def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -87,8 +92,8 @@ class ExpertStore:
         weights: per MoE layer.
         row_of_slot: (L, C) int64, storage row of each slot.
         contents: which expert each row holds, as far as `load` and migrations put it there.
-        is_migrating: whether the rows beyond the slots are taken by a migration.
-        staging_rows: rows per layer beyond the slots.
+        is_migrating: whether a migration is under way.
+        staging: rows for experts of any layer; row number s has the index `rows of the layer + s` in each.
         activation: from gate_up to the input of down.
     """
 
@@ -99,6 +104,7 @@ class ExpertStore:
         slots: int,
         counters: Counters,
         activation: Activation = gated_silu,
+        staging: ExpertWeights | None = None,
     ) -> None:
         for layer, layer_weights in enumerate(weights):
             if len(layer_weights.gate_up) < slots:
@@ -108,9 +114,9 @@ class ExpertStore:
                 )
         self.weights = weights
         self.activation = activation
-        self.contents = RowContents([len(layer_weights.gate_up) for layer_weights in weights])
+        self.staging = weights[0].select_rows([], room=0) if staging is None else staging
+        self.contents = RowContents([len(layer_weights.gate_up) + self.staging_rows for layer_weights in weights])
         self.is_migrating = False
-        self.staging_rows = len(weights[0].gate_up) - slots
         device = weights[0].gate_up.device
         self._install_rows(torch.arange(slots, device=device).repeat(len(weights), 1))
         self._counters = counters
@@ -121,7 +127,7 @@ class ExpertStore:
 
     def write(self, layer: int, row: int, part: Part, value: torch.Tensor) -> None:
         """Copy one part of one expert into a storage row (of a slot while loading, of staging while serving)."""
-        target = self.weights[layer].parts()[part][row]
+        target = self._row(layer, row)[part]
         if target.shape != value.shape:
             raise InputError(f"{part} of an expert has shape {tuple(value.shape)}, not {tuple(target.shape)}")
         target.copy_(value)
@@ -134,12 +140,11 @@ class ExpertStore:
 
     def note(self, layer: int, row: int, expert: int) -> None:
         """Take the checksums of a row that holds all of an expert now."""
-        parts: dict[str, torch.Tensor] = {part: tensor[row] for part, tensor in self.weights[layer].parts().items()}
-        self.contents.fill(layer, row, expert, checksums(parts))
+        self.contents.fill(layer, row, expert, checksums(self._row(layer, row)))
 
     def row_bytes(self, layer: int, row: int) -> list[torch.Tensor]:
         """The bytes of a storage row, uint8 views of its parts one after the other."""
-        return [tensor[row].view(-1).view(torch.uint8) for tensor in self.weights[layer].parts().values()]
+        return [tensor.view(-1).view(torch.uint8) for tensor in self._row(layer, row).values()]
 
     def expert_bytes(self, layer: int) -> int:
         """Bytes of an expert of a layer."""
@@ -147,13 +152,38 @@ class ExpertStore:
 
     def read(self, layer: int, slot: int) -> dict[Part, torch.Tensor]:
         """Views of the parts of the expert in a slot."""
-        row = int(self.row_of_slot[layer, slot])
-        return {part: tensor[row] for part, tensor in self.weights[layer].parts().items()}
+        return self._row(layer, int(self.row_of_slot[layer, slot]))
+
+    @property
+    def staging_rows(self) -> int:
+        """How many experts, of whatever layers, staging holds."""
+        return len(self.staging.gate_up)
+
+    def num_rows(self, layer: int) -> int:
+        """Storage rows of a layer, without staging."""
+        return len(self.weights[layer].gate_up)
+
+    def exchange(self, layer: int, one: int, other: int) -> None:
+        """Let the experts in two rows of a layer, of which one may be staging, change places; the slots stay."""
+        pairs = zip(self.row_bytes(layer, one), self.row_bytes(layer, other), strict=True)
+        for ours, theirs in pairs:
+            for start in range(0, len(ours), _CHUNK):
+                piece = slice(start, start + _CHUNK)
+                kept = ours[piece].clone()
+                ours[piece] = theirs[piece]
+                theirs[piece] = kept
+        self.contents.exchange(layer, one, other)
+
+    def _row(self, layer: int, row: int) -> dict[Part, torch.Tensor]:
+        """Views of the parts in a storage row."""
+        rows = self.num_rows(layer)
+        weights, index = (self.weights[layer], row) if row < rows else (self.staging, row - rows)
+        return {part: tensor[index] for part, tensor in weights.parts().items()}
 
     def free_rows(self, layer: int) -> list[int]:
-        """Storage rows of a layer that no slot uses: its staging room."""
+        """Storage rows of a layer that no slot uses."""
         used = set(self.row_of_slot[layer].tolist())
-        return [row for row in range(len(self.weights[layer].gate_up)) if row not in used]
+        return [row for row in range(self.num_rows(layer)) if row not in used]
 
     def commit(self, layer: int, rows: dict[int, int]) -> None:
         """Let slots of a layer use other storage rows: slot -> row. Takes effect with the next `compute`."""
@@ -181,16 +211,16 @@ class ExpertStore:
         ]
 
     def resize(self, slots: int) -> None:
-        """Hold more or fewer slots per layer, layer by layer; what is in slots beyond the new number is dropped.
+        """Hold more or fewer slots per layer, layer by layer; what is beyond the new number, or staged, is dropped.
 
         Beyond the rows themselves this takes the memory of one layer, while its rows are copied.
         """
-        kept, room = min(slots, self.row_of_slot.shape[1]), slots + self.staging_rows
+        kept = min(slots, self.row_of_slot.shape[1])
         before, contents = self.row_of_slot[:, :kept].tolist(), self.contents
-        self.contents = RowContents([room] * len(self.weights))
+        self.contents = RowContents([slots + self.staging_rows] * len(self.weights))
         self.contents.reference = contents.reference
         for layer, rows in enumerate(before):
-            self.weights[layer] = self.weights[layer].select_rows(rows, room=room)
+            self.weights[layer] = self.weights[layer].select_rows(rows, room=slots)
             for row, old in enumerate(rows):
                 if (layer, old) in contents.sums:
                     expert = contents.expert_of_row[layer][old]

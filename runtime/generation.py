@@ -97,7 +97,10 @@ class Forming:
 
         def connect() -> None:
             try:
-                self.group = self.generation.connect(store, member, timeout=timeout, counters=counters)
+                group = self.generation.connect(store, member, timeout=timeout, counters=counters)
+                if group.size > 1:
+                    group.background()  # here nobody waits for it
+                self.group = group
             except PeerLostError as error:
                 self.error = str(error)
             number = self.generation.number

@@ -227,6 +227,8 @@ class RankGroup:
                 raise DisagreementError(f"rank {peer} {theirs}")
             if theirs != mine:
                 self._raise_difference(peer, mine, theirs)
+        # Who agrees for the k-th time has read all of the time before.
+        self._store.delete_key(f"agree/{self._agreements - 1}/{self.rank}")
 
     def _raise_difference(self, peer: int, mine: str, theirs: str) -> None:
         for ours, other in zip(mine.split("\n"), theirs.split("\n"), strict=False):

@@ -178,10 +178,15 @@ class MemberLoop:
             self._serving.engine.regroup(group, adoption.placement, version=version)
         serving, scheduler = self._serving, self._serving.engine.scheduler
         start = continue_from(snapshots, replicated=scheduler.replicated, delivered=generation.delivered)
-        start.fill(scheduler)
+        start.fill(scheduler, rank=group.rank)
         serving.take_over(generation.number, applied=start.applied, progress=start.progress)
         self._members = generation.members
         self._adopted = len(adoption.adopted)
+        if scheduler.replicated and start.newcomers and start.running:
+            replicated = [held.replicated for held in start.running]
+            serving.engine.executor.give_kv(scheduler.running, replicated, start.newcomers)
+            for sequence, count in zip(scheduler.running, replicated, strict=True):
+                sequence.replicated = count
         return serving
 
     def _adopt(self, generation: Generation, snapshots: list[Snapshot]) -> Adoption:

@@ -6,7 +6,7 @@
         migration.advance()
 
 Every rank makes the same migration and calls `advance` at the same step boundaries. Experts travel piece by piece on a
-process group of their own into staging rows, which no slot names: steps go on under the placement in force. When all of
+process group of their own into rows from which nothing is served: steps go on under the placement in force. When all of
 a commit's experts are there, one `advance` switches the slot tables of all ranks. It then checks what they name: each
 rank holds, with the bytes of the checkpoint, the experts that the placement names, all ranks have the same placement,
 and (where asked for) some logits are those from before. Only then does the next step run; otherwise all goes back.
@@ -214,12 +214,17 @@ class LiveMigration:
         """Switch, check, and go back if a check fails."""
         executor = self._engine.executor
         before, version, table = executor.placement, executor.version, self._store.row_of_slot
-        self._store.commit_table(self._staging.slot_table(before, commit.placement))
+        new_table = self._staging.slot_table(before, commit.placement)
+        exchanges = self._staging.exchanges(new_table, commit.placement)
+        self._exchange(exchanges)
+        self._store.commit_table(new_table)
         executor.install(commit.placement)
         try:
             self._check_ranks(before, commit.placement)
             self._check_probe()
         except MoeplaceError:
+            self._exchange(exchanges)
+            self._staging.undo(exchanges)
             self._store.commit_table(table)
             executor.install(before, version=version)
             self._end("failed")
@@ -228,6 +233,10 @@ class LiveMigration:
         self._commits_done += 1
         if self._engine.group.rank == 0:
             logger.info("placement version %d serves: %s", executor.version, commit.placement.digest)
+
+    def _exchange(self, rows: Sequence[tuple[int, int, int]]) -> None:
+        for layer, one, other in rows:
+            self._store.exchange(layer, one, other)
 
     def _check_ranks(self, before: Placement, after: Placement) -> None:
         """Compare digests and what every rank finds in its slots: one collective of four numbers."""
@@ -269,7 +278,7 @@ def _checked_commits(engine: "Engine", plan: MigrationPlan, bytes_per_step: int)
         raise InputError(f"bytes per step ({bytes_per_step}) must be at least 1")
     if store.is_migrating:
         raise InputError("another migration is under way; only one at a time has the staging rows")
-    rows = len(store.weights[0].gate_up) - store.row_of_slot.shape[1]
+    rows = store.staging_rows
     return list_commits(engine.placement, plan, staging_rows=rows, expert_bytes=store.expert_bytes)
 
 

@@ -8,13 +8,14 @@ Shape letters: R ranks, L MoE layers, S slots per layer.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from moeplace.placement.migration import MigrationPlan, apply_plan, replay
 from moeplace.placement.migration_copies import CHECKPOINT
-from moeplace.placement.placement import Placement
+from moeplace.placement.placement import EMPTY_SLOT, Placement
 from moeplace.profiling.errors import InputError
 
 
@@ -47,22 +48,29 @@ class Commit:
     Attributes:
         end: index after the last of its rounds.
         arrivals: what must have come before; arrivals of a cycle may land in a later commit.
-        placement: in force afterwards.
+        before: placement at the start of the migration.
+        slots: (L, S) experts in force afterwards.
     """
 
     end: int
     arrivals: tuple[Arrival, ...]
-    placement: Placement
+    before: Placement
+    slots: np.ndarray
+
+    @cached_property
+    def placement(self) -> Placement:
+        """In force afterwards; made when it is needed, because a plan may have many commits."""
+        return self.before.replace(slot_to_expert=self.slots)
 
 
 def list_commits(
     old: Placement, plan: MigrationPlan, *, staging_rows: int, expert_bytes: Callable[[int], int]
 ) -> list[Commit]:
-    """The plan as commits, each with as many rounds as the staging rows hold; none when nothing changes.
+    """The plan as commits, each with as many rounds as the ranks have room for; none when nothing changes.
 
     Args:
         old: placement in force.
-        staging_rows: experts of a layer that a rank can hold beyond its slots.
+        staging_rows: experts, of whatever layers, that a rank can hold beyond its slots.
         expert_bytes: bytes of an expert of a layer.
 
     Raises:
@@ -71,14 +79,23 @@ def list_commits(
     _check_membership(old, plan)
     if plan.new_digest == plan.old_digest and plan.is_empty:
         return []
-    arrivals = [_arrivals(plan, index, expert_bytes) for index in range(len(plan.rounds))]
-    ends = _ends(plan, staging_rows)
-    states = {index: slots_LS for index, slots_LS in enumerate(replay(old, plan)) if index in ends[:-1]}
-    placements = [old.replace(slot_to_expert=states[end]) for end in ends[:-1]] + [apply_plan(old, plan)]
-    return [
-        Commit(end, tuple(arrival for found in arrivals[start:end] for arrival in found), placement)
-        for start, end, placement in zip([0, *ends], ends, placements, strict=False)
-    ]
+    served = replay(old, plan)
+    state, commits = next(served), list[Commit]()
+    arrivals: list[Arrival] = []
+    room = _Room(state, plan, staging_rows, [])
+    for index, after in enumerate(served):
+        coming = _arrivals(plan, index, expert_bytes)
+        room.add(index, coming)
+        if room.is_exceeded:
+            commits.append(Commit(index, tuple(arrivals), old, state))
+            carried = [item for item in room.items if index <= item.lands and item.arrival.round < index]
+            arrivals, room = [], _Room(state, plan, staging_rows, carried)
+            room.add(index, coming)
+            room.check()
+        arrivals += coming
+        state = after
+    final = apply_plan(old, plan)
+    return [*commits, Commit(len(plan.rounds), tuple(arrivals), old, final.slot_to_expert)]
 
 
 def cut_pieces(arrivals: Sequence[Arrival], *, num_ranks: int, bytes_per_step: int) -> Iterator[list[Piece]]:
@@ -139,29 +156,58 @@ def _arrivals(plan: MigrationPlan, index: int, expert_bytes: Callable[[int], int
     return found
 
 
-def _ends(plan: MigrationPlan, staging_rows: int) -> list[int]:
-    """Index after the last round of each commit: a new one begins where some rank would run out of rows."""
-    ends: list[int] = []
-    staged: list[tuple[int, tuple[int, int]]] = []  # round of landing, (rank, layer)
-    for index, transfers in enumerate(plan.rounds):
-        coming = []
-        for transfer in transfers:
-            sender, receiver = plan.members(transfer)
-            if sender != receiver:
-                coming.append((transfer.lands, (receiver, transfer.layer)))
-        if _most(staged + coming)[1] > staging_rows:
-            staged = [item for item in staged if item[0] >= index]
-            ends.append(index)
-            (rank, layer), count = _most(staged + coming)
-            if index == 0 or count > staging_rows:
-                raise InputError(
-                    f"the plan stages {count} experts of MoE layer {layer} on rank {rank} at a time, but there are "
-                    f"{staging_rows} staging rows; plan with a smaller staging budget or give more rows"
-                )
-        staged += coming
-    return [*ends, len(plan.rounds)]
+class _Staged(NamedTuple):
+    """An arrival that has not landed."""
+
+    arrival: Arrival
+    lands: int
 
 
-def _most(staged: Sequence[tuple[int, tuple[int, int]]]) -> tuple[tuple[int, int], int]:
-    """The (rank, layer) with the most experts staged, and their number."""
-    return max(Counter(place for _, place in staged).most_common(1), default=((0, 0), 0))
+class _Room:
+    """What ranks hold beside the experts in force, between two commits.
+
+    Attributes:
+        items: arrivals since the commit before, and those from earlier that have not landed.
+    """
+
+    def __init__(self, served_LS: np.ndarray, plan: MigrationPlan, rows: int, items: list[_Staged]) -> None:
+        """`served_LS`: experts in force."""
+        self.items = list(items)
+        self._plan, self._rows = plan, rows
+        empty_LR = np.zeros((len(served_LS), len(plan.layout.old_slots_of_rank)), np.int64)
+        layer, slot = np.nonzero(served_LS == EMPTY_SLOT)
+        np.add.at(empty_LR, (layer, plan.layout.member_of_place[slot]), 1)
+        self._empty_LR = empty_LR
+        self._left: Counter[tuple[int, int]] = Counter()  # (layer, rank) -> arrivals into rows of empty slots
+        self.staged: Counter[int] = Counter()  # rank -> arrivals into staging rows
+        for item in items:
+            self._take(item.arrival)
+
+    def add(self, index: int, arrivals: Sequence[Arrival]) -> None:
+        """Take what arrives in a round."""
+        lands = {(t.layer, t.expert, self._plan.members(t)[1]): t.lands for t in self._plan.rounds[index]}
+        for arrival in arrivals:
+            key = (arrival.layer, arrival.expert, arrival.receiver)
+            self.items.append(_Staged(arrival, lands[key]))
+            self._take(arrival)
+
+    @property
+    def is_exceeded(self) -> bool:
+        """Whether some rank would hold more than it has rows."""
+        return any(count > self._rows for count in self.staged.values())
+
+    def check(self) -> None:
+        """Raises InputError where a single round is too much already."""
+        if self.is_exceeded:
+            rank, count = self.staged.most_common(1)[0]
+            raise InputError(
+                f"the plan stages {count} experts on rank {rank} at a time, but there are {self._rows} staging rows; "
+                "plan with a smaller staging budget or give more rows"
+            )
+
+    def _take(self, arrival: Arrival) -> None:
+        place = (arrival.layer, arrival.receiver)
+        if self._left[place] < self._empty_LR[place]:
+            self._left[place] += 1
+        else:
+            self.staged[arrival.receiver] += 1

@@ -7,6 +7,7 @@ Shape letters: L MoE layers, E experts per layer.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,15 @@ class RowContents:
         self.expert_of_row[layer][row] = NOTHING
         self.sums.pop((layer, row), None)
 
+    def exchange(self, layer: int, one: int, other: int) -> None:
+        """Note that what two rows hold has changed places."""
+        experts = self.expert_of_row[layer]
+        experts[one], experts[other] = experts[other], experts[one]
+        found = {row: self.sums.pop((layer, row), None) for row in (one, other)}
+        for row, sums in ((one, found[other]), (other, found[one])):
+            if sums is not None:
+                self.sums[layer, row] = sums
+
     def row_of(self, layer: int, expert: int) -> int | None:
         """The row that holds an expert, None = this rank does not have it."""
         rows = self.expert_of_row[layer]
@@ -82,7 +92,7 @@ class RowContents:
         self.reference = shared.cpu().numpy()
 
 
-def checksums(parts: Mapping[str, torch.Tensor]) -> Sums:
+def checksums(parts: Mapping[Any, torch.Tensor]) -> Sums:
     """Checksums of the parts of an expert."""
     absent = torch.zeros((), dtype=torch.int64)
     sums = [checksum(parts[name]).cpu() if name in parts else absent for name in PARTS]

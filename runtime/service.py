@@ -113,6 +113,7 @@ class Service(Protocol):
 
         Raises:
             InputError: there would be no rank, or a member named is not there.
+            MoeplaceError: the service has not begun, or has ended.
         """
 
     def replace(self, placement: Placement) -> None:
@@ -126,7 +127,7 @@ class Service(Protocol):
         """How things are."""
 
     def events(self) -> list[ServiceEvent]:
-        """The event log so far."""
+        """The event log, without the oldest events where it has become long."""
 
     def close(self, *, drain: bool = True, timeout: float = 60.0) -> None:
         """End the members; with `drain` after all requests are done, or the timeout is over."""

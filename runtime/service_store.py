@@ -69,6 +69,14 @@ class ServiceStore:
             for key in keys:
                 self._store.delete_key(key)
 
+    def delete_group(self, generation: int) -> None:
+        """Delete what the ranks of a generation told each other when they met."""
+        with _guard():
+            prefix = f"{self._prefix}/group/{generation}/"
+            for key in self._root.list_keys():  # type: ignore[attr-defined]
+                if key.startswith(prefix):
+                    self._root.delete_key(key)
+
     def append(self, index: int, command: Document) -> None:
         """Write command `index` of the log; there is one writer."""
         self.put(f"log/{index}", command)

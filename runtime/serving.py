@@ -221,6 +221,8 @@ class Serving:
         self._store.report(
             {
                 "kind": "step",
+                "generation": self._generation,
+                "ranks": self.engine.group.size,
                 "applied": applied,
                 "tokens": tokens,
                 "waiting": len(scheduler.waiting),

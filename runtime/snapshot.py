@@ -86,8 +86,9 @@ class Continuation:
         applied: commands that are done.
         progress: see `Snapshot`.
         version: placement switches.
-        running: sequences that keep their place; homes are ranks.
+        running: sequences that keep their place; homes are ranks. `replicated` positions are on all but newcomers.
         waiting: the others, with the tokens they have got.
+        newcomers: ranks that hold no K/V.
     """
 
     applied: int
@@ -95,12 +96,14 @@ class Continuation:
     version: int
     running: tuple[HeldSequence, ...]
     waiting: tuple[HeldSequence, ...]
+    newcomers: tuple[int, ...] = ()
 
-    def fill(self, scheduler: Scheduler) -> None:
-        """Give the sequences to a scheduler that has none."""
+    def fill(self, scheduler: Scheduler, *, rank: int) -> None:
+        """Give the sequences to a scheduler that has none; newcomers have no K/V yet."""
         for held in self.running:
             tokens = [*held.request.token_ids, *held.added]
-            scheduler.seat(RunningSequence(held.request, held.home, held.row, tokens, held.cached, held.replicated))
+            replicated = 0 if rank in self.newcomers else held.replicated
+            scheduler.seat(RunningSequence(held.request, held.home, held.row, tokens, held.cached, replicated))
         for held in self.waiting:
             scheduler.resume(held.request, held.added)
 
@@ -139,7 +142,9 @@ def continue_from(
             continue
         placed = homes.place(sequence, replicated=replicated)
         (again if placed is None else running).append(placed or _with(sequence, home=-1, row=-1))
-    return Continuation(first.applied, first.progress, first.version, tuple(running), (*again, *waiting))
+    return Continuation(
+        first.applied, first.progress, first.version, tuple(running), (*again, *waiting), homes.newcomers
+    )
 
 
 class _Homes:
@@ -148,6 +153,7 @@ class _Homes:
     def __init__(self, snapshots: Sequence[Snapshot]) -> None:
         self._rank_of_member = {snapshot.member: rank for rank, snapshot in enumerate(snapshots)}
         self._members = [snapshot.member for snapshot in snapshots]
+        self.newcomers = tuple(rank for rank, snapshot in enumerate(snapshots) if not snapshot.progress)
         self._seen = [{s.request_id: s for s in snapshot.sequences} for snapshot in snapshots]
         self._load = [0] * len(snapshots)
         for sequence in max(snapshots, key=lambda snapshot: snapshot.progress).sequences:
@@ -161,13 +167,14 @@ class _Homes:
             min(seen[sequence.request_id].held_by(member), last) if sequence.request_id in seen else 0
             for seen, member in zip(self._seen, self._members, strict=True)
         ]
-        everywhere = min(held) if replicated else 0
+        old = [positions for rank, positions in enumerate(held) if rank not in self.newcomers]
+        everywhere = min(old, default=0) if replicated else 0
         rank = self._rank_of_member.get(sequence.home)
         if rank is not None and held[rank]:
             return _with(sequence, home=rank, cached=held[rank], replicated=everywhere)
         if not replicated or not max(held):
             return None
-        # Any holder can be its home; newcomers are no holders, and get the K/V from it.
+        # Any holder can be its home.
         holders = [rank for rank in range(len(held)) if held[rank] == max(held)]
         rank = min(holders, key=lambda r: (self._load[r], r))
         self._load[rank] += 1

@@ -1,14 +1,15 @@
-"""Staging: the storage rows that no slot names, into which experts arrive while their rank serves.
+"""Staging: where experts arrive while their rank serves: rows that all layers share, and rows of empty slots.
 
-    slots   0 1 2 3 --> rows 0 1 2 3          during: row 4 fills up
-    staging             row  4                after:  slot 2 --> row 4, and row 2 is the staging row
+    slots   0 1 2 3 --> rows 0 1 2 3          during: expert 9 arrives in the staging row
+    staging             row  s                commit: rows 2 and s change places, slot 2 serves expert 9
+                                              failed check: they change places again
 
 An expert that changes its slot inside a rank is not copied: the slot gets its row.
 
 Shape letters: L MoE layers, C slots per rank, S slots per layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from moeplace.placement.placement import EMPTY_SLOT, Placement
 from moeplace.runtime.experts import ExpertStore
 from moeplace.runtime.group import PendingExchange, RankGroup
 from moeplace.runtime.migration_pieces import Arrival, Piece
+from moeplace.runtime.row_contents import NOTHING
 
 
 class Staging:
-    """The staging rows of one rank, and the pieces on their way to them.
+    """Where experts arrive on one rank, and the pieces on their way.
 
     Attributes:
         store: the expert weights of this rank.
@@ -39,12 +41,21 @@ class Staging:
         self._exchange: PendingExchange | None = None
 
     def reserve(self, arrivals: Sequence[Arrival]) -> None:
-        """Choose a row for each expert that this rank gets."""
+        """Choose a row for each expert that this rank gets: one without an expert in its layer, else of staging."""
         for arrival in arrivals:
             if arrival.receiver == self._rank:
-                taken = self._reserved(arrival.layer)
-                free = [row for row in self.store.free_rows(arrival.layer) if row not in taken]
-                self._rows[arrival.layer, arrival.expert] = free[0]
+                self._rows[arrival.layer, arrival.expert] = next(self._free_rows(arrival.layer))
+
+    def _free_rows(self, layer: int) -> Iterator[int]:
+        store, contents = self.store, self.store.contents.expert_of_row
+        taken, first = self._reserved(layer), store.num_rows(layer)
+        for row in range(first):
+            if contents[layer][row] == NOTHING and row not in taken:
+                yield row
+        staged = {row - store.num_rows(of_layer) for (of_layer, _), row in self._rows.items()}
+        for index in range(store.staging_rows):
+            if index not in staged:
+                yield first + index
 
     def row_of(self, arrival: Arrival) -> int:
         """The row reserved for an expert."""
@@ -92,10 +103,40 @@ class Staging:
         for layer in np.flatnonzero((self._here(before) != self._here(after)).any(axis=1)).tolist():
             rows = [self._held(layer, int(expert)) for expert in self._here(after)[layer]]
             taken = self._reserved(layer) | set(rows)
+            # Nobody looks at the row of an empty slot, but no two slots may have the same.
             candidates = dict.fromkeys([*table[layer].tolist(), *range(len(self.store.contents.expert_of_row[layer]))])
             spare = (row for row in candidates if row not in taken)
             table[layer] = torch.tensor([next(spare) if row is None else row for row in rows])
         return table
+
+    def exchanges(self, table: torch.Tensor, after: Placement) -> list[tuple[int, int, int]]:
+        """(layer, staging row, row) that must change places so that no slot with an expert is served from staging.
+
+        Adapts `table` and the reserved rows to it; `ExpertStore.exchange` carries them out, in any order.
+        """
+        found = []
+        filled_LC = self._here(after) != EMPTY_SLOT
+        for layer, slots in enumerate(table.tolist()):
+            first, reserved = self.store.num_rows(layer), self._reserved(layer)
+            serving = {row for row, is_filled in zip(slots, filled_LC[layer], strict=True) if is_filled}
+            spare = sorted(set(range(first)) - serving, key=lambda row: (row in reserved, row))
+            for staged in sorted(row for row in serving if row >= first):
+                row = spare.pop(0)
+                found.append((layer, staged, row))
+                self._swap(table[layer], layer, staged, row)
+        return found
+
+    def undo(self, exchanges: Sequence[tuple[int, int, int]]) -> None:
+        """Take the reserved rows back to where they were before `exchanges`."""
+        for layer, staged, row in exchanges:
+            self._swap(torch.empty(0, dtype=torch.int64), layer, staged, row)
+
+    def _swap(self, rows: torch.Tensor, layer: int, one: int, other: int) -> None:
+        is_one, is_other = rows == one, rows == other
+        rows[is_one], rows[is_other] = other, one
+        for key, row in self._rows.items():
+            if key[0] == layer and row in (one, other):
+                self._rows[key] = one + other - row
 
     def first_damaged(self, before: Placement, after: Placement) -> tuple[int, int] | None:
         """(layer, expert) of the first slot that changed and does not hold what `after` says, None = all do."""
@@ -107,13 +148,23 @@ class Staging:
         return None
 
     def settle(self, placement: Placement) -> None:
-        """After a commit: rows that arrived and are in force are no longer staging, rows without a use are empty."""
+        """After a commit: rows that are in force are no longer reserved, rows without a use are empty."""
         contents, here_LC = self.store.contents, self._here(placement)
         for layer, rows in enumerate(self.store.row_of_slot.tolist()):
             used = {row for row, expert in zip(rows, here_LC[layer], strict=True) if expert != EMPTY_SLOT}
             self._rows = {key: row for key, row in self._rows.items() if key[0] != layer or row not in used}
             for row in set(range(len(contents.expert_of_row[layer]))) - used - self._reserved(layer):
                 contents.clear(layer, row)
+        self._leave_staging()
+
+    def _leave_staging(self) -> None:
+        """Experts that have arrived and land later make room in staging, where their layer has a row to spare."""
+        for (layer, expert), row in list(self._rows.items()):
+            first = self.store.num_rows(layer)
+            free = next(self._free_rows(layer), first)
+            if row >= first > free:
+                self.store.exchange(layer, row, free)
+                self._rows[layer, expert] = free
 
     def release(self) -> None:
         """Give all reserved rows back."""

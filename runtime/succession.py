@@ -107,6 +107,8 @@ class Succession:
         # `settled` is kept for one generation more: a member that leaves may look late.
         stale = [f"{kind}/{n}" for n in range(first, number) for kind in ("generation", "successor", "open")]
         self._store.delete([*stale, *(f"settled/{n}" for n in range(first - 1, first))])
+        for gone in range(first, number):
+            self._store.delete_group(gone)
         return True
 
     def _make(self, nodes: Mapping[int, int], **fields: object) -> Generation:

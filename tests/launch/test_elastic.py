@@ -55,13 +55,16 @@ def test_changes_happen_as_often_as_asked_for(seed: int) -> None:
 
 
 def test_figures_of_steps() -> None:
-    """Worked by hand: quiet steps of 1, 1 and 2 s with 4 tokens each, moving ones of 1 and 3 s."""
-    figures = step_figures([1, 1, 2, 1, 3], [4, 4, 4, 4, 4], [False, False, False, True, True])
-    assert figures["median_step_seconds"] == 1
+    """Worked by hand: quiet steps of 1, 1 and 2 s on 2 ranks and of 10 s on 3, moving ones of 1 and 3 s on 2."""
+    moving = [False, False, False, True, True, False]
+    figures = step_figures([1, 1, 2, 1, 3, 10], [4] * 6, moving, [2, 2, 2, 2, 2, 3])
+    assert figures["median_step_seconds"] == 1.5
     assert figures["worst_step_ratio"] == 3
+    assert figures["median_step_ratio"] == 2
     assert figures["worst_step_ratio_quiet"] == 2
     assert figures["throughput_ratio"] == (8 / 4) / (12 / 4)
-    assert step_figures([1.0], [4], [False])["worst_step_ratio"] is None
+    assert (figures["steps_quiet"], figures["steps_moving"]) == (4, 2)
+    assert step_figures([1.0, 1.0], [4, 4], [False, True], [2, 3])["worst_step_ratio"] is None
 
 
 def test_lost_and_changed_requests_fail() -> None:

@@ -43,10 +43,15 @@ def test_a_sequence_without_its_home_waits_or_moves() -> None:
 
 
 def test_a_newcomer_holds_nothing() -> None:
-    """Where K/V are on all ranks, a newcomer makes them be handed over again."""
+    """Where K/V are on all ranks, a newcomer is the only one that still has to get them."""
     held = (sequence("a", 5, home=0, row=2, cached=7, replicated=7),)
     start = continue_from([Snapshot(0, progress=3, sequences=held), Snapshot(5)], replicated=True, delivered=None)
-    assert [(s.home, s.cached, s.replicated) for s in start.running] == [(0, 7, 0)]
+    assert [(s.home, s.cached, s.replicated) for s in start.running] == [(0, 7, 7)]
+    assert start.newcomers == (1,)
+    for rank, replicated in ((0, 7), (1, 0)):
+        scheduler = Scheduler(num_ranks=2, rows=3, positions=60, replicated=True, max_prefill_tokens=100)
+        start.fill(scheduler, rank=rank)
+        assert [s.replicated for s in scheduler.running] == [replicated]
 
 
 def test_what_was_delivered_stays() -> None:
@@ -86,7 +91,7 @@ def test_a_scheduler_survives_the_journey() -> None:
     travelled = Snapshot.from_json(json.loads(json.dumps(snapshot.to_json())))
     assert travelled == snapshot
     other = replace(travelled, member=9)
-    continue_from([travelled, other], replicated=False, delivered=None).fill(after)
+    continue_from([travelled, other], replicated=False, delivered=None).fill(after, rank=0)
     key = ["request", "home", "row", "token_ids", "cached"]
     assert [[getattr(s, k) for k in key] for s in after.running] == [
         [getattr(s, k) for k in key] for s in before.running
