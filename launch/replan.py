@@ -79,9 +79,10 @@ def build_controller(
     """
     from moeplace.placement.cost_model import Calibration
     from moeplace.placement.evaluate import cluster_of, evaluate
-    from moeplace.placement.replacement_review import ReviewSettings
+    from moeplace.placement.replacement_review import DRIFT_TOKENS, ReviewSettings
     from moeplace.placement.replacement_rule import ReplacementRule
     from moeplace.profiling.errors import InputError
+    from moeplace.profiling.sampling import sample_trace
     from moeplace.runtime.controller import Controller, ControllerSettings
     from moeplace.runtime.event_log import EventLog
     from moeplace.runtime.review_process import ReviewProcess
@@ -112,6 +113,7 @@ def build_controller(
     )
     promised = None
     if reference is not None:
+        reference = sample_trace(reference, most_tokens=DRIFT_TOKENS)  # every review takes it along
         judged = evaluate(reference, placement, cluster=cluster, shape=shape, calibration=calibration)
         promised = judged.predicted_seconds
     return Controller(
