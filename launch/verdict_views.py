@@ -132,7 +132,7 @@ def _describe_verdict(verdict: dict[str, Any]) -> str:
     terms = verdict["conditions"]
     note = (
         f"({terms['ranks']} ranks, {terms['batch']} tokens a step, {terms['links']}; judged on {terms['tokens']} "
-        f"tokens in {terms['sequences']} {terms['split']} sequences, fitted to {terms['fitted_tokens']}; "
+        f"tokens in {terms['sequences']} sequences ({terms['split']}), fitted to {terms['fitted_tokens']}; "
         "slots with + hold replicas)"
     )
     cut = sum(option["status"] == "time_limit" for option in verdict["options"])
