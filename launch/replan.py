@@ -19,6 +19,7 @@ _DEFAULTS: dict[str, Any] = {
     "replan_window": 16_384,
     "replan_gain": 0.05,
     "replan_quiet": 500,
+    "replan_stall": 0.0,
     "replan_time_limit": 10.0,
     "replan_horizon": None,
     "replan_max_moves": None,
@@ -42,6 +43,7 @@ def add_replan_arguments(parser: argparse.ArgumentParser) -> None:
     add("replan-window", int, "TOKENS", "recent tokens to look at")
     add("replan-gain", float, "X", "least share of a step's predicted time that must be to gain")
     add("replan-quiet", int, "STEPS", "steps after a change in which nothing is decided")
+    add("replan-stall", float, "S", "seconds that a change costs the service beside its transfers")
     add("replan-time-limit", float, "S", "seconds of a search, which runs in its own process")
     add("replan-horizon", int, "STEPS", "steps for which routing stays as it is (default: unknown; move when staying "
         "has cost as much as moving)")  # fmt: skip
@@ -79,9 +81,10 @@ def build_controller(
     """
     from moeplace.placement.cost_model import Calibration
     from moeplace.placement.evaluate import cluster_of, evaluate
-    from moeplace.placement.replacement_review import ReviewSettings
+    from moeplace.placement.replacement_review import DRIFT_TOKENS, ReviewSettings
     from moeplace.placement.replacement_rule import ReplacementRule
     from moeplace.profiling.errors import InputError
+    from moeplace.profiling.sampling import sample_trace
     from moeplace.runtime.controller import Controller, ControllerSettings
     from moeplace.runtime.event_log import EventLog
     from moeplace.runtime.review_process import ReviewProcess
@@ -101,7 +104,7 @@ def build_controller(
         every_steps=every,
         least_tokens=max(window // 8, 1),
         review=ReviewSettings(
-            rule=ReplacementRule(_value(args, "replan_gain"), _value(args, "replan_quiet")),
+            rule=ReplacementRule(*(_value(args, f"replan_{name}") for name in ("gain", "quiet", "stall"))),
             shape=shape,
             calibration=calibration,
             time_limit=_value(args, "replan_time_limit"),
@@ -112,6 +115,7 @@ def build_controller(
     )
     promised = None
     if reference is not None:
+        reference = sample_trace(reference, most_tokens=DRIFT_TOKENS)  # every review takes it along
         judged = evaluate(reference, placement, cluster=cluster, shape=shape, calibration=calibration)
         promised = judged.predicted_seconds
     return Controller(

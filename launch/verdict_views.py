@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _SHARES = {"verdict": 0.5, "curve": 0.3, "carry_over": 0.2}
 """Of the time limit; what is not asked for leaves its share unused."""
+MOST_FITTED = 1 << 17
+"""Tokens to fit to; longer traces are sampled by whole sequences."""
 
 
 def add_verdict_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +62,7 @@ def judge_trace(
     from moeplace.placement.learning_curve import learning_curve
     from moeplace.placement.verdict import Terms, judge
     from moeplace.profiling.errors import InputError
+    from moeplace.profiling.sampling import sample_trace
 
     if not 0 < args.tolerance < 100:
         raise InputError(f"--tolerance ({args.tolerance:g}) must lie between 0 and 100 per cent")
@@ -82,20 +85,20 @@ def judge_trace(
         }
 
     sides = split_sides(trace, "train")
-    held_out = HeldOut(sides.test, seed=args.seed)
-    verdict = judge(sides.train, held_out, terms, **part("verdict"))
-    document = {"verdict": _verdict(verdict, held_out, sides.name, args, terms)}
+    train, held_out = sample_trace(sides.train, most_tokens=MOST_FITTED), HeldOut(sides.test, seed=args.seed)
+    verdict = judge(train, held_out, terms, **part("verdict"))
+    document = {"verdict": _verdict(verdict, train, held_out, sides.name, args, terms)}
     mode = verdict.chosen.mode
     if "curve" in wanted:
         tolerance = args.tolerance / 100
-        curve = learning_curve(sides.train, held_out, terms, mode=mode, tolerance=tolerance, **part("curve"))
+        curve = learning_curve(train, held_out, terms, mode=mode, tolerance=tolerance, **part("curve"))
         document["curve"] = _curve(curve, mode)
     if other is not None:
         new = split_sides(other, "train")
         judges = HeldOut(new.test, seed=args.seed)
-        document["carry_over"] = _carry_over(
-            carry_over(sides.train, new.train, judges, terms, mode=mode, **part("carry_over"))
-        )
+        new_train = sample_trace(new.train, most_tokens=MOST_FITTED)
+        carried = carry_over(train, new_train, judges, terms, mode=mode, **part("carry_over"))
+        document["carry_over"] = _carry_over(carried)
     return document
 
 
@@ -128,8 +131,9 @@ def _describe_verdict(verdict: dict[str, Any]) -> str:
               "ranks/token", "imbalance"]  # fmt: skip
     terms = verdict["conditions"]
     note = (
-        f"({terms['ranks']} ranks, {terms['batch']} tokens a step; judged on {terms['tokens']} tokens in "
-        f"{terms['sequences']} {terms['split']} sequences, {terms['links']}; slots with + hold replicas)"
+        f"({terms['ranks']} ranks, {terms['batch']} tokens a step, {terms['links']}; judged on {terms['tokens']} "
+        f"tokens in {terms['sequences']} sequences ({terms['split']}), fitted to {terms['fitted_tokens']}; "
+        "slots with + hold replicas)"
     )
     cut = sum(option["status"] == "time_limit" for option in verdict["options"])
     if cut:
@@ -151,7 +155,9 @@ def _range(gain: dict[str, float]) -> str:
     return f"{gain['low'] * 100:.2f}..{gain['high'] * 100:.2f}"
 
 
-def _verdict(verdict: "Verdict", held_out: Any, split: str, args: argparse.Namespace, terms: Any) -> dict[str, Any]:
+def _verdict(
+    verdict: "Verdict", train: "RoutingTrace", held_out: Any, split: str, args: argparse.Namespace, terms: Any
+) -> dict[str, Any]:
     return {
         "sentence": verdict.sentence,
         "is_worth_it": verdict.is_worth_it,
@@ -164,6 +170,7 @@ def _verdict(verdict: "Verdict", held_out: Any, split: str, args: argparse.Names
             "ranks": terms.cluster.num_ranks,
             "nodes": terms.cluster.num_nodes,
             "batch": args.batch,
+            "fitted_tokens": train.num_tokens,
             "tokens": held_out.trace.num_tokens,
             "sequences": held_out.num_sequences,
             "split": split,

@@ -14,6 +14,7 @@ from moeplace.placement.evaluate import Evaluation
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.profiling.errors import InputError
+from moeplace.profiling.sampling import sample_trace, sequence_rows
 from moeplace.profiling.trace import RoutingTrace
 
 SAMPLES = 32
@@ -45,6 +46,7 @@ class HeldOut:
 
     Attributes:
         trace: the tokens.
+        num_sequences: of them.
     """
 
     def __init__(
@@ -62,24 +64,12 @@ class HeldOut:
         """
         if not trace.num_tokens:
             raise InputError("there are no held-out tokens to judge by")
-        rows = sequence_rows(trace)
-        lengths = np.array([len(part) for part in rows])
-        kept = np.unique((np.arange(0, len(rows), max(lengths.sum() / most_tokens, 1.0))).astype(np.int64))
-        self._rows = [rows[index] for index in kept]
-        self.trace = trace.select(np.concatenate(self._rows))
+        self.trace = sample_trace(trace, most_tokens=most_tokens)
+        rows = sequence_rows(self.trace)
+        self.num_sequences = len(rows)
         rng = np.random.default_rng(seed)
-        self._draws = [rng.integers(0, len(self._rows), len(self._rows)) for _ in range(samples)]
-        self._samples = [trace.select(np.concatenate([self._rows[i] for i in draw])) for draw in self._draws]
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that judge."""
-        return len(self._rows)
-
-    @property
-    def num_replays(self) -> int:
-        """Replays that judging one placement takes."""
-        return 1 + len(self._samples)
+        draws = [rng.integers(0, len(rows), len(rows)) for _ in range(samples)]
+        self._samples = [self.trace.select(np.concatenate([rows[i] for i in draw])) for draw in draws]
 
     def evaluate(self, problem: Problem, placement: Placement) -> Evaluation:
         """What the placement costs on the tokens."""
@@ -106,12 +96,3 @@ def interval(values: np.ndarray) -> Gain:
     """A figure and its interval, from its value on the tokens and on every sample."""
     spread = _DEVIATIONS * float(values[1:].std(ddof=1)) if len(values) > 2 else 0.0
     return Gain(float(values[0]), float(values[0]) - spread, float(values[0]) + spread)
-
-
-def sequence_rows(trace: RoutingTrace) -> list[np.ndarray]:
-    """Tokens of every sequence, in order; a trace without sequence ids is cut into pieces of 128 tokens."""
-    if trace.sequence_ids is None:
-        return np.array_split(np.arange(trace.num_tokens), max(trace.num_tokens // 128, 1))
-    ids_T = np.asarray(trace.sequence_ids)
-    order = np.argsort(ids_T, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(ids_T[order])) + 1)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplace.placement.held_out import Gain, HeldOut, gain, sequence_rows
+from moeplace.placement.held_out import Gain, HeldOut, gain
 from moeplace.placement.placement import Mode
 from moeplace.placement.solve import solve
 from moeplace.placement.verdict import Terms
+from moeplace.profiling.sampling import sequence_rows
 from moeplace.profiling.trace import RoutingTrace
 
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)

@@ -242,7 +242,7 @@ def _sentences(options: list[Option], chosen: Option, baseline: Mode, worth: boo
           "with experts in index order, the best mode without a placement."  # fmt: skip
     wide = next((o for o in options if o.mode == chosen.mode and o.over_plain is not None), None)
     if wide is not None and wide.over_plain is not None:
-        memory = "" if wide.extra_bytes is None else f", {wide.extra_bytes / 2**20:,.0f} MiB more on a rank,"
+        memory = "" if wide.extra_bytes is None else f", {wide.extra_bytes / 2**20:,.4g} MiB more on a rank,"
         use = "are used" if chosen.has_replicas else "are not worth it"
         extra = wide.over_plain
         yield (

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moeplace.profiling.errors import InputError
+from moeplace.profiling.sampling import sequence_rows
 from moeplace.profiling.trace import BASE_MODEL, RoutingTrace, Tag
 
 BASE_NAME = "base"
@@ -50,11 +51,8 @@ def mix(trace: RoutingTrace, shares: Mapping[str, float], *, seed: int) -> Routi
         InputError: the trace has no such tag, or no token of it.
     """
     tag_T, names = _tags(trace, shares)
-    ids_T = np.arange(trace.num_tokens) if trace.sequence_ids is None else np.asarray(trace.sequence_ids)
-    order = np.argsort(ids_T, kind="stable")
-    starts = np.flatnonzero(np.diff(ids_T[order], prepend=ids_T[order[:1]] - 1))
-    rows = np.split(order, starts[1:])
-    first_tag = tag_T[order[starts]]
+    rows = sequence_rows(trace)
+    first_tag = np.array([tag_T[part[0]] for part in rows])
     rng = np.random.default_rng(seed)
     picked: list[np.ndarray] = []
     for name, share in shares.items():
@@ -64,10 +62,12 @@ def mix(trace: RoutingTrace, shares: Mapping[str, float], *, seed: int) -> Routi
             raise InputError(f"the mix asks for {name!r}, of which the trace has no token")
         picked += _draw([rows[index] for index in own], wanted, rng)
     lengths = [len(part) for part in picked]
-    parity = np.array([ids_T[part[0]] % 2 for part in picked])
+    ids_T = trace.sequence_ids
+    parity = np.array([0 if ids_T is None else ids_T[part[0]] % 2 for part in picked])
     numbers = 2 * np.arange(len(picked)) + parity
     mixed = trace.select(np.concatenate(picked))
-    return mixed.replace(sequence_ids=np.repeat(numbers, lengths), validate=False)
+    sequence_ids = None if ids_T is None else np.repeat(numbers, lengths)
+    return mixed.replace(sequence_ids=sequence_ids, validate=False)
 
 
 def _draw(sequences: list[np.ndarray], wanted: int, rng: np.random.Generator) -> list[np.ndarray]:

@@ -1,8 +1,9 @@
 """Records the routing of a Hugging Face MoE model: a forward hook on every router. The one profiling module with torch.
 
 The router modules of OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3 and GPT-OSS return the tuple
-(logits (T, E), weights (T, K), ids (T, K)). A hook keeps references only; ids and weights are copied once per forward
-pass and appended to the trace file in pieces, so memory does not grow with the corpus.
+(logits (T, E), weights (T, K), ids (T, K)). A hook keeps references only; after a pass, ids and weights are put into
+one narrow array each, where they are. Copying them to the host, sorting, checking and writing wait until many tokens
+have gathered, so a pass on a GPU is never waited for, and memory does not grow with the corpus.
 
 Shape letters: T tokens of a pass, L MoE layers, E experts per layer, K top-k, D hidden size.
 """
@@ -27,6 +28,18 @@ from moeplace.profiling.trace_file import TraceWriter
 _ROUTER_NAMES = ("gate", "router")
 _PIECE_TOKENS = 1 << 14  # appended to the file at once
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+class _Pass(NamedTuple):
+    """What is kept of a forward pass until it is written."""
+
+    ids: torch.Tensor  # (T, L, K) int16 or int32, padding included, on the model's device
+    weights: torch.Tensor  # (T, L, K), in the model's number type
+    keep: torch.Tensor | None  # (T,) bool, False for padding; None = all
+    rows: np.ndarray  # (B,) sequence of each row of the batch
+    length: int  # tokens of a row
+    cached: int  # tokens of a row that came before
+    workload: int
 
 
 class Router(NamedTuple):
@@ -107,7 +120,9 @@ class Recorder:
         self._rows_B = np.zeros(0, dtype=np.int64)
         self._next_sequence = 0
         self._writer: TraceWriter | None = None
-        self._pending: list[dict[str, np.ndarray]] = []
+        self._pending: list[_Pass] = []
+        self._pending_tokens = 0
+        self._id_dtype = torch.int16 if max(r.num_experts for r in self._routers) < 2**15 else torch.int32
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -135,7 +150,8 @@ class Recorder:
     @property
     def num_tokens(self) -> int:
         """Tokens recorded so far."""
-        return (self._writer.num_tokens if self._writer else 0) + self._pending_tokens
+        waiting = sum(len(p.ids) if p.keep is None else int(p.keep.sum()) for p in self._pending)
+        return (self._writer.num_tokens if self._writer else 0) + waiting
 
     @property
     def gate_accuracy(self) -> GateAccuracy | None:
@@ -184,62 +200,53 @@ class Recorder:
         if tokens is None or len(self._outputs) != len(self._routers):
             raise InputError("a forward pass was recorded in part: it must have input_ids and run every MoE layer")
         rows, length = tokens.shape[:2]
-        keep_T = self._kept(kwargs.get("attention_mask"), rows, length)
         if self._cached == 0 or rows != len(self._rows_B):
             self._rows_B = self._next_sequence + np.arange(rows)
             self._next_sequence += rows
-        sequences_T = np.repeat(self._rows_B, length)[keep_T]
-        positions_T = np.tile(self._cached + np.arange(length), rows)[keep_T]
-        self._append(keep_T, sequences_T, positions_T, is_decode=self._cached > 0)
-
-    def _kept(self, mask: Any, rows: int, length: int) -> np.ndarray:
-        """(T,) bool, False for padding."""
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-            return np.ones(rows * length, dtype=bool)
-        return mask[:, -length:].reshape(-1).bool().cpu().numpy()
-
-    def _append(self, keep_T: np.ndarray, sequences_T: np.ndarray, positions_T: np.ndarray, *, is_decode: bool) -> None:
+        keep = _kept(kwargs.get("attention_mask"), length)
         layers = range(len(self._routers))
-        ids_TLK = torch.stack([self._outputs[i][0] for i in layers], dim=1).to(torch.int32).cpu().numpy()
+        ids = torch.stack([self._outputs[i][0].to(self._id_dtype) for i in layers], dim=1)
         weights = torch.stack([self._outputs[i][1] for i in layers], dim=1)
-        weights_TLK = weights.to(torch.float32).cpu().numpy()
-        if self._measure_gates:
-            self._count_gates(keep_T, ids_TLK)
         self._outputs.clear()
-        if not keep_T.all():
-            ids_TLK, weights_TLK = ids_TLK[keep_T], weights_TLK[keep_T]
-        ids_TLK, weights_TLK = sort_by_weight(ids_TLK, weights_TLK)
-        tokens = len(ids_TLK)
-        piece = {
-            "topk_ids": ids_TLK,
-            "topk_weights": weights_TLK,
-            "sequence_ids": sequences_T,
-            "positions": positions_T,
-            "is_decode": np.full(tokens, is_decode),
-        }
-        if self._workload_names:
-            piece["workload"] = np.full(tokens, self.workload)
-        self._pending.append(piece)
+        if self._measure_gates:
+            self._count_gates(keep, ids)
+        self._pending.append(_Pass(ids, weights, keep, self._rows_B, length, self._cached, self.workload))
+        self._pending_tokens += len(ids)
         if self._pending_tokens >= _PIECE_TOKENS:
             self._flush()
 
-    @property
-    def _pending_tokens(self) -> int:
-        return sum(len(piece["topk_ids"]) for piece in self._pending)
-
     def _flush(self) -> None:
-        """Move what is held in memory to the file; in large pieces, because each has a fixed cost."""
-        arrays = {name: np.concatenate([piece[name] for piece in self._pending]) for name in self._pending[0]}
-        self._pending.clear()
-        self._open(arrays["topk_ids"].shape[2]).append(arrays.pop("topk_ids"), **arrays)
+        """Move what waits to the file; in large pieces, because each has a fixed cost."""
+        passes, self._pending, self._pending_tokens = self._pending, [], 0
+        ids_TLK = torch.cat([p.ids for p in passes]).cpu().numpy()
+        weights_TLK = torch.cat([p.weights for p in passes]).to(torch.float32).cpu().numpy()
+        ids_TLK, weights_TLK = sort_by_weight(ids_TLK, weights_TLK)
+        lengths = [len(p.ids) for p in passes]
+        arrays = {
+            "topk_weights": weights_TLK,
+            "sequence_ids": np.concatenate([np.repeat(p.rows, p.length) for p in passes]),
+            "positions": np.concatenate([np.tile(p.cached + np.arange(p.length), len(p.rows)) for p in passes]),
+            "is_decode": np.repeat([p.cached > 0 for p in passes], lengths),
+        }
+        if self._workload_names:
+            arrays["workload"] = np.repeat([p.workload for p in passes], lengths)
+        if any(p.keep is not None for p in passes):
+            keep_T = np.concatenate(
+                [np.ones(len(p.ids), bool) if p.keep is None else p.keep.cpu().numpy() for p in passes]
+            )
+            ids_TLK, arrays = ids_TLK[keep_T], {name: array[keep_T] for name, array in arrays.items()}
+        if len(ids_TLK):
+            self._open(ids_TLK.shape[2]).append(ids_TLK, **arrays)
 
-    def _count_gates(self, keep_T: np.ndarray, ids_TLK: np.ndarray) -> None:
+    def _count_gates(self, keep: torch.Tensor | None, ids: torch.Tensor) -> None:
         if self._gates is None:
             experts = min(router.num_experts for router in self._routers)
             layer_ids = [router.layer_id for router in self._routers]
-            self._gates = GateAccuracy(layer_ids, top_k=ids_TLK.shape[2], num_experts=experts)
-        for index, (ids, scores) in self._predictions.items():
-            chosen_TK = ids.cpu().numpy()[keep_T]
+            self._gates = GateAccuracy(layer_ids, top_k=ids.shape[2], num_experts=experts)
+        keep_T = slice(None) if keep is None else keep.cpu().numpy()
+        ids_TLK = ids.cpu().numpy()
+        for index, (chosen, scores) in self._predictions.items():
+            chosen_TK = chosen.cpu().numpy()[keep_T]
             self._gates.add(index - 1, ids_TLK[keep_T, index], chosen_TK, scores.float().cpu().numpy()[keep_T])
         self._predictions.clear()
 
@@ -257,6 +264,13 @@ class Recorder:
                 workload_names=self._workload_names,
             ).__enter__()
         return self._writer
+
+
+def _kept(mask: Any, length: int) -> torch.Tensor | None:
+    """(T,) bool, False for padding, where the mask is; None where there is no mask."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None
+    return mask[:, -length:].reshape(-1).to(torch.bool, copy=True)
 
 
 def sort_by_weight(ids_TLK: np.ndarray, weights_TLK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

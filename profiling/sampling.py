@@ -45,6 +45,28 @@ class SequenceSample:
         return SequenceSample(self.ids[:stop], self.starts[:kept], self.experts_per_layer, False)
 
 
+def sequence_rows(trace: RoutingTrace) -> list[np.ndarray]:
+    """Tokens of every sequence, in order; a trace without sequence ids is cut into pieces of 128 tokens."""
+    if trace.sequence_ids is None:
+        return np.array_split(np.arange(trace.num_tokens), max(trace.num_tokens // 128, 1))
+    ids_T = np.asarray(trace.sequence_ids)
+    order = np.argsort(ids_T, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(ids_T[order])) + 1)
+
+
+def sample_trace(trace: RoutingTrace, *, most_tokens: int) -> RoutingTrace:
+    """About `most_tokens` at most, as whole sequences spread evenly over the trace; one sequence in any case.
+
+    Both sides of the split by sequence keep their share: neighbours of even and odd number are taken together.
+    """
+    if trace.num_tokens <= most_tokens:
+        return trace
+    rows = sequence_rows(trace)
+    pairs = (len(rows) + 1) // 2
+    kept = np.unique(np.arange(0, pairs, trace.num_tokens / most_tokens).astype(np.int64))
+    return trace.select(np.concatenate([rows[i] for pair in kept for i in (2 * pair, 2 * pair + 1) if i < len(rows)]))
+
+
 def sample_sequences(trace: RoutingTrace, *, most_tokens: int) -> SequenceSample:
     """Sequences spread evenly over the trace, up to `most_tokens`; a trace without sequence ids is one sequence."""
     tokens = trace.num_tokens

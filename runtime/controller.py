@@ -133,7 +133,6 @@ class Controller:
             sentence = f"the window has {routing.num_tokens} tokens, fewer than {least}: nothing is decided on them"
             self.log.add("window-too-small", sentence, step=step, tokens=routing.num_tokens)
             return
-        self._routing, self.state = routing, "reviewing"
         task = ReviewTask(
             self.placement,
             routing,
@@ -144,7 +143,12 @@ class Controller:
             self._reference,
             self._candidate,
         )
-        self._runner.start(task)
+        try:
+            self._runner.start(task)
+        except OSError as error:  # no process, no memory, no disk: the service has what it needs
+            self._note_failure(step, f"the review could not be started: {error}")
+            return
+        self._routing, self.state = routing, "reviewing"
         self.log.add("review-started", f"reviewing {routing.num_tokens} tokens", step=step, tokens=routing.num_tokens)
 
     def poll(self, step: int) -> Change | None:
@@ -156,8 +160,7 @@ class Controller:
             return None
         self.state = "watching"
         if isinstance(outcome, ReviewFailure):
-            self._failures += 1
-            self.log.add("review-failed", outcome.sentence, step=step, failures=self._failures)
+            self._note_failure(step, outcome.sentence)
             return None
         return self._take(step, outcome)
 
@@ -189,6 +192,10 @@ class Controller:
     def close(self) -> None:
         """End a review under way."""
         self._runner.cancel()
+
+    def _note_failure(self, step: int, sentence: str) -> None:
+        self._failures += 1
+        self.log.add("review-failed", sentence, step=step, failures=self._failures)
 
     def _take(self, step: int, review: Review) -> Change | None:
         self._history, self._reference, self._candidate = review.history, review.reference, review.candidate

@@ -129,9 +129,15 @@ class LoadWindow:
         self._count()
         return self._load
 
-    def record(self, layer: int, ids: np.ndarray, token: np.ndarray) -> None:
-        """Add the ids (T, K), -1 = none, of tokens (T,) of the pass, routed in `layer`. Arrays are kept, not copied."""
-        if self.recent is not None:
+    def record(self, layer: int, ids: np.ndarray, token: np.ndarray | None = None) -> None:
+        """Add the ids (T, K), -1 = none, of tokens routed in `layer`. Arrays are kept, not copied.
+
+        Args:
+            layer: MoE layer.
+            ids: expert ids.
+            token: (T,) number of each token in the pass's batch; needed where rows are kept.
+        """
+        if self.recent is not None and token is not None:
             self.recent.record(layer, ids, token)
         self._pending.append((layer, ids))
         if len(self._pending) >= _PENDING_RECORDS:

@@ -86,7 +86,8 @@ class MoeRuntime:
         """Serving slots (M, K) and gate weights (M, K) of this rank's tokens; absent experts weigh nothing."""
         ids, weights = block.route(hidden, token)
         if self.window is not None:
-            self.window.record(layer, ids.cpu().numpy(), token.cpu().numpy())
+            names = None if self.window.recent is None else token.cpu().numpy()  # on a GPU a copy waits for the layer
+            self.window.record(layer, ids.cpu().numpy(), names)
         return choose_slots(self.tables, layer, ids, near=self.tables.rank, rotation=token), weights
 
 

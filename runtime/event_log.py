@@ -1,10 +1,12 @@
 """EventLog: what a service decided and did, as JSON lines and in memory."""
 
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +14,8 @@ from typing import Any, Self, TextIO
 
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import require_file, require_folder_of
+
+logger = logging.getLogger(__name__)
 
 _START = '{"time": '
 """With which every line begins, also one that was cut off."""
@@ -67,14 +71,22 @@ class EventLog:
         event = Event(self._clock(), step, kind, sentence, clean)
         self.events.append(event)
         if self._file is not None:
-            self._file.write(json.dumps(asdict(event), allow_nan=False) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(asdict(event), allow_nan=False) + "\n")
+                self._file.flush()
+            except OSError as error:  # a full disk must not end a service
+                logger.warning("events are kept in memory only from now on: %s", error)
+                self._drop_file()
         return event
 
     def close(self) -> None:
         """Close the file; `events` stays."""
+        self._drop_file()
+
+    def _drop_file(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what could not be written before cannot be now
+                self._file.close()
             self._file = None
 
     def __enter__(self) -> Self:

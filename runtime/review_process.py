@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import IO, Protocol
 
@@ -86,8 +86,8 @@ class ReviewProcess:
         """See `ReviewRunner`."""
         assert self._running is None, "a review is under way"
         limit = 3 * task.settings.time_limit + GRACE if self.timeout is None else self.timeout
-        result, words = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
-        with tempfile.TemporaryFile() as content:
+        with ExitStack() as opened, tempfile.TemporaryFile() as content:
+            result, words = (opened.enter_context(tempfile.TemporaryFile()) for _ in range(2))
             pickle.dump(task, content)  # to our own process, through a file that has no name
             content.seek(0)
             files = (content.fileno(), result.fileno())
@@ -100,6 +100,7 @@ class ReviewProcess:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
+            opened.pop_all()  # open until the process has ended
         self._running = _Running(process, self._clock() + limit, result, words)
 
     def poll(self) -> Outcome | None:

