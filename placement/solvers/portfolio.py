@@ -163,11 +163,12 @@ def round_efforts(problem: Problem, seconds: float) -> list[Effort]:
     quick_sweeps = int(np.clip(0.1 * per_layer / (per_sweep + accepted / FULL_SWEEPS), 4, 40))
     quick = Effort(sweeps=quick_sweeps, seconds=full * quick_sweeps / FULL_SWEEPS)
     if (problem.redundant_slots > 0).any():  # copies are searched long and once, after one quick round
-        copying = max(per_layer - full - quick.seconds, 0.3 * per_layer)
-        base = int(np.clip(FULL_SWEEPS * 0.5 * per_layer / full, 4, FULL_SWEEPS))
+        base = int(np.clip(FULL_SWEEPS * 0.15 * per_layer / full, 4, 60))
+        plain = full * base / FULL_SWEEPS
+        copying = max(per_layer - plain - quick.seconds, 0.3 * per_layer) / 1.05
         return [
             replace(quick, copy_seconds=copying / 20),
-            Effort(sweeps=base, copy_seconds=copying, seconds=full * base / FULL_SWEEPS + copying),
+            Effort(sweeps=base, copy_seconds=copying, seconds=plain + copying),
         ]
     rounds = int(per_layer / full)
     if rounds == 0:

@@ -25,6 +25,8 @@ FINAL_SHARE = 0.15
 """Share of the work that only improves."""
 DISMISSED = 0.03
 """Work of a move that a bound dismisses, in evaluations."""
+LEAST_SHARE = 0.15
+"""Share of an expert's tokens that its first slot gets at least when its second one goes."""
 SLACK = 0.05
 """Share of two experts' load that replicated ones may shift when the two change places."""
 
@@ -218,23 +220,21 @@ def _count_row(row_W):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _traffic(  # type: ignore[no-untyped-def]
     slots_S, start_R, node_start_N, node_R, mask_E, copies_E, bits_EW, prefer_RRP, size_E, row_R, rows_BW, size_B,
-    node_row_N, node_rows_BW, node_size_B, weight, open_JW, far_JW, twice_RW, free_CW, place_E, load_R,
+    node_row_N, node_rows_BW, node_size_B, weight, open_JW, far_JW, twice_RW, free_CW, place_E,
 ):  # fmt: skip
-    """sum d + weight * sum dn of the present state by the formula of the module; writes `load_R`."""
+    """sum d + weight * sum dn of the present state by the formula of the module; sets its tables for `_loads`."""
     num_ranks, words = len(start_R) - 1, rows_BW.shape[1]
     one = np.uint64(1)
     total = 0.0
     several = 0
     for r in range(num_ranks):
         total += size_B[row_R[r]]
-        load_R[r] = 0.0
         for s in range(start_R[r], start_R[r + 1]):
             e = slots_S[s]
             if e < 0:
                 continue
             if copies_E[e] == 1:
                 place_E[e] = -1
-                load_R[r] += size_E[e]
             elif mask_E[e] & ((one << np.uint64(r)) - one) == np.uint64(0):  # its first slot
                 place_E[e] = several
                 total += _open(e, mask_E[e], row_R, rows_BW, bits_EW, open_JW[several])
@@ -243,17 +243,16 @@ def _traffic(  # type: ignore[no-untyped-def]
     if weight > 0:
         for n in range(len(node_start_N) - 1):
             total += weight * node_size_B[node_row_N[n]]
-        for s in range(len(slots_S)):
-            e = slots_S[s]
-            if e >= 0 and place_E[e] >= 0:
-                far_W = far_JW[place_E[e]]
-                far_W[:] = open_JW[place_E[e]]
-                for r in range(num_ranks):
-                    if mask_E[e] >> np.uint64(r) & one:
-                        v_W = node_rows_BW[node_row_N[node_R[r]]]
-                        for w in range(words):
-                            far_W[w] &= ~v_W[w]
-                total += weight * _count_row(far_W) / copies_E[e]  # once per slot
+        far_JW[:several] = open_JW[:several]
+        for r in range(num_ranks):
+            v_W = node_rows_BW[node_row_N[node_R[r]]]
+            for s in range(start_R[r], start_R[r + 1]):
+                if slots_S[s] >= 0 and place_E[slots_S[s]] >= 0:
+                    far_W = far_JW[place_E[slots_S[s]]]
+                    for w in range(words):
+                        far_W[w] &= ~v_W[w]
+        for j in range(several):
+            total += weight * _count_row(far_JW[j])
         merged_W[:] = np.uint64(0)
         for n in range(len(node_start_N) - 1):
             if _twice(slots_S, node_start_N[n], node_start_N[n + 1], place_E, far_JW, once_W, free_CW[2]):
@@ -266,6 +265,21 @@ def _traffic(  # type: ignore[no-untyped-def]
             for w in range(words):
                 merged_W[w] |= twice_RW[r, w]
     total -= _count_row(merged_W)
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _loads(  # type: ignore[no-untyped-def]
+    slots_S, start_R, node_R, mask_E, bits_EW, prefer_RRP, size_E, row_R, rows_BW, node_row_N, node_rows_BW, weight,
+    open_JW, twice_RW, free_CW, place_E, load_R,
+):  # fmt: skip
+    """Write the load of every rank in the state that `_traffic` saw last."""
+    num_ranks, one = len(start_R) - 1, np.uint64(1)
+    load_R[:] = 0.0
+    for r in range(num_ranks):
+        for s in range(start_R[r], start_R[r + 1]):
+            if slots_S[s] >= 0 and place_E[slots_S[s]] < 0:
+                load_R[r] += size_E[slots_S[s]]
     holders, served_C = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
     for r in range(num_ranks):
         for s in range(start_R[r], start_R[r + 1]):
@@ -292,7 +306,6 @@ def _traffic(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
                 for i in range(count):
                     load_R[holders[i]] += served_C[i]
-    return total
 
 
 @njit(cache=True, nogil=True)
@@ -315,6 +328,20 @@ def _count_alone(r, slots_S, start_R, copies_E, bits_EW, once_W, twice_W, alone_
             for w in range(words):
                 total += _ones(t_W[w] & ~twice_W[w])
             alone_E[e] = total
+
+
+@njit(cache=True, nogil=True)
+def _count_open(place_E, open_JW, alone_E):  # type: ignore[no-untyped-def]
+    """Write, for the experts with several slots, the tokens for which they open a rank."""
+    for e in range(len(place_E)):
+        if place_E[e] >= 0:
+            alone_E[e] = _count_row(open_JW[place_E[e]])
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _lowest(mask):  # type: ignore[no-untyped-def]
+    """Number of the lowest bit set."""
+    return np.int64(_ones((mask & (~mask + np.uint64(1))) - np.uint64(1)))
 
 
 @njit(cache=True, nogil=True)
@@ -397,11 +424,16 @@ def anneal_bits(  # type: ignore[no-untyped-def]
     load_R, trial_R = np.zeros(num_ranks), np.zeros(num_ranks)
     cost = _traffic(
         slots_S, start_R, node_start_N, node_R, mask_E, copies_E, bits_EW, prefer_RRP, size_E, row_R, rows_BW, size_B,
-        node_row_N, node_rows_BW, node_size_B, weight, open_JW, far_JW, twice_RW, free_CW, place_E, load_R,
+        node_row_N, node_rows_BW, node_size_B, weight, open_JW, far_JW, twice_RW, free_CW, place_E,
+    )  # fmt: skip
+    _loads(
+        slots_S, start_R, node_R, mask_E, bits_EW, prefer_RRP, size_E, row_R, rows_BW, node_row_N, node_rows_BW,
+        weight, open_JW, twice_RW, free_CW, place_E, load_R,
     )  # fmt: skip
     alone_E, once_W, twice_W = np.zeros(num_experts, np.int64), np.zeros(words, np.uint64), np.zeros(words, np.uint64)
     for r in range(num_ranks):
         _count_alone(r, slots_S, start_R, copies_E, bits_EW, once_W, twice_W, alone_E)
+    _count_open(place_E, open_JW, alone_E)
     hedged = risk_EE.any()
     risk_R, new_risk_R = np.zeros(num_ranks), np.zeros(num_ranks)
     risk = 0.0
@@ -447,19 +479,33 @@ def anneal_bits(  # type: ignore[no-untyped-def]
             bit_h = one << np.uint64(h)
             if g == h or mask_E[a] & bit_h != zero or (b >= 0 and mask_E[b] & bit_g != zero) or a == b:
                 continue
+            if (copies_E[a] > 1 or (b >= 0 and copies_E[b] > 1)) and random_below(state, 2):
+                continue  # no bound dismisses most of these, and few are taken
             risky = bit_g | bit_h
         allowed = -1e-9
         if not last:
             draw = float(next_random(state) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
             allowed = -temperature * np.log(max(draw, 1e-300))
-        if not repoint and copies_E[a] == 1 and b >= 0 and copies_E[b] == 1:
-            least = -alone_E[a] - alone_E[b]
-            least += _newly(a, b, h, slots_S, start_R, together_EE) + _newly(b, a, g, slots_S, start_R, together_EE)
-            shift, slack = size_E[b] - size_E[a], SLACK * (size_E[a] + size_E[b])
+        least = -(1.0 + weight) * alone_E[b] if b >= 0 else 0.0
+        if repoint:
+            if copies_E[a] == 2:
+                other = _lowest(mask_E[a] & ~bit_g)
+                least += max(_newly(a, -1, other, slots_S, start_R, together_EE) - alone_E[a], 0)
+                least += price * (max(load_R[other] + LEAST_SHARE * size_E[a] - limit_R[other], 0.0) - over)
+        else:
+            least -= (1.0 + weight) * alone_E[a]
+            shift, slack = -size_E[a] / copies_E[a], (SLACK if copies_E[a] == 1 else 0.5) * size_E[a] / copies_E[a]
+            if copies_E[a] == 1:
+                least += _newly(a, b, h, slots_S, start_R, together_EE)
+            if b >= 0:
+                shift += size_E[b] / copies_E[b]
+                slack += (SLACK if copies_E[b] == 1 else 0.5) * size_E[b] / copies_E[b]
+                if copies_E[b] == 1:
+                    least += _newly(b, a, g, slots_S, start_R, together_EE)
             least += price * (max(load_R[g] + shift - slack - limit_R[g], 0.0) - max(load_R[g] - limit_R[g], 0.0))
             least += price * (max(load_R[h] - shift - slack - limit_R[h], 0.0) - max(load_R[h] - limit_R[h], 0.0))
-            if least > allowed:
-                continue
+        if least > allowed:
+            continue
         done += 1.0 - DISMISSED
         old_a, old_b = mask_E[a], mask_E[b] if b >= 0 else zero
         slots_S[x] = b
@@ -503,25 +549,31 @@ def anneal_bits(  # type: ignore[no-untyped-def]
             node_size_B[node_row_N[n]] = _count_row(node_W)
         new_cost = _traffic(
             slots_S, start_R, node_start_N, node_R, mask_E, copies_E, bits_EW, prefer_RRP, size_E, row_R, rows_BW,
-            size_B, node_row_N, node_rows_BW, node_size_B, weight, open_JW, far_JW, twice_RW, free_CW, place_E, trial_R,
+            size_B, node_row_N, node_rows_BW, node_size_B, weight, open_JW, far_JW, twice_RW, free_CW, place_E,
         )  # fmt: skip
-        new_over = 0.0
-        for r in range(num_ranks):
-            new_over += max(trial_R[r] - limit_R[r], 0.0)
-        new_risk = risk
+        new_risk, new_over = risk, 0.0
         if hedged:
             for r in range(num_ranks):
                 new_risk_R[r] = risk_R[r]
                 if risky >> np.uint64(r) & one:
                     new_risk_R[r] = _rank_risk(start_R[r], start_R[r + 1], slots_S, copies_E, risk_EE)
                     new_risk += new_risk_R[r] ** 2 - risk_R[r] ** 2
-        delta = new_cost - cost + new_risk - risk + price * (new_over - over)
+        delta = new_cost - cost + new_risk - risk - price * over
+        if delta <= allowed:  # even if it ended all overload it would not be taken otherwise
+            _loads(
+                slots_S, start_R, node_R, mask_E, bits_EW, prefer_RRP, size_E, row_R, rows_BW, node_row_N,
+                node_rows_BW, weight, open_JW, twice_RW, free_CW, place_E, trial_R,
+            )  # fmt: skip
+            for r in range(num_ranks):
+                new_over += max(trial_R[r] - limit_R[r], 0.0)
+            delta += price * new_over
         if delta <= allowed:
             cost, risk, over = new_cost, new_risk, new_over
             load_R[:] = trial_R
             risk_R[:] = new_risk_R
             for i in range(count):
                 _count_alone(touched[i], slots_S, start_R, copies_E, bits_EW, once_W, twice_W, alone_E)
+            _count_open(place_E, open_JW, alone_E)
             if over <= 0.0 and cost + risk < best_cost:
                 best_cost = cost + risk
                 best_S[:] = slots_S
