@@ -1,25 +1,47 @@
 """Replica choice: which rank serves each expert of a token, when experts have several slots.
 
 The rule, per token and layer, for its set of experts, a rank `near` where the token now is (-1 = unknown) and a
-rotation number (any number that varies over tokens, so that ties spread evenly):
+rotation number (any number that varies over tokens, so that ties spread evenly). The rotation number picks an order of
+the ranks from the table of `preference_orders`, in which every rank comes before every other equally often:
 
 1. An expert with a single slot is served there. A = the ranks in use so far.
-2. A replicated expert held by a rank of A is served by such a rank: `near` if it is one, else the first in rotated
-   order (the least `(rank - rotation) mod R`). A token is sent to a rank once, so this costs no traffic.
+2. A replicated expert held by a rank of A is served by such a rank: `near` if it is one, else the first in that order.
+   A token is sent to a rank once, so this costs no traffic.
 3. While experts remain, the rank that holds most of them joins A and serves them. Ties go to `near`, then to a rank
-   whose node is near's or already in use, then to the first in rotated order.
+   whose node is near's or already in use, then to the first in the order.
 
 It is stateless, so that every rank can apply it to its own tokens without talking to others: the greedy cover of the
 token's set by ranks (nearest first), spread evenly where cover leaves a choice.
 
-Shape letters: T tokens, E experts, K top-k, R ranks.
+Shape letters: T tokens, E experts, K top-k, R ranks, P orders of ranks.
 """
+
+from functools import lru_cache
 
 import numpy as np
 from numba import njit
 
+NUM_ORDERS = 4096
+"""P: rotation numbers count modulo P."""
 
-@njit(cache=True, nogil=True)
+
+@lru_cache(maxsize=16)
+def preference_orders(num_ranks: int) -> np.ndarray:
+    """(P, R) int16, read-only: the ranks in the order that each rotation number prefers them in.
+
+    Even rows are shuffles by a fixed hash (the finaliser of MurmurHash3, so that every machine has the same table);
+    each odd row is the reverse of the row before: of two ranks each is preferred exactly half of the time.
+    """
+    key_PR = np.arange(NUM_ORDERS // 2 * num_ranks, dtype=np.uint64).reshape(-1, num_ranks) + np.uint64(1)
+    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        key_PR = (key_PR ^ (key_PR >> np.uint64(33))) * np.uint64(multiplier)
+    key_PR ^= key_PR >> np.uint64(33)
+    shuffled_PR = np.argsort(key_PR, axis=1, kind="stable")
+    orders_PR = np.stack([shuffled_PR, shuffled_PR[:, ::-1]], axis=1).reshape(-1, num_ranks).astype(np.int16)
+    orders_PR.flags.writeable = False
+    return orders_PR
+
+
 def choose_ranks(
     ids_TK: np.ndarray,
     copies_ER: np.ndarray,
@@ -38,6 +60,12 @@ def choose_ranks(
         rotation_T: (T,) non-negative numbers.
         rank_TK: (T, K) integer output.
     """
+    orders_PR = preference_orders(copies_ER.shape[1])
+    _choose_ranks(ids_TK, copies_ER, node_R, near_T, rotation_T, orders_PR, rank_TK)
+
+
+@njit(cache=True, nogil=True)
+def _choose_ranks(ids_TK, copies_ER, node_R, near_T, rotation_T, orders_PR, rank_TK):  # type: ignore[no-untyped-def]
     num_experts, num_ranks = copies_ER.shape
     top_k = ids_TK.shape[1]
     replicas_E = np.zeros(num_experts, np.int64)
@@ -63,7 +91,8 @@ def choose_ranks(
                 else:
                     remaining += 1
         if remaining:
-            _cover(ids_TK[t], copies_ER, node_R, near_T[t], rotation_T[t], rank_TK[t], used_R, node_used_N, remaining)
+            order_R = orders_PR[rotation_T[t] % len(orders_PR)]
+            _cover(ids_TK[t], copies_ER, node_R, near_T[t], order_R, rank_TK[t], used_R, node_used_N, remaining)
         for k in range(top_k):
             r = rank_TK[t, k]
             if r >= 0:
@@ -74,10 +103,8 @@ def choose_ranks(
 
 
 @njit(cache=True, nogil=True)
-def _cover(ids_K, copies_ER, node_R, near, rotation, rank_K, used_R, node_used_N, remaining):  # type: ignore[no-untyped-def]
-    num_ranks = len(used_R)
+def _cover(ids_K, copies_ER, node_R, near, order_R, rank_K, used_R, node_used_N, remaining):  # type: ignore[no-untyped-def]
     top_k = len(ids_K)
-    start = rotation % num_ranks
     for k in range(top_k):  # rule 2
         e = ids_K[k]
         if e < 0 or rank_K[k] >= 0:
@@ -86,8 +113,7 @@ def _cover(ids_K, copies_ER, node_R, near, rotation, rank_K, used_R, node_used_N
             rank_K[k] = near
             remaining -= 1
             continue
-        for i in range(num_ranks):
-            r = (start + i) % num_ranks
+        for r in order_R:
             if used_R[r] and copies_ER[e, r]:
                 rank_K[k] = r
                 remaining -= 1
@@ -96,8 +122,7 @@ def _cover(ids_K, copies_ER, node_R, near, rotation, rank_K, used_R, node_used_N
         node_used_N[node_R[near]] = True
     while remaining > 0:  # rule 3
         best, best_score = -1, -1
-        for i in range(num_ranks):
-            r = (start + i) % num_ranks
+        for r in order_R:
             held = 0
             for k in range(top_k):
                 if ids_K[k] >= 0 and rank_K[k] < 0 and copies_ER[ids_K[k], r]:

@@ -96,11 +96,20 @@ def broken_survival(problem: Problem, placement: Placement) -> str:
     """A sentence if some expert would be lost with `survive` ranks (published models know no such thing), else ""."""
     if not problem.survive:
         return ""
-    too_few = (placement.replica_counts > 0) & (placement.replica_counts <= problem.survive)
-    if not too_few.any():
-        return ""
-    layer, expert = np.argwhere(too_few)[0]
-    return (
-        f"not every expert survives {problem.survive} lost ranks: expert {expert} of MoE layer {layer} has "
-        f"{placement.replica_counts[layer, expert]} slots; the bounds are those without a cap"
+    ranks_LE = placement.replica_counts
+    nodes_LE = sum(
+        placement.copies_LER[:, :, placement.node_of_rank == node].any(axis=2).astype(np.int64)
+        for node in range(placement.num_nodes)
     )
+    for held_LE, wanted, what in (
+        (ranks_LE, problem.survive + 1, "ranks"),
+        (nodes_LE, min(problem.survive + 1, placement.num_nodes), "nodes"),
+    ):
+        too_few = (ranks_LE > 0) & (held_LE < wanted)
+        if too_few.any():
+            layer, expert = np.argwhere(too_few)[0]
+            return (
+                f"not every expert survives {problem.survive} lost ranks: expert {expert} of MoE layer {layer} is on "
+                f"{held_LE[layer, expert]} of {wanted} {what}; the bounds are those without a cap"
+            )
+    return ""

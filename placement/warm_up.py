@@ -19,13 +19,18 @@ def warm_up() -> None:
     trace = RoutingTrace(ids, np.full(2, 8), sequence_ids=np.arange(240) // 20)
     flat = Cluster.uniform(4, slots_per_rank=2)
     nodes = Cluster.uniform(4, slots_per_rank=3, ranks_per_node=2)
-    for tokens, cluster, mode in (
-        (trace, flat, "dispatch-combine"),
-        (trace, nodes, "dispatch-combine"),
-        (trace.primary(), flat, "coherent"),
-        (trace, flat, "allgather"),
+    spare = Cluster.uniform(4, slots_per_rank=4, ranks_per_node=2)
+    for tokens, cluster, mode, survive in (
+        (trace, flat, "dispatch-combine", 0),
+        (trace, nodes, "dispatch-combine", 0),
+        (trace, spare, "dispatch-combine", 1),
+        (trace.primary(), flat, "coherent", 0),
+        (trace.primary(), spare, "coherent", 1),
+        (trace, flat, "allgather", 0),
     ):
-        problem = Problem.from_trace(tokens, cluster, mode=mode, objective="traffic", max_imbalance=1.5)
+        problem = Problem.from_trace(
+            tokens, cluster, mode=mode, objective="traffic", max_imbalance=1.5, survive=survive
+        )
         solve(problem, time_limit=0.2)
 
 

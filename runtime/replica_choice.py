@@ -38,12 +38,12 @@ def _choose_among_replicas(
     slot_TKR = torch.where(ids_TK[..., None] >= 0, tables.slot_on_rank[layer][ids_TK.clamp(min=0)], -1)
     held_TKR = slot_TKR >= 0
     index_R = torch.arange(ranks, device=ids_TK.device)
-    order_TR = (index_R - rotation_T[:, None]) % ranks  # 0 = first in rotated order
+    order_TR = tables.preference[rotation_T % len(tables.preference)]  # 0 = first in the order of the rotation number
     is_near_TR = index_R == near_T[:, None]
     # Rule 1: experts with one slot decide which ranks are in use.
     single_TK = held_TKR.sum(2) == 1
     used_TR = (held_TKR & single_TK[..., None]).any(1)
-    # Rule 2: a replica on a rank in use; near first, then rotated order.
+    # Rule 2: a replica on a rank in use; near first, then by order.
     free_TKR = held_TKR & used_TR[:, None, :]
     preference_TR = torch.where(is_near_TR, -1, order_TR)
     best_TK = torch.where(free_TKR, preference_TR[:, None, :], ranks).argmin(2)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from moeplace.placement.placement import Placement
+from moeplace.placement.replica_choice import preference_orders
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,7 @@ class SlotTables:
         slot_on_rank: (L, E, R) int64, the slot of an expert on a rank, -1 = none.
         replicated: (L,) bool per layer, as Python values: whether some expert of it has several slots.
         node_of_rank: (R,) int64.
+        preference: (P, R) int64, the place of each rank in the order of each rotation number.
         slots_start: first global slot of this rank.
         slots_here: slots per layer of this rank.
     """
@@ -33,6 +35,7 @@ class SlotTables:
     slot_on_rank: torch.Tensor
     replicated: tuple[bool, ...]
     node_of_rank: torch.Tensor
+    preference: torch.Tensor
     slots_start: int
     slots_here: int
 
@@ -54,6 +57,7 @@ class SlotTables:
             slot_on_rank=torch.as_tensor(slot_LER, device=device),
             replicated=tuple(bool((counts > 1).any()) for counts in placement.replica_counts),
             node_of_rank=torch.as_tensor(np.array(placement.node_of_rank), device=device),
+            preference=torch.as_tensor(np.argsort(preference_orders(ranks), axis=1), device=device),
             slots_start=here.start,
             slots_here=here.stop - here.start,
         )

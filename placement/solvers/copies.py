@@ -6,6 +6,7 @@ Shape letters: T tokens, E experts of a layer, R ranks, N nodes, S slots per lay
 import numpy as np
 
 from moeplace.placement.problem import Problem
+from moeplace.placement.replica_choice import preference_orders
 from moeplace.placement.solvers.annealing import seed_state
 from moeplace.placement.solvers.connectivity import LayerNets, layer_nets
 from moeplace.placement.solvers.packing import pack_slots
@@ -53,25 +54,26 @@ class CopySearch:
         self._experts = int(problem.experts_per_layer[layer])
         cluster = problem.cluster
         self._start_R = np.concatenate([[0], np.cumsum(cluster.slots_of_rank)])
-        self._masks_N = node_masks(cluster.node_of_rank)
+        self._masks_N, self._orders_PR = node_masks(cluster.node_of_rank), preference_orders(cluster.num_ranks)
         self._min_copies = problem.survive + 1
         self._min_nodes = min(self._min_copies, cluster.num_nodes)
         self._bits = token_bits(nets.ids_TK, cluster.num_slots, cluster.num_ranks)
 
     def run(
-        self, plain_S: np.ndarray, copies: int, hot: float, seconds: float, rng: np.random.Generator
+        self, plain_S: np.ndarray, hot: float, seconds: float, rng: np.random.Generator
     ) -> tuple[float, np.ndarray]:
-        """(objective with hedge, overload priced; (S,) int32 slot -> expert) with up to `copies` replicas.
+        """(objective with hedge, overload priced; (S,) int32 slot -> expert) with replicas in the empty slots.
 
         Args:
             plain_S: (S,) int32, every expert in one slot, within the cap; the result is never worse.
-            copies: slots that replicas may fill.
-            hot: first temperature in tokens.
+            hot: first temperature, as a share of the mean slot's load.
             seconds: what it should take on an unshared core.
         """
-        if self._problem.survive:
-            return self._surviving(copies, hot, seconds, rng)
         cluster, weight = self._problem.cluster, self._problem.node_weight
+        copies = int(self._problem.redundant_slots[self._layer])
+        hot *= float(self._nets.load_E.sum()) / cluster.num_slots
+        if self._problem.survive:
+            return self._surviving(hot, seconds, rng)
         slots_S = plain_S.copy()
         fill_with_copies(self._nets, slots_S, cluster.rank_of_slot, cluster.node_of_rank, weight, copies)
         work = 0.85 * seconds / self._evaluation_seconds(copies)
@@ -83,14 +85,10 @@ class CopySearch:
         value = self._exact_moves(slots_S, self._nets, 1.0, 0.0, int(0.1 * seconds / TOUCH_SECONDS), rng)
         return min((value, slots_S), (self.value(plain_S), plain_S), key=lambda pair: pair[0])
 
-    def _surviving(self, copies: int, hot: float, seconds: float, rng: np.random.Generator) -> tuple[float, np.ndarray]:
+    def _surviving(self, hot: float, seconds: float, rng: np.random.Generator) -> tuple[float, np.ndarray]:
         """Start where every expert has the copies that survival asks for; the moves keep them."""
-        cluster = self._problem.cluster
         packed_S = pack_slots(self._problem, self._layer)
         slots_S = packed_S.copy()
-        fill_with_copies(
-            self._nets, slots_S, cluster.rank_of_slot, cluster.node_of_rank, self._problem.node_weight, copies
-        )
         # On every third token, where three times as many moves can be tried; then on all.
         thin = layer_nets(self._nets.ids_TK[::3], len(self._nets.load_E))
         touches = seconds / TOUCH_SECONDS
@@ -120,7 +118,7 @@ class CopySearch:
         load_R, cost_T = np.zeros(cluster.num_ranks), np.zeros(len(ids_TK))
         mask_E = expert_masks(slots_S, cluster.rank_of_slot, len(self._nets.load_E))
         cost = replay_layer(
-            ids_TK, mask_E, self._masks_N, cluster.num_ranks, weight, cost_T,
+            ids_TK, mask_E, self._masks_N, self._orders_PR, weight, cost_T,
             np.full(ids_TK.shape, -1, np.int64), load_R,
         )  # fmt: skip
         return float(cost), load_R
@@ -156,7 +154,7 @@ class CopySearch:
         cluster = self._problem.cluster
         anneal_replicas(
             nets.ids_TK, nets.first_E, nets.token_of, self._experts, slots_S, cluster.rank_of_slot, self._masks_N,
-            cluster.num_ranks, self._limit_R / thinned, self._nets.risk_EE / np.sqrt(thinned),
+            self._orders_PR, self._limit_R / thinned, self._nets.risk_EE / np.sqrt(thinned),
             self._problem.node_weight, hot / thinned, 0.04 * hot / thinned, touches, self._min_copies,
             self._min_nodes, self._stop, seed_state(rng),
         )  # fmt: skip

@@ -87,6 +87,9 @@ class LayerSearch:
     def run(self, effort: Effort, rng: np.random.Generator) -> tuple[float, np.ndarray]:
         """One run from the packed start: (penalised objective, (S,) int32 slot -> expert)."""
         rank_S = self._start_S.copy()
+        searchable = effort.copy_seconds > 0 and self._cluster.num_ranks <= MOST_RANKS
+        if self._problem.survive and searchable:  # every expert has copies from the start
+            return self._copy_search().run(to_slots(rank_S, self._experts), effort.hot, effort.copy_seconds, rng)
         cluster, weight = self._cluster, self._problem.node_weight
         hot = effort.hot
         if cluster.num_nodes > 1:
@@ -105,12 +108,14 @@ class LayerSearch:
         if cluster.num_ranks > MOST_RANKS:
             copy_heaviest(slots_S, cluster.rank_of_slot, self._nets.load_E[: self._experts])
             return self.penalised(rank_S), slots_S
+        return self._copy_search().run(slots_S, effort.hot, effort.copy_seconds, rng)
+
+    def _copy_search(self) -> CopySearch:
         if self._copies is None:
             self._copies = CopySearch(
                 self._problem, self._layer, self._nets, self._limit_R, self._full_limit_R, self._stop
             )
-        mean_load = self._nets.load_E.sum() / len(slots_S)
-        return self._copies.run(slots_S, copies, effort.hot * mean_load, effort.copy_seconds, rng)
+        return self._copies
 
     def _nodes_first(self, rank_S: np.ndarray, effort: Effort, rng: np.random.Generator) -> np.ndarray:
         """Experts to nodes, then inside every node to ranks; limits of nodes are the sums of their ranks'."""

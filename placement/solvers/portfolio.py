@@ -38,14 +38,20 @@ from moeplace.placement.solvers.search_layout import (
     padded_transitions,
     to_slots,
 )
+from moeplace.placement.solvers.survival import add_surviving_copies, balance_copies, first_slots, to_rows
 from moeplace.placement.stop import Budget
 
 CHAIN_HEDGE = 0.002
+COPY_HEDGE = 0.01
+"""Copies let the search fit the sample more closely, so they need a stronger hedge than `Effort`'s."""
 CHAIN_ROUNDS = 2
 """Restarts of the chain search, one after another on every thread."""
 FILL = 0.7
 """Share of the time limit that the planned work should take on two unshared cores."""
 FULL_SWEEPS = 300
+_PRICINGS = 40
+ETA = float(os.environ.get("ETA", "0.1"))
+_PACKINGS = 5
 LEAST_FACTOR = 0.05
 """A run shortened below this share of its plan is not worth starting."""
 _CAPS_FOR_SECONDS = (1.01, 1.05, 1.15, None)
@@ -55,9 +61,6 @@ def solve_portfolio(problem: Problem, budget: Budget) -> Draft:
     """See the module's docstring."""
     if problem.trace is None or problem.mode == "allgather" or problem.num_ranks == 1:
         return solve_lpt(problem, budget)
-    if problem.survive and (problem.mode == "coherent" or problem.cluster.num_nodes > 1):
-        note = "copies that survive a loss are packed by load; their traffic is not searched in this mode"
-        return replace(solve_lpt(problem, budget), notes=(note,))
     if fits(problem):
         return solve_viterbi(problem, budget)
     if problem.objective == "traffic":
@@ -88,6 +91,8 @@ def _fastest(problem: Problem, budget: Budget) -> Draft:
 def _search(problem: Problem, budget: Budget, cap: float | None, share: float) -> tuple[np.ndarray, bool]:
     """(slots (L, S), whether the clock cut it short) for one load cap with a share of the budget."""
     seconds = budget.time_limit * share
+    if problem.mode == "coherent" and problem.top_k == 1 and problem.survive:
+        return _surviving_chain(problem, budget, cap, seconds)
     if problem.mode == "coherent" and problem.top_k == 1:
         return _chain_search(problem, budget, cap, seconds)
     slots_LS, cut = _layer_searches(problem, budget, cap, seconds)
@@ -167,8 +172,8 @@ def round_efforts(problem: Problem, seconds: float) -> list[Effort]:
         plain = full * base / FULL_SWEEPS
         copying = max(per_layer - plain - quick.seconds, 0.3 * per_layer) / 1.05
         return [
-            replace(quick, copy_seconds=copying / 20),
-            Effort(sweeps=base, copy_seconds=copying, seconds=plain + copying),
+            replace(quick, copy_seconds=copying / 20, hedge=COPY_HEDGE),
+            Effort(sweeps=base, copy_seconds=copying, hedge=COPY_HEDGE, seconds=plain + copying),
         ]
     rounds = int(per_layer / full)
     if rounds == 0:
@@ -229,6 +234,31 @@ def _chain_search(problem: Problem, budget: Budget, cap: float | None, seconds: 
     if (problem.redundant_slots > 0).any():
         slots_LS = _with_copies_on_the_way(problem, slots_LS, cap)
     return slots_LS, any(cut for _, _, cut in found)
+
+
+def _surviving_chain(problem: Problem, budget: Budget, cap: float | None, seconds: float) -> tuple[np.ndarray, bool]:
+    """First copies by the chain search, further ones where tokens pass; layers that break the cap are packed."""
+    narrow = problem.replace(cluster=first_slots(problem), survive=0, previous=None, max_moves=None)
+    first_LS, cut = _chain_search(narrow, budget, cap, 0.6 * seconds)
+    packed_LS = solve_lpt(problem, budget).slot_to_expert
+    first_LER = narrow.placement(first_LS).copies_LER > 0
+    # The narrow cluster may have a few slots more than experts, and copies in them: first copies only.
+    first_LER &= first_LER.cumsum(axis=2) == 1
+    held_LER = add_surviving_copies(problem, first_LER)
+    slots_LS = to_rows(problem, held_LER)
+    if cap is not None:
+        packed = problem.placement(packed_LS)
+        caps_L = np.maximum(cap, problem.evaluate(packed).imbalance_L)
+        for _ in range(_PACKINGS):
+            balance_copies(problem, held_LER, caps_L)
+            slots_LS = to_rows(problem, held_LER)
+            over_L = problem.evaluate(problem.placement(slots_LS)).imbalance_L > caps_L + 1e-9
+            if not over_L.any() or budget.expired:
+                break
+            held_LER[over_L] = packed.copies_LER[over_L] > 0
+    slots_LS = _with_copies_on_the_way(problem, slots_LS, cap)
+    ours, theirs = (problem.evaluate(problem.placement(each)).copies_per_token for each in (slots_LS, packed_LS))
+    return (slots_LS if ours <= theirs else packed_LS), cut
 
 
 def _with_copies_on_the_way(problem: Problem, slots_LS: np.ndarray, cap: float | None) -> np.ndarray:

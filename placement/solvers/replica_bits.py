@@ -10,15 +10,15 @@ merged = tokens with two open experts that share a rank, which then serves both.
 counted once, so that a search ends with `replicas.anneal_replicas`, which is
 exact. A move (swap two slots, or re-point a slot whose expert has another one) costs a few passes over words.
 
-Shape letters: T tokens, E experts, R ranks, N nodes, S slots, W words of 64 tokens, P period of the rotation in words.
+Shape letters: T tokens, E experts, R ranks, N nodes, S slots, W words of 64 tokens, P words of rotation numbers.
 """
 
-from math import gcd
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
+from moeplace.placement.replica_choice import preference_orders
 from moeplace.placement.solvers.annealing import next_random, random_below
 
 FINAL_SHARE = 0.15
@@ -36,7 +36,7 @@ class TokenBits(NamedTuple):
 
     Attributes:
         tokens_EW: (S, W) uint64, which tokens go to each expert; rows beyond the layer's experts are zero.
-        prefer_RRP: (R, R, P) uint64, tokens whose rotation puts rank r before rank s; word w is w mod P.
+        prefer_RRP: (R, R, P) uint64, rotation numbers that prefer rank r to rank s; token word w has word w mod P.
         size_E: (S,) int64 number of tokens of each expert.
         together_EE: (S, S) int64 tokens that two experts have in common.
     """
@@ -53,13 +53,11 @@ def token_bits(ids_TK: np.ndarray, num_slots: int, num_ranks: int) -> TokenBits:
     has_ET = np.zeros((num_slots, -(-tokens // 64) * 64), bool)
     token, slot = np.nonzero(ids_TK >= 0)
     has_ET[ids_TK[token, slot], token] = True
-    period = num_ranks // gcd(64, num_ranks)
-    rank, position = np.arange(num_ranks), np.arange(period * 64)
-    order_RT = (rank[:, None] - position) % num_ranks
-    prefer_RRT = order_RT[:, None, :] < order_RT[None, :, :]
+    place_PR = np.argsort(preference_orders(num_ranks), axis=1)
+    prefer_RRP = place_PR.T[:, None, :] < place_PR.T[None, :, :]
     dense_ET = has_ET.astype(np.float32)
     together_EE = np.rint(dense_ET @ dense_ET.T).astype(np.int64)
-    return TokenBits(_words(has_ET), _words(prefer_RRT), has_ET.sum(axis=1, dtype=np.int64), together_EE)
+    return TokenBits(_words(has_ET), _words(prefer_RRP), has_ET.sum(axis=1, dtype=np.int64), together_EE)
 
 
 def _words(bits: np.ndarray) -> np.ndarray:
@@ -162,19 +160,13 @@ def _twice(slots_S, first, last, place_E, open_JW, once_W, twice_W):  # type: ig
 @njit(cache=True, nogil=True)
 def _first_of_two(t_W, u_W, v_W, open_W, both_u_W, both_v_W, prefer_P):  # type: ignore[no-untyped-def]
     """Tokens that the first of two ranks serves: it is in use, or merges, or the rotation chooses between equals."""
-    period = len(prefer_P)
-    served = np.uint64(0)
-    if period == 1:
-        p = prefer_P[0]
-        for w in range(len(t_W)):
+    period, served = len(prefer_P), np.uint64(0)
+    for start in range(0, len(t_W), period):
+        for i in range(min(period, len(t_W) - start)):
+            w = start + i
             u = u_W[w] | (open_W[w] & (both_u_W[w] | ~both_v_W[w]))
             v = v_W[w] | (open_W[w] & (both_v_W[w] | ~both_u_W[w]))
-            served += _ones(t_W[w] & u & (~v | p))
-        return served
-    for w in range(len(t_W)):
-        u = u_W[w] | (open_W[w] & (both_u_W[w] | ~both_v_W[w]))
-        v = v_W[w] | (open_W[w] & (both_v_W[w] | ~both_u_W[w]))
-        served += _ones(t_W[w] & u & (~v | prefer_P[w % period]))
+            served += _ones(t_W[w] & u & (~v | prefer_P[i]))
     return served
 
 
@@ -204,8 +196,9 @@ def _serve(t_W, holders, open_W, row_R, rows_BW, twice_RW, node_R, node_row_N, n
         for j in range(count):
             if j != i:
                 other_W, prefer_P = free_CW[j], prefer_RRP[holders[i], holders[j]]
-                for w in range(words):
-                    first_W[w] &= ~other_W[w] | prefer_P[w % period if period > 1 else 0]
+                for start in range(0, words, period):
+                    for w in range(min(period, words - start)):
+                        first_W[start + w] &= ~other_W[start + w] | prefer_P[w]
         served_C[i] = _count_row(first_W)
 
 

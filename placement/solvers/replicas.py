@@ -11,6 +11,7 @@ Shape letters: T tokens, E experts, K top-k, R ranks, S slots.
 import numpy as np
 from numba import njit
 
+from moeplace.placement.replica_choice import preference_orders
 from moeplace.placement.solvers.annealing import next_random, random_below
 from moeplace.placement.solvers.connectivity import LayerNets
 
@@ -26,7 +27,7 @@ def _popcount(x):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _serve(t, ids_TK, mask_E, node_mask_N, num_ranks, rank_K):  # type: ignore[no-untyped-def]
+def _serve(t, ids_TK, mask_E, node_mask_N, orders_PR, rank_K):  # type: ignore[no-untyped-def]
     """Mask of the ranks that serve token t under the rule; writes the rank of every expert to `rank_K`."""
     one, zero = np.uint64(1), np.uint64(0)
     top_k = ids_TK.shape[1]
@@ -42,19 +43,17 @@ def _serve(t, ids_TK, mask_E, node_mask_N, num_ranks, rank_K):  # type: ignore[n
                 remaining += 1
     if remaining == 0:
         return used
-    forced, start = used, t % num_ranks
+    forced, order_R = used, orders_PR[t % len(orders_PR)]
     for k in range(top_k):
         if ids_TK[t, k] >= 0 and rank_K[k] < 0 and mask_E[ids_TK[t, k]] & forced != zero:
-            for i in range(num_ranks):
-                r = (start + i) % num_ranks
+            for r in order_R:
                 if (mask_E[ids_TK[t, k]] & forced) >> np.uint64(r) & one:
                     rank_K[k] = r
                     remaining -= 1
                     break
     while remaining > 0:
         best, best_score = -1, -1
-        for i in range(num_ranks):
-            r = (start + i) % num_ranks
+        for r in order_R:
             held = 0
             for k in range(top_k):
                 if ids_TK[t, k] >= 0 and rank_K[k] < 0 and mask_E[ids_TK[t, k]] >> np.uint64(r) & one:
@@ -87,12 +86,12 @@ def _price(used, node_mask_N, node_weight):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def replay_layer(ids_TK, mask_E, node_mask_N, num_ranks, node_weight, cost_T, rank_TK, load_R):  # type: ignore[no-untyped-def]
+def replay_layer(ids_TK, mask_E, node_mask_N, orders_PR, node_weight, cost_T, rank_TK, load_R):  # type: ignore[no-untyped-def]
     """Cost and serving ranks of every token, loads of ranks; returns the sum of costs."""
     total = 0.0
     load_R[:] = 0.0
     for t in range(len(ids_TK)):
-        used = _serve(t, ids_TK, mask_E, node_mask_N, num_ranks, rank_TK[t])
+        used = _serve(t, ids_TK, mask_E, node_mask_N, orders_PR, rank_TK[t])
         cost_T[t] = _price(used, node_mask_N, node_weight)
         total += cost_T[t]
         for k in range(ids_TK.shape[1]):
@@ -102,12 +101,12 @@ def replay_layer(ids_TK, mask_E, node_mask_N, num_ranks, node_weight, cost_T, ra
 
 
 @njit(cache=True, nogil=True)
-def gain_of_copies(ids_TK, mask_E, node_mask_N, num_ranks, node_weight, cost_T, gain_ER):  # type: ignore[no-untyped-def]
+def gain_of_copies(ids_TK, mask_E, node_mask_N, orders_PR, node_weight, cost_T, gain_ER):  # type: ignore[no-untyped-def]
     """Add to `gain_ER` what a further copy of expert e on rank r saves, counted exactly for one copy at a time."""
-    one = np.uint64(1)
+    one, num_ranks = np.uint64(1), orders_PR.shape[1]
     rank_K = np.empty(ids_TK.shape[1], np.int64)
     for t in range(len(ids_TK)):
-        used = _serve(t, ids_TK, mask_E, node_mask_N, num_ranks, rank_K)
+        used = _serve(t, ids_TK, mask_E, node_mask_N, orders_PR, rank_K)
         for k in range(ids_TK.shape[1]):
             e = ids_TK[t, k]
             if e < 0:
@@ -125,13 +124,13 @@ def gain_of_copies(ids_TK, mask_E, node_mask_N, num_ranks, node_weight, cost_T, 
 
 
 @njit(cache=True, nogil=True)
-def _touched(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T):  # type: ignore[no-untyped-def]
+def _touched(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, orders_PR, node_weight, cost_T):  # type: ignore[no-untyped-def]
     """Change of cost over the tokens of experts a and b (b = -1: none) under the present `mask_E`."""
     rank_K = np.empty(ids_TK.shape[1], np.int64)
     delta = 0.0
     for i in range(first_E[a], first_E[a + 1]):
         t = token_of[i]
-        delta += _price(_serve(t, ids_TK, mask_E, node_mask_N, num_ranks, rank_K), node_mask_N, node_weight) - cost_T[t]
+        delta += _price(_serve(t, ids_TK, mask_E, node_mask_N, orders_PR, rank_K), node_mask_N, node_weight) - cost_T[t]
     if b >= 0:
         for i in range(first_E[b], first_E[b + 1]):
             t = token_of[i]
@@ -140,13 +139,13 @@ def _touched(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, no
                 if ids_TK[t, k] == a:
                     both = True
             if not both:
-                used = _serve(t, ids_TK, mask_E, node_mask_N, num_ranks, rank_K)
+                used = _serve(t, ids_TK, mask_E, node_mask_N, orders_PR, rank_K)
                 delta += _price(used, node_mask_N, node_weight) - cost_T[t]
     return delta
 
 
 @njit(cache=True, nogil=True)
-def _loads_after(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T, rank_TK,  # type: ignore[no-untyped-def]
+def _loads_after(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, orders_PR, node_weight, cost_T, rank_TK,  # type: ignore[no-untyped-def]
                  load_R, commit):  # fmt: skip
     """Apply the present `mask_E` to the tokens of a and b: loads always, costs and ranks only if `commit`."""
     rank_K = np.empty(ids_TK.shape[1], np.int64)
@@ -163,7 +162,7 @@ def _loads_after(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks
                         both = True
                 if both:
                     continue
-            used = _serve(t, ids_TK, mask_E, node_mask_N, num_ranks, rank_K)
+            used = _serve(t, ids_TK, mask_E, node_mask_N, orders_PR, rank_K)
             for k in range(ids_TK.shape[1]):
                 if rank_K[k] != rank_TK[t, k]:
                     load_R[rank_TK[t, k]] -= 1.0
@@ -199,7 +198,7 @@ def _loses_node(before, after, node_mask_N, min_nodes):  # type: ignore[no-untyp
 
 @njit(cache=True, nogil=True)
 def anneal_replicas(  # type: ignore[no-untyped-def]
-    ids_TK, first_E, token_of, num_real, slots_S, rank_S, node_mask_N, num_ranks, limit_R, risk_EE, node_weight, hot,
+    ids_TK, first_E, token_of, num_real, slots_S, rank_S, node_mask_N, orders_PR, limit_R, risk_EE, node_weight, hot,
     end, touches, min_copies, min_nodes, stop, state,
 ):  # fmt: skip
     """Improve `slots_S` in place by exact moves; returns (best cost, or with a price on overload; tokens touched).
@@ -210,7 +209,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
         slots_S: (S,) int32 slot -> expert, -1 = empty.
         rank_S: (S,) rank of each slot.
         node_mask_N: (N,) uint64 bits of the ranks of each node.
-        num_ranks: R.
+        orders_PR: `preference_orders`; token t has rotation number t.
         limit_R: (R,) most load of each rank.
         risk_EE: hedge, see `robust`; a replicated expert counts with its share on each rank.
         node_weight: price of a node beside a rank.
@@ -221,7 +220,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
         stop: (1,) uint8, set from outside when time is up.
         state: (1,) uint64.
     """
-    slots, num_experts = len(slots_S), len(first_E) - 1
+    slots, num_experts, num_ranks = len(slots_S), len(first_E) - 1, orders_PR.shape[1]
     one = np.uint64(1)
     mask_E, copies_E = np.zeros(num_experts, np.uint64), np.zeros(num_experts, np.int64)
     for s in range(slots):
@@ -231,7 +230,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
     cost_T = np.zeros(len(ids_TK))
     rank_TK = np.full(ids_TK.shape, -1, np.int64)
     load_R, trial_R, new_risk_R = np.zeros(num_ranks), np.zeros(num_ranks), np.zeros(num_ranks)
-    cost = replay_layer(ids_TK, mask_E, node_mask_N, num_ranks, node_weight, cost_T, rank_TK, load_R)
+    cost = replay_layer(ids_TK, mask_E, node_mask_N, orders_PR, node_weight, cost_T, rank_TK, load_R)
     risk_R = np.zeros(num_ranks)
     for r in range(num_ranks):
         risk_R[r] = _rank_risk(r, slots_S, rank_S, copies_E, risk_EE)
@@ -245,7 +244,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
         share = done / touches
         last = hot <= 0 or share > 0.85
         temperature = 0.0 if last else hot * (end / hot) ** (share / 0.85)
-        price = 20.0 if last else 2.0 * 3.0 ** (share / 0.85)
+        price = (1.0 + node_weight) * (20.0 if last else 2.0 * 3.0 ** (share / 0.85))
         x = random_below(state, slots)
         if over > 0.0 and random_below(state, 2):  # look for moves where load must go
             for _ in range(slots):
@@ -305,7 +304,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
             continue
         work = first_E[a + 1] - first_E[a] + (first_E[b + 1] - first_E[b] if b >= 0 else 0)
         done += work + 1
-        delta = _touched(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T)
+        delta = _touched(a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, orders_PR, node_weight, cost_T)
         for r in range(num_ranks):
             new_risk_R[r] = risk_R[r]
             if touched_bits >> np.uint64(r) & one:
@@ -317,7 +316,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
         if take:
             trial_R[:] = load_R
             _loads_after(
-                a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T, rank_TK,
+                a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, orders_PR, node_weight, cost_T, rank_TK,
                 trial_R, False,
             )  # fmt: skip
             done += work
@@ -337,7 +336,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
                 slots_S[y] = b
             continue
         _loads_after(
-            a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, num_ranks, node_weight, cost_T, rank_TK, load_R, True
+            a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, orders_PR, node_weight, cost_T, rank_TK, load_R, True
         )
         over = new_over
         cost += delta
@@ -348,7 +347,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
     if best_cost < np.inf:
         slots_S[:] = best_S
         return best_cost, done
-    return cost + 20.0 * over, done
+    return cost + 20.0 * (1.0 + node_weight) * over, done
 
 
 def node_masks(node_R: np.ndarray) -> np.ndarray:
@@ -363,7 +362,7 @@ def fill_with_copies(nets: LayerNets, slots_S: np.ndarray, rank_S: np.ndarray, n
                      node_weight: float, count: int) -> None:  # fmt: skip
     """Give up to `count` empty slots to the copies that save most, one after another, in place."""
     num_experts, num_ranks = len(nets.first_E) - 1, len(node_R)
-    masks_N = node_masks(node_R)
+    masks_N, orders_PR = node_masks(node_R), preference_orders(num_ranks)
     cost_T, load_R = np.zeros(len(nets.ids_TK)), np.zeros(num_ranks)
     rank_TK = np.full(nets.ids_TK.shape, -1, np.int64)
     for _ in range(count):
@@ -372,8 +371,8 @@ def fill_with_copies(nets: LayerNets, slots_S: np.ndarray, rank_S: np.ndarray, n
             return
         mask_E = expert_masks(slots_S, rank_S, num_experts)
         gain_ER = np.zeros((num_experts, num_ranks))
-        replay_layer(nets.ids_TK, mask_E, masks_N, num_ranks, node_weight, cost_T, rank_TK, load_R)
-        gain_of_copies(nets.ids_TK, mask_E, masks_N, num_ranks, node_weight, cost_T, gain_ER)
+        replay_layer(nets.ids_TK, mask_E, masks_N, orders_PR, node_weight, cost_T, rank_TK, load_R)
+        gain_of_copies(nets.ids_TK, mask_E, masks_N, orders_PR, node_weight, cost_T, gain_ER)
         open_ranks = np.unique(rank_S[empty])
         held_ER = (mask_E[:, None] >> np.arange(num_ranks, dtype=np.uint64)) & np.uint64(1)
         gain_ER[held_ER.astype(bool)] = -1
