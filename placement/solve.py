@@ -97,10 +97,8 @@ def broken_survival(problem: Problem, placement: Placement) -> str:
     if not problem.survive:
         return ""
     ranks_LE = placement.replica_counts
-    nodes_LE = sum(
-        placement.copies_LER[:, :, placement.node_of_rank == node].any(axis=2).astype(np.int64)
-        for node in range(placement.num_nodes)
-    )
+    on_node = [placement.node_of_rank == node for node in range(placement.num_nodes)]
+    nodes_LE = np.stack([placement.copies_LER[:, :, here].any(axis=2) for here in on_node]).sum(axis=0)
     for held_LE, wanted, what in (
         (ranks_LE, problem.survive + 1, "ranks"),
         (nodes_LE, min(problem.survive + 1, placement.num_nodes), "nodes"),

@@ -172,7 +172,8 @@ def _assign_copies(problem: Problem, held_ER: np.ndarray, worth_ER: np.ndarray) 
     cluster = problem.cluster
     free_R = cluster.slots_of_rank - held_ER.sum(axis=0)
     on_node_EN = np.stack([held_ER[:, cluster.node_of_rank == n].any(axis=1) for n in range(cluster.num_nodes)], axis=1)
-    barred_ER = held_ER | (on_node_EN[:, cluster.node_of_rank] & ~on_node_EN.all(axis=1)[:, None])
+    everywhere_E = np.all(on_node_EN, axis=1).reshape(-1, 1)
+    barred_ER = held_ER | (on_node_EN[:, cluster.node_of_rank] & ~everywhere_E)
     columns = np.repeat(np.arange(cluster.num_ranks), np.maximum(free_R, 0))
     if len(columns) < len(held_ER):
         return None

@@ -10,6 +10,7 @@ from moeplace.placement.evaluate import evaluate, step_of_token
 from moeplace.placement.objective import measure
 from moeplace.placement.placement import MODES, Mode, Placement, index_order
 from moeplace.placement.problem import Problem
+from moeplace.placement.replica_choice import NUM_ORDERS, preference_orders
 from moeplace.placement.solve import solve
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.trace import RoutingTrace
@@ -21,7 +22,7 @@ def serving_ranks(ids, copies_ER, node_R, near, rotation):
     """The rule of `replica_choice`, word for word: {expert: rank}."""
     ranks = len(node_R)
     holders = {int(e): [r for r in range(ranks) if copies_ER[e, r]] for e in ids if e >= 0}
-    order = [(rotation + i) % ranks for i in range(ranks)]
+    order = preference_orders(ranks)[rotation % NUM_ORDERS].tolist()
     chosen = {e: held[0] for e, held in holders.items() if len(held) == 1}
     forced = set(chosen.values())
     for e, held in holders.items():
@@ -35,7 +36,7 @@ def serving_ranks(ids, copies_ER, node_R, near, rotation):
             held = sum(rank in held for e, held in holders.items() if e not in chosen)
             return (held, rank == near, int(node_R[rank]) in nodes)
 
-        best = max(order, key=score)  # the first of the best in rotated order
+        best = max(order, key=score)  # the first of the best
         used.add(best)
         chosen.update({e: best for e, held in holders.items() if e not in chosen and best in held})
     return chosen
