@@ -41,11 +41,12 @@ class ReplaceableStatus(Protocol):
 class ReplaceableService(Protocol):
     """What a replanner needs of a service."""
 
-    def status(self) -> ReplaceableStatus:
-        """How things are; cheap."""
-
+    @property
     def placement(self) -> Placement:
         """In force."""
+
+    def status(self) -> ReplaceableStatus:
+        """How things are; cheap."""
 
     def recent_routing(self) -> RoutingTrace | None:
         """Recent tokens of all ranks (see `routed_rows.join_rows`); None = asked for, not there yet."""
@@ -109,7 +110,7 @@ class Replanner:
             self._take_over(status.steps)
 
     def _take_over(self, step: int) -> None:
-        placement = self._service.placement()
+        placement = self._service.placement
         cluster = cluster_of(placement)
         if self._calibration is not None:
             cluster = self._calibration.apply(cluster)
