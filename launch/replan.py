@@ -6,6 +6,8 @@ controller = build_controller(args, placement, shape=shape)      # None without 
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from moeplace.placement.placement import Placement
     from moeplace.profiling.trace import RoutingTrace
     from moeplace.runtime.controller import Controller
+    from moeplace.runtime.replanner import ReplaceableService, Replanner
 
 _DEFAULTS: dict[str, Any] = {
     "replan_every": 500,
@@ -54,6 +57,31 @@ def add_replan_arguments(parser: argparse.ArgumentParser) -> None:
 def replan_window(args: argparse.Namespace) -> int:
     """Recent tokens that engines must keep: `EngineLimits.recent_ids`; 0 without --replan."""
     return int(_value(args, "replan_window")) if args.replan else 0
+
+
+@contextmanager
+def replanning(
+    args: argparse.Namespace, service: "ReplaceableService", *, shape: "StepShape", **options: Any
+) -> Iterator["Replanner | None"]:
+    """The service re-places its experts by itself while the block runs; without --replan nothing happens.
+
+    Args:
+        service: has started; a `Coordinator`, for one.
+        shape: sizes of its steps.
+        **options: `calibration`, `reference` and `seed` of `build_controller`.
+
+    Raises:
+        InputError: as `build_controller`.
+    """
+    from moeplace.runtime.replanner import Replanner
+
+    controller = build_controller(args, service.placement, shape=shape, step=service.status().steps, **options)
+    if controller is None:
+        yield None
+        return
+    replanner = Replanner(controller, service, calibration=options.get("calibration"))
+    with replanner.in_background():
+        yield replanner
 
 
 def build_controller(
