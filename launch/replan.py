@@ -54,6 +54,19 @@ def add_replan_arguments(parser: argparse.ArgumentParser) -> None:
     add("replan-log", str, "F", "append every decision with its figures to F, one JSON object a line")
 
 
+def check_replan_arguments(args: argparse.Namespace) -> None:
+    """Check, before a service starts, that no flag would be ignored.
+
+    Raises:
+        InputError: a flag is given without --replan.
+    """
+    from moeplace.profiling.errors import InputError
+
+    given = next((name for name in _DEFAULTS if getattr(args, name) is not None), None)
+    if given is not None and not args.replan:
+        raise InputError(f"--{given.replace('_', '-')} ({getattr(args, given)}) needs --replan")
+
+
 def replan_window(args: argparse.Namespace) -> int:
     """Recent tokens that engines must keep: `EngineLimits.recent_ids`; 0 without --replan."""
     return int(_value(args, "replan_window")) if args.replan else 0
@@ -117,10 +130,8 @@ def build_controller(
     from moeplace.runtime.event_log import EventLog
     from moeplace.runtime.review_process import ReviewProcess
 
+    check_replan_arguments(args)
     if not args.replan:
-        given = next((name for name in _DEFAULTS if getattr(args, name) is not None), None)
-        if given is not None:
-            raise InputError(f"--{given.replace('_', '-')} ({getattr(args, given)}) needs --replan")
         return None
     cluster = cluster_of(placement)
     calibration = calibration or Calibration(cluster.intra, cluster.inter)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moeplace.launch.cli import FAILED, main
 from moeplace.launch.replan import add_replan_arguments, build_controller, replan_window, replanning
 from moeplace.placement.cost_model import StepShape
 from moeplace.placement.placement import Placement, index_order
@@ -120,3 +121,17 @@ def test_without_the_flag_a_service_is_left_alone() -> None:
         assert replanner is not None
         assert replanner.controller.log.events[0].step == 50
     assert not service.asked.is_set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--requests", "r", "--out", "o", "--replan"], "--replan works with --http"),
+        (["--requests", "r", "--out", "o", "--replan-gain", "0.1"], "--replan-gain (0.1) needs --replan"),
+        (["--http", "127.0.0.1:0", "--replan"], "--replan needs several ranks"),
+    ],
+)
+def test_serve_refuses_what_it_would_ignore(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence, before anything is read or started."""
+    assert main(["serve", "no-such-model", *flags]) == FAILED
+    assert words in capsys.readouterr().err
