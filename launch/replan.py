@@ -6,6 +6,8 @@ controller = build_controller(args, placement, shape=shape)      # None without 
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from moeplace.placement.placement import Placement
     from moeplace.profiling.trace import RoutingTrace
     from moeplace.runtime.controller import Controller
+    from moeplace.runtime.replanner import ReplaceableService, Replanner
 
 _DEFAULTS: dict[str, Any] = {
     "replan_every": 500,
@@ -51,9 +54,47 @@ def add_replan_arguments(parser: argparse.ArgumentParser) -> None:
     add("replan-log", str, "F", "append every decision with its figures to F, one JSON object a line")
 
 
+def check_replan_arguments(args: argparse.Namespace) -> None:
+    """Check, before a service starts, that no flag would be ignored.
+
+    Raises:
+        InputError: a flag is given without --replan.
+    """
+    from moeplace.profiling.errors import InputError
+
+    given = next((name for name in _DEFAULTS if getattr(args, name) is not None), None)
+    if given is not None and not args.replan:
+        raise InputError(f"--{given.replace('_', '-')} ({getattr(args, given)}) needs --replan")
+
+
 def replan_window(args: argparse.Namespace) -> int:
     """Recent tokens that engines must keep: `EngineLimits.recent_ids`; 0 without --replan."""
     return int(_value(args, "replan_window")) if args.replan else 0
+
+
+@contextmanager
+def replanning(
+    args: argparse.Namespace, service: "ReplaceableService", *, shape: "StepShape", **options: Any
+) -> Iterator["Replanner | None"]:
+    """The service re-places its experts by itself while the block runs; without --replan nothing happens.
+
+    Args:
+        service: has started; a `Coordinator`, for one.
+        shape: sizes of its steps.
+        **options: `calibration`, `reference` and `seed` of `build_controller`.
+
+    Raises:
+        InputError: as `build_controller`.
+    """
+    from moeplace.runtime.replanner import Replanner
+
+    controller = build_controller(args, service.placement, shape=shape, step=service.status().steps, **options)
+    if controller is None:
+        yield None
+        return
+    replanner = Replanner(controller, service, calibration=options.get("calibration"))
+    with replanner.in_background():
+        yield replanner
 
 
 def build_controller(
@@ -89,10 +130,8 @@ def build_controller(
     from moeplace.runtime.event_log import EventLog
     from moeplace.runtime.review_process import ReviewProcess
 
+    check_replan_arguments(args)
     if not args.replan:
-        given = next((name for name in _DEFAULTS if getattr(args, name) is not None), None)
-        if given is not None:
-            raise InputError(f"--{given.replace('_', '-')} ({getattr(args, given)}) needs --replan")
         return None
     cluster = cluster_of(placement)
     calibration = calibration or Calibration(cluster.intra, cluster.inter)

@@ -20,6 +20,7 @@ from moeplace.runtime.checkpoint import Checkpoint
 from moeplace.runtime.command_log import CommandLog
 from moeplace.runtime.ledger import Deliver, RequestLedger
 from moeplace.runtime.membership import Membership
+from moeplace.runtime.routing_request import RoutingRequest
 from moeplace.runtime.service import ServiceEvent, ServiceOptions, TokenEvent
 from moeplace.runtime.service_figures import ServiceFigures
 from moeplace.runtime.service_store import Document, ServiceStore
@@ -77,6 +78,7 @@ class Conductor:
     ) -> None:
         self._store, self._checkpoint, self._options, self._helper = store, checkpoint, options, helper
         self.log = CommandLog(store)
+        self.routing = RoutingRequest(self.log)
         self.succession = Succession(store, self.log, placement.mode)
         self.members = Membership(desired=ranks, placement=placement)
         self.ledger, self.figures = RequestLedger(), ServiceFigures()
@@ -172,6 +174,9 @@ class Conductor:
     def _on_counters(self, report: Document) -> None:
         self.figures.report(report["member"], report["counters"], report["tokens_per_layer"], report["load"])
 
+    def _on_routing(self, report: Document) -> None:
+        self.routing.take(report)
+
     # Generations
 
     def _on_ready(self, report: Document) -> None:
@@ -199,6 +204,7 @@ class Conductor:
         assert current is not None
         self._noticed = set()
         self.figures.begin_generation()
+        self.routing.give_up()
         self._take_placement(report)
         self.waiting, self.running = report["waiting"], report["running"]
         for request_id, added in report["known"].items():

@@ -25,12 +25,14 @@ from moeplace.placement.cluster import even_slots
 from moeplace.placement.placement import Placement, index_order
 from moeplace.placement.width_plan import WidthPlan
 from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.profiling.trace import RoutingTrace
 from moeplace.runtime.batch import Request
 from moeplace.runtime.checkpoint import Checkpoint
 from moeplace.runtime.conductor import Conductor
 from moeplace.runtime.ledger import Deliver
 from moeplace.runtime.membership import MemberState
 from moeplace.runtime.modes import choose_mode_rule
+from moeplace.runtime.routed_rows import join_rows
 from moeplace.runtime.service import Member, MemberJob, ServiceEvent, ServiceOptions, ServiceStatus, Spawner
 from moeplace.runtime.service_store import Document, ServiceEndedError, ServiceStore
 from moeplace.runtime.serving import sentence_of
@@ -185,6 +187,31 @@ class Coordinator:
         """(L, E) int64 routed assignments per expert since the start, a second old at most; None = none yet."""
         with self._lock:
             return self._conductor.figures.load()
+
+    def recent_routing(self) -> RoutingTrace | None:
+        """Recent tokens of all ranks; None = they have been asked for and are not there yet, ask again.
+
+        Raises:
+            InputError: the limits of the engines keep no ids.
+        """
+        if not self._options.limits.recent_ids:
+            raise InputError("recent routing is not kept: recent_ids (0) must be at least 1")
+        with self._lock:
+            conductor = self._conductor
+            parts = conductor.routing.collect()
+            if parts is None:
+                conductor.routing.ask(conductor.members.active)
+                return None
+            size = conductor.limits["expert_bytes"]
+        checkpoint = self._checkpoint
+        return join_rows(
+            parts,
+            checkpoint.experts_per_layer,
+            layer_ids=checkpoint.layer_ids,
+            num_hidden_layers=checkpoint.num_hidden_layers,
+            expert_bytes=np.full(checkpoint.num_layers, size),
+            hidden_size=int(checkpoint.config.get("hidden_size", 0)),
+        )
 
     def member(self, member_id: int) -> Member:
         """The process of a member that is alive."""

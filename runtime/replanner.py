@@ -8,6 +8,10 @@ It asks for routing when a look is due, hands changes to the service, and tells 
 the digest of the placement that is in force once the service has come to rest.
 """
 
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from moeplace.placement.cost_model import Calibration
@@ -16,6 +20,8 @@ from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import MoeplaceError
 from moeplace.profiling.trace import RoutingTrace
 from moeplace.runtime.controller import Change, Controller
+
+logger = logging.getLogger(__name__)
 
 
 class ReplaceableStatus(Protocol):
@@ -41,17 +47,22 @@ class ReplaceableStatus(Protocol):
 class ReplaceableService(Protocol):
     """What a replanner needs of a service."""
 
-    def status(self) -> ReplaceableStatus:
-        """How things are; cheap."""
-
+    @property
     def placement(self) -> Placement:
         """In force."""
+
+    def status(self) -> ReplaceableStatus:
+        """How things are; cheap."""
 
     def recent_routing(self) -> RoutingTrace | None:
         """Recent tokens of all ranks (see `routed_rows.join_rows`); None = asked for, not there yet."""
 
     def replace(self, placement: Placement) -> None:
         """Migrate; returns at once, and `status` shows what comes of it."""
+
+
+TURN_SECONDS = 0.25
+"""Between two turns in the background: a status is cheap, and a finished review can wait that long."""
 
 
 class Replanner:
@@ -85,6 +96,30 @@ class Replanner:
         if change is not None:
             self._hand_over(change, status.steps)
 
+    @contextmanager
+    def in_background(self, *, every: float = TURN_SECONDS) -> Iterator[None]:
+        """Turns in a thread of its own while the block runs; then `close`.
+
+        A turn that fails is logged: a service does not stop for what watches it.
+        """
+        stopping = threading.Event()
+
+        def work() -> None:
+            while not stopping.wait(every):
+                try:
+                    self.turn()
+                except Exception:
+                    logger.exception("a turn of the replanner failed")
+
+        thread = threading.Thread(target=work, name="replanner", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopping.set()
+            thread.join()
+            self.close()
+
     def close(self) -> None:
         """End a review under way, and the log."""
         self.controller.close()
@@ -109,7 +144,7 @@ class Replanner:
             self._take_over(status.steps)
 
     def _take_over(self, step: int) -> None:
-        placement = self._service.placement()
+        placement = self._service.placement
         cluster = cluster_of(placement)
         if self._calibration is not None:
             cluster = self._calibration.apply(cluster)

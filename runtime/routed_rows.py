@@ -30,7 +30,7 @@ class RoutedRows:
     Attributes:
         rows_of_layer: (L,) int64 rows of each layer.
         keys: (sum of M,) int64, pass number and token number of every row, layer after layer.
-        ids: (sum of M, K) int32 expert ids, -1 = none.
+        ids: (sum of M, K) int16 or int32 expert ids, -1 = none.
         batch_keys: (T,) int64 keys of all tokens of those passes, on every rank alike.
         batch_sequences: (T,) int64 number of each one's sequence.
     """
@@ -106,6 +106,11 @@ class RecentRows:
         self._passes.clear()
         self._tokens = 0
 
+    def restart(self) -> None:
+        """Forget all rows and number passes from 0 again, on all ranks at the same step boundary."""
+        self.clear()
+        self._begun = 0
+
     def snapshot(self) -> RoutedRows:
         """What is kept now."""
         by_layer = [
@@ -115,10 +120,11 @@ class RecentRows:
         rows = [row for layer in by_layer for row in layer]
         top_k = max((ids.shape[1] for _, ids in rows), default=1)
         empty = [np.zeros(0, np.int64)]
+        ids_MK = np.concatenate([np.zeros((0, top_k), np.int32)] + [ids.astype(np.int32) for _, ids in rows])
         return RoutedRows(
             np.array([sum(len(keys) for keys, _ in layer) for layer in by_layer], np.int64),
             np.concatenate(empty + [keys for keys, _ in rows]),
-            np.concatenate([np.zeros((0, top_k), np.int32)] + [ids.astype(np.int32) for _, ids in rows]),
+            ids_MK.astype(np.int16) if ids_MK.max(initial=0) < 2**15 else ids_MK,  # half as much on the wire
             np.concatenate(empty + [_keys(p.number, np.arange(len(p.sequences_T))) for p in self._passes]),
             np.concatenate(empty + [np.asarray(p.sequences_T, np.int64) for p in self._passes]),
         )

@@ -21,6 +21,7 @@ from moeplace.runtime.errors import DisagreementError, MigrationError
 from moeplace.runtime.faults import FaultPlan
 from moeplace.runtime.generation import Generation
 from moeplace.runtime.migrate import LiveMigration
+from moeplace.runtime.routing_request import to_text
 from moeplace.runtime.service import ServiceOptions
 from moeplace.runtime.service_store import Document, ServiceStore
 from moeplace.runtime.step_check import check_step
@@ -134,6 +135,8 @@ class Serving:
     def take_over(self, generation: int, *, applied: int, progress: int) -> None:
         """Begin a generation."""
         self._generation, self._turn_ended = generation, 0.0
+        if self.engine.window.recent is not None:
+            self.engine.window.recent.restart()  # ranks that are new begin with pass 0
         self.applied, self.progress = applied, progress
         self._slots_before = None
 
@@ -151,6 +154,8 @@ class Serving:
             self.engine.scheduler.cancel(command["request_id"])
         elif kind == "replace":
             self._begin_replacement(command)
+        elif kind == "routing":
+            self._report_routing(command["number"])
         elif kind == "prepare":
             self._prepare(Generation.from_json(command["generation"]))
         elif kind == "stop" or command["generation"] > self._generation:  # older ones have been followed already
@@ -237,6 +242,12 @@ class Serving:
     def _report_replaced(self, error: str, **figures: Any) -> None:
         if self.engine.group.rank == 0:
             self._store.report({"kind": "replaced", "error": error, **self.describe_placement(), **figures})
+
+    def _report_routing(self, number: int) -> None:
+        recent = self.engine.window.recent
+        if recent is not None:
+            rows = to_text(recent.snapshot())
+            self._store.report({"kind": "routing", "member": self._member, "number": number, "rows": rows})
 
     def describe_placement(self) -> Document:
         """The placement in force, as plain data."""

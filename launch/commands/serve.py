@@ -2,7 +2,10 @@
 
 import argparse
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
+
+from moeplace.launch.replan import add_replan_arguments, check_replan_arguments, replan_window, replanning
 
 if TYPE_CHECKING:
     from moeplace.runtime.engine import Engine
@@ -36,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for another rank")
     parser.add_argument("--json", metavar="F", help="with --requests: write figures and counters of rank 0 to F")
     _add_http_arguments(parser.add_argument_group("with --http"))
+    add_replan_arguments(parser)
     parser.set_defaults(usage_error=parser.error)
 
 
@@ -60,6 +64,7 @@ def _add_http_arguments(group: "argparse._ArgumentGroup") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_replan_arguments(args)
     if args.http is not None:
         return _answer_http(args)
     if args.out is None:
@@ -73,6 +78,8 @@ def _serve_file(args: argparse.Namespace) -> int:
     from moeplace.profiling.files import write_json
     from moeplace.runtime.group import RankGroup
 
+    if args.replan:
+        raise InputError("--replan works with --http, where a service goes on")
     if args.timeout <= 0:
         raise InputError(f"--timeout ({args.timeout}) must be positive")
     group = RankGroup.from_environment(timeout=args.timeout)
@@ -107,6 +114,8 @@ def _answer_http(args: argparse.Namespace) -> int:
     from moeplace.profiling.errors import InputError
     from moeplace.runtime.checkpoint import Checkpoint
 
+    if args.replan and args.ranks == 1:
+        raise InputError("--replan needs several ranks: one has nowhere to move an expert")
     try:
         from moeplace.launch.http_front.application import HttpFront
         from moeplace.launch.http_front.server import address_of, bind, run_front
@@ -132,12 +141,13 @@ def _answer_http(args: argparse.Namespace) -> int:
         service = _start_service(args)
         try:
             front = HttpFront(service, settings, coder=tokenizer if tokenizer.exists else None, stop_ids=stop_ids)
-            run_front(
-                front,
-                listener,
-                drain_timeout=settings.drain_timeout,
-                on_ready=lambda: print(f"serving {settings.model} on {address_of(listener)}", flush=True),
-            )
+            with _replanning(args, service):
+                run_front(
+                    front,
+                    listener,
+                    drain_timeout=settings.drain_timeout,
+                    on_ready=lambda: print(f"serving {settings.model} on {address_of(listener)}", flush=True),
+                )
         finally:
             service.close(drain=False, timeout=args.timeout)
     print("stopped")
@@ -154,8 +164,8 @@ def _start_service(args: argparse.Namespace) -> "Service":
         raise InputError("--http starts its own ranks; run it without torchrun")
     if args.ranks == 1:
         return LocalService(_make_engine(args, RankGroup.from_environment(timeout=args.timeout), _load_inputs(args)))
-    if args.trace or args.calibration:
-        raise InputError("--trace and --calibration work with one rank, or with --requests under torchrun")
+    if (args.trace or args.calibration) and not args.replan:
+        raise InputError("--trace and --calibration work with one rank, with --replan, or under torchrun")
     return _start_ranks(args)
 
 
@@ -166,7 +176,11 @@ def _start_ranks(args: argparse.Namespace) -> "Service":
     from moeplace.runtime.service import ServiceOptions
 
     limits = EngineLimits(
-        max_sequences=args.max_sequences, max_length=args.max_length, kv_bytes=args.kv_bytes, staging_rows=1
+        max_sequences=args.max_sequences,
+        max_length=args.max_length,
+        kv_bytes=args.kv_bytes,
+        staging_rows=1,
+        recent_ids=replan_window(args),
     )
     options = ServiceOptions(
         mode=args.mode,
@@ -184,6 +198,20 @@ def _start_ranks(args: argparse.Namespace) -> "Service":
         service.close(drain=False)
         raise
     return service
+
+
+def _replanning(args: argparse.Namespace, service: "Service") -> AbstractContextManager[object]:
+    """The service re-places its experts while this is open, if the flags say so."""
+    from moeplace.placement.cost_model import StepShape
+    from moeplace.runtime.checkpoint import Checkpoint
+    from moeplace.runtime.coordinator import Coordinator
+
+    if not isinstance(service, Coordinator):
+        return nullcontext()
+    inputs, config = _load_inputs(args), Checkpoint(args.model).config
+    shape = StepShape(batch=args.max_sequences, hidden_size=int(config.get("hidden_size", StepShape().hidden_size)))
+    calibration, reference = inputs["calibration"], inputs["routing"]
+    return replanning(args, service, shape=shape, calibration=calibration, reference=reference, seed=args.seed)
 
 
 def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,17 +1,24 @@
 """The flags of re-placement, and the controller that comes of them."""
 
 import argparse
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from moeplace.launch.replan import add_replan_arguments, build_controller, replan_window
+from moeplace.launch.cli import FAILED, main
+from moeplace.launch.replan import add_replan_arguments, build_controller, replan_window, replanning
 from moeplace.placement.cost_model import StepShape
-from moeplace.placement.placement import index_order
+from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.synthetic import planted
+from moeplace.profiling.trace import RoutingTrace
 from moeplace.runtime.event_log import read_events
+from moeplace.runtime.replanner import Replanner
 
 PLACEMENT = index_order(np.full(2, 8), np.array([4, 4]), np.zeros(2, int))
 SHAPE = StepShape(batch=16)
@@ -65,3 +72,66 @@ def test_values_out_of_range_are_refused(flag: str, value: str, words: str) -> N
     with pytest.raises(InputError) as caught:
         build_controller(parse("--replan", flag, value), PLACEMENT, shape=SHAPE)
     assert words in str(caught.value)
+
+
+@dataclass
+class StillService:
+    """A service at step 50 that is told when it is asked."""
+
+    placement: Placement = PLACEMENT
+    asked: threading.Event = field(default_factory=threading.Event)
+    fails: bool = False
+
+    def status(self) -> Any:
+        """Always the same."""
+        return SimpleNamespace(steps=50, placement_digest=self.placement.digest, changing=False, reason="")
+
+    def recent_routing(self) -> RoutingTrace | None:
+        """Not there."""
+        self.asked.set()
+        if self.fails:
+            raise InputError("nothing is kept")
+        return None
+
+    def replace(self, placement: Placement) -> None:
+        """Not asked for here."""
+        raise AssertionError
+
+
+def test_the_background_looks_and_survives_failures(caplog: pytest.LogCaptureFixture) -> None:
+    """A look is due at once; a turn that fails is logged, and the next one comes."""
+    service = StillService(fails=True)
+    args = parse("--replan", "--replan-every", "1", "--replan-quiet", "0")
+    controller = build_controller(args, PLACEMENT, shape=SHAPE)
+    assert controller is not None
+    with Replanner(controller, service).in_background(every=0.01):
+        for _ in range(2):
+            assert service.asked.wait(30)
+            service.asked.clear()
+    assert "a turn of the replanner failed" in caplog.text
+    assert controller.state == "watching"
+
+
+def test_without_the_flag_a_service_is_left_alone() -> None:
+    """No thread and no question; with it, the controller begins at the step of the service."""
+    service = StillService()
+    with replanning(parse(), service, shape=SHAPE) as replanner:
+        assert replanner is None
+    with replanning(parse("--replan"), service, shape=SHAPE, seed=3) as replanner:
+        assert replanner is not None
+        assert replanner.controller.log.events[0].step == 50
+    assert not service.asked.is_set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--requests", "r", "--out", "o", "--replan"], "--replan works with --http"),
+        (["--requests", "r", "--out", "o", "--replan-gain", "0.1"], "--replan-gain (0.1) needs --replan"),
+        (["--http", "127.0.0.1:0", "--replan"], "--replan needs several ranks"),
+    ],
+)
+def test_serve_refuses_what_it_would_ignore(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence, before anything is read or started."""
+    assert main(["serve", "no-such-model", *flags]) == FAILED
+    assert words in capsys.readouterr().err

@@ -48,6 +48,7 @@ class SimulatedService:
             self.wanted = None
         return Status(self.steps, self.in_force.digest, self.wanted is not None, reason)
 
+    @property
     def placement(self) -> Placement:
         """In force."""
         return self.in_force
