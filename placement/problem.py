@@ -126,6 +126,8 @@ class Problem:
 
     def _check_capacity(self) -> None:
         slots, ranks = self.cluster.num_slots, self.cluster.num_ranks
+        if (self.cluster.slots_of_rank < 1).any():
+            raise InputError(f"every rank must have slots to be placed on, not {self.cluster.slots_of_rank.tolist()}")
         copies = self.survive + 1
         layer = int(self.experts_per_layer.argmax())
         need = int(self.experts_per_layer[layer]) * copies

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from moeplace.placement.cluster import Cluster, even_slots
 from moeplace.placement.migration import apply_plan
 from moeplace.placement.placement import EMPTY_SLOT, Placement, index_order
+from moeplace.placement.problem import Problem
 from moeplace.placement.relabel import least_bytes, moves
 from moeplace.placement.width import adopt, rebalance, with_ranks, with_slots
 from moeplace.placement.width_plan import plan_width
@@ -112,3 +113,7 @@ def test_wrong_widths_are_refused() -> None:
         rebalance(placement, holders=[])
     with pytest.raises(InputError, match="has no slot"):
         with_ranks(placement, [0])
+    with pytest.raises(InputError, match="numbers from 0, not all 0"):
+        Cluster.uniform(2, slots_per_rank=0)
+    with pytest.raises(InputError, match=r"every rank must have slots to be placed on, not \[4, 0\]"):
+        Problem.from_load(np.ones((1, 4)), Cluster.uniform(2, slots_per_rank=[4, 0]))
