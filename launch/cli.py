@@ -26,6 +26,7 @@ COMMANDS = {  # name -> module in moeplace.launch.commands, in the order of --he
     "export": "export",
     "import-placement": "import_placement",
     "serve": "serve",
+    "ray": "ray_jobs",
     "calibrate": "calibrate",
     "bench": "bench",
 }

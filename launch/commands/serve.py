@@ -2,10 +2,10 @@
 
 import argparse
 import os
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from moeplace.launch.replan import add_replan_arguments, check_replan_arguments, replan_window, replanning
+from moeplace.launch.http_serve import add_engine_arguments, add_front_arguments
+from moeplace.launch.replan import add_replan_arguments, check_replan_arguments
 
 if TYPE_CHECKING:
     from moeplace.runtime.engine import Engine
@@ -13,54 +13,25 @@ if TYPE_CHECKING:
     from moeplace.runtime.service import Service
 
 HELP = "serve a file of requests (under torchrun for several ranks), or answer OpenAI-compatible HTTP requests"
-MODES = ("auto", "dispatch-combine", "coherent", "allgather")
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder (config.json, safetensors)")
-    parser.add_argument("--placement", metavar="P", help="placement file (default: experts in index order)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--requests", metavar="IN", help="JSONL: prompt or token_ids, one request a line")
     source.add_argument(
         "--http", metavar="HOST:PORT", help="answer HTTP requests; port 0 takes a free one and prints it"
     )
-    parser.add_argument("--out", metavar="OUT", help="with --requests: JSONL of completions to write")
-    parser.add_argument("--mode", choices=MODES, default="auto", help="execution mode (default: auto)")
-    parser.add_argument("--node-aware", action="store_true", help="dispatch-combine sends one copy per node")
-    parser.add_argument("--trace", metavar="T", help="recorded routing, from which auto predicts every mode")
-    parser.add_argument("--calibration", metavar="C", help="measured links and expert time, for --trace")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="where a request does not say")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, where a request does not say")
-    parser.add_argument("--max-sequences", type=int, default=64, metavar="N", help="sequences in flight at once")
-    parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence, completion included")
-    parser.add_argument("--kv-bytes", type=int, metavar="B", help="K/V memory of a rank")
-    parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the checkpoint's)")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for another rank")
-    parser.add_argument("--json", metavar="F", help="with --requests: write figures and counters of rank 0 to F")
-    _add_http_arguments(parser.add_argument_group("with --http"))
+    add_engine_arguments(parser)
+    file = parser.add_argument_group("with --requests")
+    file.add_argument("--out", metavar="OUT", help="JSONL of completions to write")
+    file.add_argument("--json", metavar="F", help="write figures and counters of rank 0 to F")
+    file.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="where a request does not say")
+    front = parser.add_argument_group("with --http")
+    front.add_argument("--ranks", type=int, default=1, metavar="R", help="ranks to start on this machine (default: 1)")
+    add_front_arguments(front)
     add_replan_arguments(parser)
     parser.set_defaults(usage_error=parser.error)
-
-
-def _add_http_arguments(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--ranks", type=int, default=1, metavar="R", help="ranks to start on this machine (default: 1)")
-    group.add_argument("--model-name", metavar="NAME", help="the model's name for clients (default: its folder's)")
-    group.add_argument(
-        "--api-key-file", metavar="F", help="bearer token that clients must send (default: $MOEPLACE_API_KEY, or none)"
-    )
-    group.add_argument("--max-body-bytes", type=int, default=1 << 20, metavar="B", help="of a request")
-    group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of a prompt (default: what fits)")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="most that may be asked for (default: what fits)")
-    group.add_argument(
-        "--max-concurrent", type=int, default=256, metavar="N", help="completions at once; beyond: status 429"
-    )
-    group.add_argument(
-        "--stall-timeout", type=float, default=60.0, metavar="S", help="seconds without a byte taken by a client"
-    )
-    group.add_argument(
-        "--drain-timeout", type=float, default=30.0, metavar="S", help="seconds to finish what runs after SIGTERM"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,110 +79,30 @@ def _serve_file(args: argparse.Namespace) -> int:
 
 
 def _answer_http(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from moeplace.launch.serve import Tokenizer
+    from moeplace.launch.http_serve import serve_http
     from moeplace.profiling.errors import InputError
-    from moeplace.runtime.checkpoint import Checkpoint
-
-    if args.replan and args.ranks == 1:
-        raise InputError("--replan needs several ranks: one has nowhere to move an expert")
-    try:
-        from moeplace.launch.http_front.application import HttpFront
-        from moeplace.launch.http_front.server import address_of, bind, run_front
-        from moeplace.launch.http_front.settings import FrontSettings, parse_address, read_api_key
-    except ModuleNotFoundError as error:
-        raise InputError(f"--http needs {error.name}: pip install 'moeplace[serve]'") from error
-    settings = FrontSettings(
-        model=args.model_name or Path(args.model).resolve().name,
-        api_key=read_api_key(args.api_key_file),
-        max_body_bytes=args.max_body_bytes,
-        max_prompt_tokens=args.max_prompt_tokens,
-        max_tokens=args.max_tokens,
-        max_concurrent=args.max_concurrent,
-        stall_timeout=args.stall_timeout,
-        drain_timeout=args.drain_timeout,
-        seed=args.seed,
-    )
-    with bind(*parse_address(args.http), settings) as listener:  # first: that the port is taken is known at once
-        stop_ids = Checkpoint(args.model).stop_ids
-        tokenizer = Tokenizer(args.model)
-        if tokenizer.exists:
-            tokenizer.load()
-        service = _start_service(args)
-        try:
-            front = HttpFront(service, settings, coder=tokenizer if tokenizer.exists else None, stop_ids=stop_ids)
-            with _replanning(args, service):
-                run_front(
-                    front,
-                    listener,
-                    drain_timeout=settings.drain_timeout,
-                    on_ready=lambda: print(f"serving {settings.model} on {address_of(listener)}", flush=True),
-                )
-        finally:
-            service.close(drain=False, timeout=args.timeout)
-    print("stopped")
-    return 0
-
-
-def _start_service(args: argparse.Namespace) -> "Service":
-    """A service that takes requests: one rank in this process, or several that it starts."""
-    from moeplace.profiling.errors import InputError
-    from moeplace.runtime.group import RankGroup
-    from moeplace.runtime.local_service import LocalService
 
     if "RANK" in os.environ:
         raise InputError("--http starts its own ranks; run it without torchrun")
-    if args.ranks == 1:
-        return LocalService(_make_engine(args, RankGroup.from_environment(timeout=args.timeout), _load_inputs(args)))
-    if (args.trace or args.calibration) and not args.replan:
-        raise InputError("--trace and --calibration work with one rank, with --replan, or under torchrun")
-    return _start_ranks(args)
+    if args.replan and args.ranks == 1:
+        raise InputError("--replan needs several ranks: one has nowhere to move an expert")
+    if args.ranks != 1 and (args.trace or args.calibration) and not args.replan:
+        raise InputError(
+            "--trace and --calibration work with one rank, with --replan, or with --requests under torchrun"
+        )
+    return serve_http(args, lambda: _start_service(args))
 
 
-def _start_ranks(args: argparse.Namespace) -> "Service":
-    from moeplace.runtime.coordinator import Coordinator
-    from moeplace.runtime.engine import EngineLimits
+def _start_service(args: argparse.Namespace) -> "Service":
+    """One rank in this process, or several in processes of their own."""
+    from moeplace.launch.http_serve import start_coordinator
+    from moeplace.runtime.group import RankGroup
+    from moeplace.runtime.local_service import LocalService
     from moeplace.runtime.local_spawner import LocalSpawner
-    from moeplace.runtime.service import ServiceOptions
 
-    limits = EngineLimits(
-        max_sequences=args.max_sequences,
-        max_length=args.max_length,
-        kv_bytes=args.kv_bytes,
-        staging_rows=1,
-        recent_ids=replan_window(args),
-    )
-    options = ServiceOptions(
-        mode=args.mode,
-        dtype=args.dtype,
-        limits=limits,
-        node_aware=args.node_aware,
-        timeout=args.timeout,
-        keep_width=True,
-    )
-    placement = _load_inputs(args)["placement"]
-    service = Coordinator(args.model, ranks=args.ranks, spawner=LocalSpawner(), options=options, placement=placement)
-    try:
-        service.wait_until_serving(timeout=options.start_timeout)
-    except BaseException:
-        service.close(drain=False)
-        raise
-    return service
-
-
-def _replanning(args: argparse.Namespace, service: "Service") -> AbstractContextManager[object]:
-    """The service re-places its experts while this is open, if the flags say so."""
-    from moeplace.placement.cost_model import StepShape
-    from moeplace.runtime.checkpoint import Checkpoint
-    from moeplace.runtime.coordinator import Coordinator
-
-    if not isinstance(service, Coordinator):
-        return nullcontext()
-    inputs, config = _load_inputs(args), Checkpoint(args.model).config
-    shape = StepShape(batch=args.max_sequences, hidden_size=int(config.get("hidden_size", StepShape().hidden_size)))
-    calibration, reference = inputs["calibration"], inputs["routing"]
-    return replanning(args, service, shape=shape, calibration=calibration, reference=reference, seed=args.seed)
+    if args.ranks == 1 and not args.admin:
+        return LocalService(_make_engine(args, RankGroup.from_environment(timeout=args.timeout), _load_inputs(args)))
+    return start_coordinator(args, LocalSpawner(), host="127.0.0.1")
 
 
 def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,24 +13,24 @@ from typing import Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from moeplace.launch.http_front.administration import admin_routes
 from moeplace.launch.http_front.api_errors import ApiError, overloaded, unavailable
-from moeplace.launch.http_front.completion_answer import ClientGone, CompletionAnswer
-from moeplace.launch.http_front.completion_body import CompletionBody, parse_body, parse_json
+from moeplace.launch.http_front.completion_answer import CompletionAnswer
+from moeplace.launch.http_front.completion_body import CompletionBody, parse_body
 from moeplace.launch.http_front.completion_run import CompletionRun, EventBridge
 from moeplace.launch.http_front.guard import COMPLETIONS, HEALTH, Guard
 from moeplace.launch.http_front.metrics import FrontMetrics
+from moeplace.launch.http_front.request_body import parse_json, read_body
 from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.runtime.service import Service
 
 _LONG_BODY = 16384
 """Bytes of a body from which its text is tokenised in a thread: the loop must not wait."""
-_MOST_SKIPPED = 64 << 20
-"""Bytes of an oversized body that are read to be thrown away."""
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -88,6 +88,7 @@ class HttpFront:
                 Route("/v1/models/{model:path}", self._model),
                 Route(HEALTH, self._health),
                 Route("/metrics", self._metrics),
+                *(admin_routes(self._service) if self._settings.admin else ()),
             ],
             exception_handlers={
                 ApiError: _answer_error,
@@ -132,10 +133,7 @@ class HttpFront:
 
     async def _read(self, request: Request) -> CompletionBody:
         """Read and check the body, within the limits."""
-        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind != "application/json":  # what a web page may send without asking is refused with everything else
-            raise ApiError(415, "the content type must be application/json")
-        content = await _read_bytes(request, self._settings.max_body_bytes, self._settings.body_timeout)
+        content = await read_body(request, self._settings.max_body_bytes, self._settings.body_timeout)
 
         def parse() -> CompletionBody:
             return parse_body(
@@ -201,36 +199,6 @@ class HttpFront:
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.render(), headers={"content-type": _METRICS_TYPE})
-
-
-async def _read_bytes(request: Request, limit: int, timeout: float) -> bytes:
-    """The body.
-
-    Raises:
-        ApiError: 413, it is longer than `limit` bytes; 408, it takes longer than `timeout` seconds.
-        ClientGone: the client closed the connection.
-    """
-    declared = request.headers.get("content-length", "0")
-    content = bytearray()
-    skipped = 0
-    try:
-        async with asyncio.timeout(timeout):
-            async for piece in request.stream():
-                if len(content) + len(piece) > limit or int(declared) > limit:
-                    # Not kept. Closing while a client still sends resets the connection, and the answer with it.
-                    skipped += len(piece)
-                    if skipped > _MOST_SKIPPED:
-                        break
-                else:
-                    content += piece
-    except TimeoutError as error:
-        raise ApiError(408, f"the body did not come within {timeout:g} s", headers={"Connection": "close"}) from error
-    except ClientDisconnect as error:
-        raise ClientGone("the client closed the connection before its request was complete") from error
-    if skipped:
-        rule = f"the body is longer than {limit} bytes"
-        raise ApiError(413, rule, code="body_too_large", headers={"Connection": "close"})
-    return bytes(content)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -5,7 +5,6 @@ The fields are those of OpenAI's API (platform.openai.com/docs/api-reference/com
 refused, unless its value asks for nothing.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,21 +76,6 @@ class CompletionBody:
         """Each choice draws with a seed of its own."""
         first = self.sampling
         return SamplingParameters(first.temperature, first.top_k, first.top_p, (first.seed + choice) % _SEEDS)
-
-
-def parse_json(content: bytes) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ApiError: 400, it is none.
-    """
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    return document
 
 
 def parse_body(

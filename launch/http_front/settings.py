@@ -18,6 +18,7 @@ class FrontSettings:
     Attributes:
         model: name of the model, as clients give it.
         api_key: what clients must send as a bearer token; None = nothing.
+        admin: whether clients may change the number of ranks; needs a token.
         max_body_bytes: of a request's body.
         max_prompt_tokens: of one prompt; None = what the service can hold.
         max_tokens: most tokens of a completion that may be asked for; None = what the service can hold.
@@ -33,6 +34,7 @@ class FrontSettings:
 
     model: str
     api_key: str | None = None
+    admin: bool = False
     max_body_bytes: int = 1 << 20
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
@@ -45,6 +47,8 @@ class FrontSettings:
     def __post_init__(self) -> None:
         if not self.model:
             raise InputError("the model's name is empty; clients need one")
+        if self.admin and self.api_key is None:
+            raise InputError(f"--admin needs a bearer token: --api-key-file or {KEY_VARIABLE}")
         for name in ("max_body_bytes", "max_prompt_tokens", "max_tokens", "max_concurrent"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -34,7 +34,10 @@ class ManualService:
     Attributes:
         submitted: requests, in the order in which they came.
         cancelled: names, likewise.
+        scaled: number of ranks and members to leave that were last asked for.
     """
+
+    scaled: tuple[int, Sequence[int] | None] | None = None
 
     def __init__(self) -> None:
         self.submitted: queue.Queue[Request] = queue.Queue()
@@ -65,7 +68,9 @@ class ManualService:
         self.cancelled.put(request_id)
 
     def scale(self, num_ranks: int, *, leaving: Sequence[int] | None = None) -> None:
-        raise NotImplementedError
+        if num_ranks < 1:
+            raise InputError(f"ranks ({num_ranks}) must be at least 1")
+        self.scaled = (num_ranks, leaving)
 
     def replace(self, placement: Placement) -> None:
         raise NotImplementedError

@@ -235,6 +235,27 @@ def test_bearer_token(service: ManualService) -> None:
     assert set(map(tuple, codes.values())) == {(200, 401, 401, 401)}
 
 
+def test_administration(service: ManualService) -> None:
+    """Where it was asked for, and only with the token: the number of ranks, and the state of the service."""
+
+    def ask(front: ThreadedFront, content: object, key: str = "secret") -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.post(f"{front.url}/admin/scale", json=content, headers=headers, timeout=WAIT)
+
+    with served(service, api_key="secret", admin=True) as front:
+        answer = ask(front, {"ranks": 3, "leaving": [1]})
+        assert (answer.status_code, service.scaled) == (202, (3, [1]))
+        assert answer.json()["desired"] == 4
+        bodies = ({"ranks": 0}, {"ranks": -1}, {"ranks": True}, {}, {"ranks": 2, "leaving": 1}, {"rank": 2}, [1])
+        assert [ask(front, body).status_code for body in bodies] == [400] * len(bodies)
+        assert ask(front, {"ranks": 5}, key="other").status_code == 401
+        assert service.scaled == (3, [1])
+    with served(service, api_key="secret") as front:
+        assert ask(front, {"ranks": 2}).status_code == 404
+    with pytest.raises(InputError, match="needs a bearer token"):
+        FrontSettings("m", admin=True)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_disconnect_cancels(service: ManualService, stream: bool) -> None:
     """Of a client that waits for tokens and of one that waits for the whole answer."""

@@ -1,12 +1,13 @@
 """The launch scripts: valid shell, flags that exist, a usage text, and the local one from end to end."""
 
+import argparse
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +50,22 @@ def test_flags_exist(script: str) -> None:
     found = 0
     for line in lines(script):
         launcher, _, command = line.partition(COMMAND)
-        if command.strip():
-            name = command.split()[0]
-            sub = build_parser([name])._subparsers._group_actions[0].choices[name]  # type: ignore[union-attr,index]
-            assert flags(command) <= set(sub._option_string_actions), line
+        for part in command.split(" -- ") if command else ():  # a command may submit another one
+            words = part.split()
+            assert flags(part) <= known_flags(build_parser(words[:1]), words), line
             found += 1
         if TORCHRUN_ONLY in launcher:
             known = set(get_args_parser()._option_string_actions)
             assert flags(launcher.partition(TORCHRUN_ONLY)[2]) <= known, line
     assert found
+
+
+def known_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
+    """Options of the innermost command that `words` begin with."""
+    nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if nested:
+        return known_flags(nested[0].choices[words[0]], words[1:])
+    return set(parser._option_string_actions)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
