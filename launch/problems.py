@@ -26,6 +26,11 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--objective", choices=("seconds", "traffic"), default="seconds", help="default: %(default)s")
     parser.add_argument("--max-imbalance", type=float, metavar="X", help="hard cap on a layer's training imbalance")
+    parser.add_argument(
+        "--replica-budget", choices=("per-layer", "global"), default="per-layer",
+        help="global: share the redundant slots of all layers out to those that gain most; every rank holds as many "
+        "experts over all layers as before (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--survive", type=int, default=0, metavar="N", help="ranks that may be lost at once")
     parser.add_argument("--previous", metavar="P", help="placement now in force, to stay near")
     parser.add_argument("--max-moves", type=int, metavar="M", help="most experts fetched per layer")
@@ -136,6 +141,7 @@ def problem_options(args: argparse.Namespace, trace: Any, cluster: Any) -> dict[
         "objective": args.objective,
         "max_imbalance": args.max_imbalance,
         "survive": args.survive,
+        "replica_budget": args.replica_budget,
         "previous": load_placement(args.previous) if args.previous else None,
         "max_moves": args.max_moves,
         "move_price": args.move_price,

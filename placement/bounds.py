@@ -83,17 +83,18 @@ def held_imbalance(problem: Problem) -> np.ndarray | None:
     """(L,) imbalance each layer is held to: the larger of the cap and what packing reaches; None without a cap."""
     if problem.max_imbalance is None:
         return None
+    return np.array([max(problem.max_imbalance, packed_imbalance(problem, x)) for x in range(problem.num_layers)])
+
+
+def packed_imbalance(problem: Problem, layer: int) -> float:
+    """Imbalance that packing reaches for a layer when loads are split evenly over copies."""
     speed_R, rank_S = problem.cluster.speed_of_rank, problem.cluster.rank_of_slot
-    caps = []
-    for layer in range(problem.num_layers):
-        row_S = pack_slots(problem, layer)
-        load_E = problem.load_LE[layer]
-        held = row_S >= 0
-        copies_E = np.maximum(np.bincount(row_S[held], minlength=len(load_E)), 1)
-        load_R = np.bincount(rank_S[held], (load_E / copies_E)[row_S[held]], minlength=len(speed_R))
-        mean = load_R.sum() / speed_R.sum()
-        caps.append(max(problem.max_imbalance, float((load_R / speed_R).max() / mean) if mean else 1.0))
-    return np.array(caps)
+    row_S, load_E = pack_slots(problem, layer), problem.load_LE[layer]
+    held = row_S >= 0
+    copies_E = np.maximum(np.bincount(row_S[held], minlength=len(load_E)), 1)
+    load_R = np.bincount(rank_S[held], (load_E / copies_E)[row_S[held]], minlength=len(speed_R))
+    mean = load_R.sum() / speed_R.sum()
+    return float((load_R / speed_R).max() / mean) if mean else 1.0
 
 
 def layer_bounds(

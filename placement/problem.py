@@ -18,6 +18,9 @@ from moeplace.profiling.kernels import count_load, count_transitions
 from moeplace.profiling.trace import RoutingTrace
 
 Objective = Literal["seconds", "traffic"]
+ReplicaBudget = Literal["per-layer", "global"]
+_MOST_GROWTH = 2
+"""A layer may have so many times its own redundant slots on top of them when the budget is global."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,9 @@ class Problem:
         move_price: objective units per fetched byte.
         survive: ranks that may be lost at once without losing an expert: every expert is on survive + 1 ranks, on as
             many nodes where there are so many.
+        replica_budget: "per-layer" gives each layer the cluster's slots; "global" shares the redundant slots of the
+            whole model out to layers, so that each rank holds as many experts over all layers as before. The
+            placement then has the slots of `layout`, empty (-1) in layers that use fewer.
         expert_bytes: (L, E) bytes of each expert (1 where unknown).
         layer_ids, num_hidden_layers: passed through to the placement.
         shape, calibration: sizes and times of the cost model.
@@ -60,6 +66,7 @@ class Problem:
     max_moves: int | None = None
     move_price: float = 0.0
     survive: int = 0
+    replica_budget: ReplicaBudget = "per-layer"
     expert_bytes: np.ndarray = None  # type: ignore[assignment]  # given or not, an array after __post_init__
     layer_ids: np.ndarray | None = None
     num_hidden_layers: int = 0
@@ -105,6 +112,7 @@ class Problem:
         for name, value, choices in (
             ("mode", self.mode, MODES),
             ("objective", self.objective, get_args(Objective)),
+            ("replica budget", self.replica_budget, get_args(ReplicaBudget)),
         ):
             if value not in choices:
                 raise InputError(f"{name} {value!r} must be one of {', '.join(choices)}")
@@ -184,6 +192,22 @@ class Problem:
         return self.cluster.num_slots - self.experts_per_layer
 
     @cached_property
+    def spare_per_rank(self) -> int:
+        """Slots per rank that every layer can do without, each expert and its surviving copies served."""
+        needed = int(self.experts_per_layer.max()) * (self.survive + 1)
+        spare = (self.cluster.num_slots - needed) // self.num_ranks
+        return max(min(spare, int(self.cluster.slots_of_rank.min()) - 1 - self.survive), 0)
+
+    @cached_property
+    def layout(self) -> Cluster:
+        """The cluster with the slots of the largest layer that the replica budget allows."""
+        if self.replica_budget == "per-layer":
+            return self.cluster
+        slots_R = self.cluster.slots_of_rank
+        growth = min(_MOST_GROWTH * self.spare_per_rank, max(self.num_experts - int(slots_R.max()), 0))
+        return self.cluster.replace(slots_of_rank=slots_R + growth)
+
+    @cached_property
     def transitions_LEE(self) -> np.ndarray:
         """(L-1, E, E) int64 tokens whose primary expert is i in layer l and j in layer l+1; needs a trace."""
         experts = self.num_experts
@@ -204,10 +228,11 @@ class Problem:
         return across / float(inside.mean()) - 1.0 if inside.size else 0.0
 
     def placement(self, slot_to_expert: np.ndarray) -> Placement:
-        """A validated placement of this problem's shape."""
+        """A validated placement of this problem's shape, or of its layout's."""
+        wide = np.shape(slot_to_expert)[-1] == self.layout.num_slots
         return Placement(
             slot_to_expert,
-            self.cluster.slots_of_rank,
+            (self.layout if wide else self.cluster).slots_of_rank,
             self.cluster.node_of_rank,
             self.experts_per_layer,
             self.layer_ids,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,8 +11,9 @@ from moeplace.placement.objective import load_imbalance, measure
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.resolve import keep_close, moved_summary
-from moeplace.placement.result import SolveResult
+from moeplace.placement.result import Draft, SolveResult
 from moeplace.placement.solvers import get_solver
+from moeplace.placement.solvers.replica_budget import slot_steps, with_steps
 from moeplace.placement.stop import Budget
 from moeplace.profiling.errors import InputError
 
@@ -45,13 +47,17 @@ def solve(
     started = time.monotonic()
     budget = Budget(time_limit * (1 - _BOUND_SHARE), seed, started, report)
     draft = search(problem, budget)
+    caps_L = held_caps(problem)
+    if problem.replica_budget == "global":
+        problem, draft = with_layout(problem, draft)
     if problem.previous is not None:
         draft = keep_close(problem, draft, budget)
     placement = problem.placement(draft.slot_to_expert)
     name, objective, values = measure(problem, placement)
-    broken = broken_cap(problem, placement) or broken_survival(problem, placement)
+    broken = broken_cap(problem, placement, caps_L) or broken_survival(problem, placement)
     bounded = problem.replace(max_imbalance=None) if broken else problem
-    bounds = problem_bounds(bounded, time_limit=max(time_limit - (time.monotonic() - started), 0.05 * time_limit))
+    left = max(time_limit - (time.monotonic() - started), 0.05 * time_limit)
+    bounds = problem_bounds(bounded, time_limit=left, caps_L=None if broken else caps_L)
     lower = max(draft.lower_bound or 0.0, bounds.get(name, 0.0)) if not broken else bounds.get(name, 0.0)
     gap = (objective - lower) / objective if objective > 0 else 0.0
     proven = not broken and (draft.status == "optimal" or gap <= OPTIMAL_GAP)
@@ -74,9 +80,24 @@ def solve(
     )
 
 
-def broken_cap(problem: Problem, placement: Placement) -> str:
+def held_caps(problem: Problem) -> np.ndarray | None:
+    """(L,) imbalance each layer is held to, by the number of slots that allows most; None without a cap."""
+    if problem.replica_budget == "per-layer" or problem.max_imbalance is None:
+        return held_imbalance(problem)
+    by_step = [held_imbalance(with_steps(problem, step)) for step in slot_steps(problem)]
+    return np.max([caps_L for caps_L in by_step if caps_L is not None], axis=0)  # type: ignore[no-any-return]
+
+
+def with_layout(problem: Problem, draft: Draft) -> tuple[Problem, Draft]:
+    """The problem of filling the draft's own slots, with a note if its solver does not share replicas out."""
+    if draft.slot_to_expert.shape[1] == problem.layout.num_slots:
+        return problem.replace(cluster=problem.layout, replica_budget="per-layer"), draft
+    note = "replicas were shared out per layer: only auto shares them over layers, in dispatch-combine mode"
+    return problem.replace(replica_budget="per-layer"), replace(draft, notes=(*draft.notes, note))
+
+
+def broken_cap(problem: Problem, placement: Placement, caps_L: np.ndarray | None) -> str:
     """A sentence if a layer exceeds the cap on imbalance (some published models have none), else ""."""
-    caps_L = held_imbalance(problem)
     if caps_L is None:
         return ""
     imbalance_L = (
@@ -97,8 +118,8 @@ def broken_survival(problem: Problem, placement: Placement) -> str:
     if not problem.survive:
         return ""
     ranks_LE = placement.replica_counts
-    on_node = [placement.node_of_rank == node for node in range(placement.num_nodes)]
-    nodes_LE = np.stack([placement.copies_LER[:, :, here].any(axis=2) for here in on_node]).sum(axis=0)
+    on_node = [placement.copies_LER[:, :, placement.node_of_rank == n].any(axis=2) for n in range(placement.num_nodes)]
+    nodes_LE = np.sum(on_node, axis=0)
     for held_LE, wanted, what in (
         (ranks_LE, problem.survive + 1, "ranks"),
         (nodes_LE, min(problem.survive + 1, placement.num_nodes), "nodes"),

@@ -23,8 +23,10 @@ OVERLOAD = 1e3
 """Price of a token above the cap when runs are compared: any feasible run beats any other."""
 TOUCH_SECONDS = 90e-9
 """Time to evaluate one token of a move in the exact search."""
-WORD_SECONDS = 0.13e-9
+WORD_SECONDS = 0.1e-9
 """Time per word of 64 tokens and row of bits in the search on bits."""
+MOVE_SECONDS = 2e-6
+"""What a move on bits costs whatever the number of words."""
 _REPAIRS = 4
 
 
@@ -136,7 +138,7 @@ class CopySearch:
     def _evaluation_seconds(self, copies: int) -> float:
         cluster = self._problem.cluster
         rows = 2 * cluster.slots_of_rank.mean() + 6 * copies + 4 * cluster.num_ranks
-        return float(self._bits.tokens_EW.shape[1] * rows * WORD_SECONDS)
+        return float(MOVE_SECONDS + self._bits.tokens_EW.shape[1] * rows * WORD_SECONDS)
 
     def _anneal_bits(
         self, slots_S: np.ndarray, limit_R: np.ndarray, hot: float, work: float, rng: np.random.Generator

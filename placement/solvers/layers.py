@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moeplace.placement.bounds import packed_imbalance
 from moeplace.placement.problem import Problem
 from moeplace.placement.solvers.annealing import seed_state
 from moeplace.placement.solvers.connectivity import anneal_layer, connectivity, layer_nets
@@ -60,6 +61,9 @@ class LayerSearch:
         stride = max(1, len(ids_TK) // MOST_TOKENS)
         self._start_S = packed_start(problem, layer)
         limits_R = load_limits(problem, layer, self._start_S, cap)
+        if cap is not None and problem.redundant_slots[layer] > 0:  # packing may balance better with copies
+            fair_R = self._cluster.speed_of_rank * problem.load_LE[layer].sum() / self._cluster.speed_of_rank.sum()
+            limits_R = np.minimum(limits_R, fair_R * max(cap, packed_imbalance(problem, layer)) + 1e-9)
         thin_TK = np.ascontiguousarray(ids_TK[::stride])
         share = (thin_TK >= 0).sum() / max(int((ids_TK >= 0).sum()), 1)
         self._full_limit_R = limits_R

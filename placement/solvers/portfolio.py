@@ -15,11 +15,13 @@ Shape letters: L MoE layers, E experts per layer, K top-k, R ranks, S slots per 
 """
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 
+from moeplace.placement.objective import traffic
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
@@ -29,7 +31,8 @@ from moeplace.placement.solvers.chain import anneal_chain, attraction, descend_c
 from moeplace.placement.solvers.dynamic import fits, solve_viterbi
 from moeplace.placement.solvers.index_order import solve_index_order
 from moeplace.placement.solvers.layers import MOST_TOKENS, Effort, LayerSearch
-from moeplace.placement.solvers.packing import solve_lpt
+from moeplace.placement.solvers.packing import pack_slots, solve_lpt
+from moeplace.placement.solvers.replica_budget import search_budget
 from moeplace.placement.solvers.robust import risk_matrix
 from moeplace.placement.solvers.search_layout import (
     load_limits,
@@ -95,8 +98,40 @@ def _search(problem: Problem, budget: Budget, cap: float | None, share: float) -
         return _surviving_chain(problem, budget, cap, seconds)
     if problem.mode == "coherent" and problem.top_k == 1:
         return _chain_search(problem, budget, cap, seconds)
-    slots_LS, cut = _layer_searches(problem, budget, cap, seconds)
-    return _aligned(problem, slots_LS), cut
+    if problem.replica_budget == "global" and problem.mode == "dispatch-combine":
+        return _budgeted(problem, budget, cap, seconds)
+    found, cut = _layer_searches(problem, budget, cap, seconds)
+    slots_LS = np.stack([row for _, row in found])
+    drafts = [_aligned(problem, slots_LS)]
+    if problem.mode == "coherent" and (problem.redundant_slots > 0).any():
+        # With copies a token stays where its experts happen to be: fewer ranks per token need not mean fewer copies.
+        drafts += [slots_LS, solve_lpt(problem, budget).slot_to_expert]
+    return _least_traffic(problem, drafts, cap), cut
+
+
+def _least_traffic(problem: Problem, drafts: Sequence[np.ndarray], cap: float | None) -> np.ndarray:
+    """The draft of least traffic among those whose layers exceed the cap least."""
+
+    def key(slots_LS: np.ndarray) -> tuple[float, float]:
+        evaluation = problem.evaluate(problem.placement(slots_LS))
+        over = 0.0 if cap is None else float(np.maximum(evaluation.imbalance_L - cap, 0.0).sum())
+        return round(over, 2), traffic(problem, evaluation)
+
+    return min(drafts, key=key) if len(drafts) > 1 else drafts[0]
+
+
+def _budgeted(problem: Problem, budget: Budget, cap: float | None, seconds: float) -> tuple[np.ndarray, bool]:
+    """`_search` with the redundant slots of all layers shared out, see `replica_budget`."""
+    cuts = []
+
+    def search(part: Problem, layers: Sequence[int], share: float) -> list[tuple[float, np.ndarray]]:
+        found, cut = _layer_searches(part, budget, cap, share * seconds, layers)
+        cuts.append(cut)
+        return found
+
+    slots_LS = search_budget(problem, search)
+    wide = problem.replace(cluster=problem.layout, replica_budget="per-layer", previous=None, max_moves=None)
+    return _aligned(wide, slots_LS), any(cuts)
 
 
 def threads() -> int:
@@ -104,35 +139,41 @@ def threads() -> int:
     return max(1, len(os.sched_getaffinity(0)))
 
 
-def _layer_searches(problem: Problem, budget: Budget, cap: float | None, seconds: float) -> tuple[np.ndarray, bool]:
+def _layer_searches(
+    problem: Problem, budget: Budget, cap: float | None, seconds: float, layers: Sequence[int] | None = None
+) -> tuple[list[tuple[float, np.ndarray]], bool]:
     """Rounds of one run per layer, a quick one first so that there is always a placement; the best run of each.
+
+    Returns (objective, (S,) slots) of each of the layers (by default all), and whether the clock cut the work short.
 
     On a machine too slow for the planned work the first full round is shortened and later ones are dropped.
     """
     deadline = min(budget.elapsed + seconds, budget.time_limit)
     with budget.alarm(deadline - budget.elapsed) as stop:
-        return _rounds(problem, budget, cap, seconds, deadline, stop)
+        chosen = range(problem.num_layers) if layers is None else layers
+        return _rounds(problem, budget, cap, seconds, deadline, chosen, stop)
 
 
 def _rounds(
-    problem: Problem, budget: Budget, cap: float | None, seconds: float, deadline: float, stop: np.ndarray
-) -> tuple[np.ndarray, bool]:
-    efforts = round_efforts(problem, seconds)
-    best: list[tuple[float, np.ndarray]] = [(np.inf, row) for row in solve_lpt(problem, budget).slot_to_expert]
+    problem: Problem, budget: Budget, cap: float | None, seconds: float, deadline: float, layers: Sequence[int],
+    stop: np.ndarray,
+) -> tuple[list[tuple[float, np.ndarray]], bool]:  # fmt: skip
+    efforts = round_efforts(problem, seconds, len(layers))
+    best: dict[int, tuple[float, np.ndarray]] = {layer: (np.inf, pack_slots(problem, layer)) for layer in layers}
     searches: dict[int, LayerSearch] = {}
-    jobs = [(number, layer) for number in range(len(efforts)) for layer in range(problem.num_layers)]
+    jobs = [(number, place) for number in range(len(efforts)) for place in range(len(layers))]
     spent = {"planned": 0.0, "real": 0.0}
 
     def one(job: tuple[int, int]) -> bool:
-        number, layer = job
-        effort = efforts[number]
+        number, place = job
+        effort, layer = efforts[number], layers[place]
         if layer not in searches:
             searches[layer] = LayerSearch(problem, layer, cap, effort.hedge if cap is not None else 0.0, stop)
         before = budget.elapsed
         slowness = max(1.0, spent["real"] / spent["planned"]) if spent["planned"] > 0 else 1.0
         left = deadline - before
         if number == 1:  # the first full round is shortened alike for every layer, so that none is left out
-            factor = min(1.0, left * threads() / (slowness * effort.seconds * (problem.num_layers - layer)))
+            factor = min(1.0, left * threads() / (slowness * effort.seconds * (len(layers) - place)))
         else:  # a further one is run in full or not at all
             room = 0.5 * seconds if number == 0 else 0.7 * slowness * effort.seconds
             factor = 1.0 if left > room else 0.0
@@ -151,13 +192,13 @@ def _rounds(
         for done, shortened in enumerate(pool.map(one, jobs)):
             cut |= shortened
             budget.report((done + 1) / len(jobs))
-    return np.stack([row for _, row in best]), cut or bool(stop[0])
+    return [best[layer] for layer in layers], cut or bool(stop[0])
 
 
-def round_efforts(problem: Problem, seconds: float) -> list[Effort]:
+def round_efforts(problem: Problem, seconds: float, layers: int) -> list[Effort]:
     """A quick round, then as many full ones as fill `seconds`, by the rates measured below."""
     assert problem.trace is not None
-    per_layer = FILL * seconds * threads() / problem.num_layers
+    per_layer = FILL * seconds * threads() / layers
     tokens = min(problem.trace.num_tokens, MOST_TOKENS)
     slots, top_k = problem.cluster.num_slots, problem.top_k
     levels = 2.0 if problem.cluster.num_nodes > 1 else 1.0

@@ -171,9 +171,10 @@ def _assign_copies(problem: Problem, held_ER: np.ndarray, worth_ER: np.ndarray) 
     """(E, R) bool, a new rank per expert at most worth, on a new node while one is left; None = no room."""
     cluster = problem.cluster
     free_R = cluster.slots_of_rank - held_ER.sum(axis=0)
-    on_node_EN = np.stack([held_ER[:, cluster.node_of_rank == n].any(axis=1) for n in range(cluster.num_nodes)], axis=1)
-    everywhere_E = np.all(on_node_EN, axis=1).reshape(-1, 1)
-    barred_ER = held_ER | (on_node_EN[:, cluster.node_of_rank] & ~everywhere_E)
+    on_node = [held_ER[:, cluster.node_of_rank == n].any(axis=1) for n in range(cluster.num_nodes)]
+    on_node_EN: np.ndarray = np.stack(on_node, axis=1)
+    full_E = np.asarray(on_node_EN.all(axis=1))
+    barred_ER: np.ndarray = held_ER | (on_node_EN[:, cluster.node_of_rank] & ~full_E[:, None])
     columns = np.repeat(np.arange(cluster.num_ranks), np.maximum(free_R, 0))
     if len(columns) < len(held_ER):
         return None

@@ -1,0 +1,98 @@
+"""Replicas where they pay: the redundant slots of the whole model shared out to layers (`replica_budget="global"`).
+
+Every layer is searched with several numbers of slots per rank. With v[l, s] = the best objective found for layer l with
+s slots per rank more or fewer than the cluster has,
+
+    min sum_l v[l, s_l]   s.t.   sum_l s_l <= 0
+
+is a knapsack over small integers, solved exactly by dynamic programming (a layer's benefit is a staircase: several
+copies may be needed before anything is saved). All ranks give and take alike, so that the memory of each rank stays
+what it is. s = 0 everywhere is one of the choices, and a layer with more slots is never worse than with fewer.
+
+Shape letters: L MoE layers, R ranks, S slots per layer.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from moeplace.placement.problem import Problem
+
+Layers = Sequence[int]
+Search = Callable[[Problem, Layers, float], list[tuple[float, np.ndarray]]]
+"""(problem, layers, share of the time) -> (objective, (S,) slots) of each of these layers."""
+
+
+def slot_steps(problem: Problem) -> range:
+    """Slots per rank that a layer may have fewer (negative) or more than the cluster says."""
+    growth = int(problem.layout.slots_of_rank[0] - problem.cluster.slots_of_rank[0])
+    return range(-problem.spare_per_rank, growth + 1)
+
+
+def with_steps(problem: Problem, step: int) -> Problem:
+    """The problem with `step` slots per rank more, the same in every layer."""
+    cluster = problem.cluster.replace(slots_of_rank=problem.cluster.slots_of_rank + step)
+    return problem.replace(cluster=cluster, replica_budget="per-layer", previous=None, max_moves=None)
+
+
+def share_out(value_LS: np.ndarray, steps: range) -> np.ndarray:
+    """(L,) step of each layer that minimises the sum of values while the steps sum to at most 0.
+
+    Args:
+        value_LS: (L, len(steps)) value of each layer at each step.
+        steps: consecutive integers from a negative (or 0) to a positive one.
+    """
+    layers, low = len(value_LS), steps[0]
+    room = -low * layers  # steps counted from the lowest one: their sum may be at most this
+    best = np.zeros(room + 1)
+    chosen = np.zeros((layers, room + 1), np.int64)
+    for layer in range(layers):
+        options = np.full((len(steps), room + 1), np.inf)
+        for used in range(len(steps)):
+            options[used, used:] = best[: room + 1 - used] + value_LS[layer, used]
+        chosen[layer] = options.argmin(axis=0)
+        best = options.min(axis=0)
+    step_L = np.zeros(layers, np.int64)
+    left = room
+    for layer in range(layers - 1, -1, -1):
+        step_L[layer] = chosen[layer, left]
+        left -= step_L[layer]
+    return step_L + low
+
+
+def widen(problem: Problem, row_S: np.ndarray, step: int) -> np.ndarray:
+    """(S,) slots of the layout for a row of `step` more slots per rank, the further slots empty."""
+    wide = problem.layout
+    row = np.full(wide.num_slots, -1, np.int32)
+    from_R = problem.cluster.slots_of_rank + step
+    starts_R = np.concatenate([[0], np.cumsum(from_R)])
+    wide_starts_R = np.concatenate([[0], np.cumsum(wide.slots_of_rank)])
+    for rank in range(wide.num_ranks):
+        row[wide_starts_R[rank] : wide_starts_R[rank] + from_R[rank]] = row_S[starts_R[rank] : starts_R[rank + 1]]
+    return row
+
+
+def search_budget(problem: Problem, search: Search) -> np.ndarray:
+    """(L, S) slots of the layout under the global budget.
+
+    Args:
+        problem: with `replica_budget` "global".
+        search: layers of a problem, each by itself.
+    """
+    steps, layers = slot_steps(problem), list(range(problem.num_layers))
+    # Most time goes to the cluster's own slots, so that an exchange must beat a thorough search; without copies a layer
+    # is soon searched.
+    weights = [1.0 if step < 0 else 5.0 if step == 0 else 2.0 for step in steps]
+    found = [
+        search(with_steps(problem, step), layers, weight / sum(weights))
+        for step, weight in zip(steps, weights, strict=True)
+    ]
+    rows = [[widen(problem, row, step) for _, row in each] for step, each in zip(steps, found, strict=True)]
+    value_LS = np.array([[value for value, _ in each] for each in found]).T
+    for number in range(1, len(steps)):  # with more slots the layer can stay as it was with fewer
+        for layer in layers:
+            if value_LS[layer, number - 1] <= value_LS[layer, number]:
+                value_LS[layer, number] = value_LS[layer, number - 1]
+                rows[number][layer] = rows[number - 1][layer]
+    step_L = share_out(value_LS, steps)
+    return np.stack([rows[int(step) - steps[0]][layer] for layer, step in enumerate(step_L)])
