@@ -1,7 +1,7 @@
 """Conductor: what the coordinator does about what happens. One call of `handle` per report, no thread, no waiting.
 
 Reports come from members (ready, prepared, loaded, serving, step, counters, replaced, refused, lost, stopped, failed),
-from those who watch over them (died, late, deadline, planned) and from callers (wish, cancel).
+from those who watch over them (died, late, linger, deadline, planned) and from callers (wish, cancel).
 """
 
 import logging
@@ -33,6 +33,8 @@ _LATE = 5.0
 """Most seconds that a member may notice the loss of a rank later than the first one, before it counts as hung."""
 
 
+_LINGERING = 10.0
+"""Seconds that a member may take to end after a generation without it has begun."""
 MAX_EVENTS = 10_000
 """Of the event log; older ones are forgotten."""
 
@@ -219,6 +221,9 @@ class Conductor:
             members=list(current.members),
             adopted=report["adopted"],
         )
+        for member, state in self.members.members.items():
+            if state.leaving and member not in current.members:
+                self._helper.remind(_LINGERING, {"kind": "linger", "member": member})
         joined = [member for member in current.members if before and member not in before]
         if joined:
             self.note("joined", f"the members {joined} are ranks now", members=joined)
@@ -262,6 +267,12 @@ class Conductor:
         if member in self.members.members and member not in self.members.active:
             self._errors[member] = f"it was no rank after {self._options.start_timeout:g} s"
             self.members.members[member].process.kill()
+
+    def _on_linger(self, report: Document) -> None:
+        """A member that was to leave has not ended by itself."""
+        state = self.members.members.get(report["member"])
+        if state is not None and report["member"] not in self.members.active:
+            state.process.kill()
 
     def _on_died(self, report: Document) -> None:
         member = report["member"]

@@ -61,7 +61,7 @@ class Generation:
         """(R,) int64."""
         return np.array(self.nodes, np.int64)
 
-    def connect(self, store: ServiceStore, member: int, *, timeout: float, counters: Counters | None) -> RankGroup:
+    def connect(self, store: ServiceStore, member: int, *, timeout: float, counters: Counters) -> RankGroup:
         """The process group, once all members have come.
 
         Raises:
@@ -92,7 +92,7 @@ class Forming:
     error: str = ""
     _thread: threading.Thread | None = field(default=None, repr=False)
 
-    def start(self, store: ServiceStore, member: int, *, timeout: float, counters: Counters | None) -> None:
+    def start(self, store: ServiceStore, member: int, *, timeout: float, counters: Counters) -> None:
         """Connect; `store` must be a connection of its own, which the group keeps."""
 
         def connect() -> None:

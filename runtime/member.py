@@ -16,6 +16,7 @@ import torch
 from moeplace.placement.placement import Placement
 from moeplace.placement.width import Adoption, adopt
 from moeplace.runtime.checkpoint import Checkpoint
+from moeplace.runtime.counters import Counters
 from moeplace.runtime.engine import Engine
 from moeplace.runtime.errors import MigrationError, PeerLostError
 from moeplace.runtime.faults import FaultPlan
@@ -48,6 +49,7 @@ class MemberLoop:
         self._checkpoint = Checkpoint(job.checkpoint)
         dtype = job.options.dtype
         self._decoder: Decoder = Decoder(self._checkpoint, dtype=getattr(torch, dtype) if dtype else None)
+        self._counters = Counters()  # of all generations
         self._assignments = 0
         self._members: tuple[int, ...] = ()
         self._adopted = 0
@@ -58,7 +60,7 @@ class MemberLoop:
     def run(self) -> None:
         """Serve until the service stops or goes on without this member."""
         self._store.report({"kind": "ready", "member": self.job.member_id, "limits": self._limits()})
-        forming = self._await_assignment()
+        forming: Forming | None = self._await_assignment()
         while forming is not None:
             forming = self._take_part(forming)
         self._close_group()
@@ -79,8 +81,13 @@ class MemberLoop:
             sentence = str(error)  # nothing more is kept: a traceback would keep the group alive
         else:
             return self._follow(number, outcome)
+        return self._follow_loss(number, sentence)
+
+    def _follow_loss(self, number: int, sentence: str) -> Forming | None:
+        """The generation after a loss, None = it goes on without this member, which was about to leave."""
         self._leave_broken_group(number, sentence)
-        return self._prepare(self._store.read(f"successor/{number}"))
+        generation = self._read_generation(self._store.read(f"successor/{number}"))
+        return self._start_forming(generation) if self.job.member_id in generation.members else None
 
     def _follow(self, number: int, outcome: Outcome) -> Forming | None:
         if outcome.kind == "switch":
@@ -90,30 +97,29 @@ class MemberLoop:
             self._store.read(f"settled/{outcome.generation}")  # others may still be busy in this generation
             return None
         if outcome.kind == "lost":
-            self._leave_broken_group(number, "the coordinator said so")
-            return self._prepare(self._store.read(f"successor/{number}"))
+            return self._follow_loss(number, "the coordinator said so")
         self._store.report({"kind": "stopped", "member": self.job.member_id})
         self._store.read("stopped")
         return None
 
-    def _await_assignment(self) -> Forming | None:
+    def _await_assignment(self) -> Forming:
         """The generation in which this member is to be, once it may begin."""
         while True:
             number = self._store.read(f"assign/{self.job.member_id}/{self._assignments}")
             self._assignments += 1
-            forming = self._prepare(number)
+            forming = self._start_forming(self._read_generation(number))
             if self._store.read(f"open/{number}"):
                 return forming
 
-    def _prepare(self, number: int) -> Forming:
-        return self._start_forming(Generation.from_json(self._store.read(f"generation/{number}")))
+    def _read_generation(self, number: int) -> Generation:
+        return Generation.from_json(self._store.read(f"generation/{number}"))
 
     def _start_forming(self, generation: Generation) -> Forming:
         """Connect in the background, by a connection to the store that serves this group alone."""
         forming = Forming(generation)
-        counters = None if self._group is None else self._group.counters
         self._faults.reach("forming")
-        forming.start(self._connect(), self.job.member_id, timeout=self.job.options.timeout, counters=counters)
+        timeout = self.job.options.timeout
+        forming.start(self._connect(), self.job.member_id, timeout=timeout, counters=self._counters)
         return forming
 
     def _await_group(self, forming: Forming) -> RankGroup:

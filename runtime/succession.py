@@ -31,6 +31,7 @@ class Succession:
         self.proposed: Generation | None = None
         self.opened: Generation | None = None
         self._prepared: set[int] = set()
+        self._oldest = 0  # generation of which the keys are there
 
     @property
     def is_changing(self) -> bool:
@@ -103,12 +104,15 @@ class Succession:
             return False
         first = 0 if self.settled is None else self.settled.number
         self.settled, self.opened = self.opened, None
-        self._store.put(f"settled/{number}", True)
-        # `settled` is kept for one generation more: a member that leaves may look late.
-        stale = [f"{kind}/{n}" for n in range(first, number) for kind in ("generation", "successor", "open")]
-        self._store.delete([*stale, *(f"settled/{n}" for n in range(first - 1, first))])
-        for gone in range(first, number):
+        # Generations that never came to serve are over as well: a member that left with one of them waits for it.
+        for begun in range(first + 1, number + 1):
+            self._store.put(f"settled/{begun}", True)
+        # What belongs to the generation before is kept until the next one, because some members may look late.
+        for gone in range(self._oldest, first):
+            kinds = ("generation", "successor", "open", "settled")
+            self._store.delete([f"{kind}/{gone}" for kind in kinds])
             self._store.delete_group(gone)
+        self._oldest = first
         return True
 
     def _make(self, nodes: Mapping[int, int], **fields: object) -> Generation:
