@@ -138,12 +138,15 @@ class Scheduler:
         waiting: requests without a place, first come first served.
         running: sequences with a place, in the order of admission.
         replicated: whether a sequence takes its row of the K/V cache on all ranks.
+        owes_token: whether the last pass was a prefill: running sequences get a token before the next one, so that
+            arrivals, however many, do not stop them.
     """
 
     def __init__(self, *, num_ranks: int, rows: int, positions: int, replicated: bool, max_prefill_tokens: int) -> None:
         """`rows` cache rows of `positions` on every rank; with `replicated` a sequence takes its row on all ranks."""
         self.num_ranks, self.rows, self.positions, self.replicated = num_ranks, rows, positions, replicated
         self.max_prefill_tokens = max_prefill_tokens
+        self.owes_token = False
         self.waiting: deque[Request] = deque()
         self._added: dict[str, tuple[int, ...]] = {}  # of waiting requests that ran before
         self.running: list[RunningSequence] = []

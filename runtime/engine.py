@@ -5,7 +5,7 @@
 
 Every rank makes the same engine and calls the same methods; `generate` takes the requests of rank 0. A serving loop
 calls `add_request` (the same on every rank) and `step`. A step is one pass: the prefill of newly admitted requests if
-there are any, else one token for every running sequence.
+there are any, else one token for every running sequence; after a prefill, a token comes first.
 """
 
 import json
@@ -241,7 +241,9 @@ class Engine:
 
     def step_with_note(self, note: int) -> Stepped:
         """`step`, in which rank 0 tells all ranks a number: it travels with the tokens, in the same collective."""
-        sequences = self.scheduler.admit()
+        scheduler = self.scheduler
+        sequences = [] if scheduler.owes_token and scheduler.running else scheduler.admit()
+        scheduler.owes_token = bool(sequences)
         phase: Phase = "prefill" if sequences else "decode"
         if sequences:
             lengths = [len(sequence.token_ids) for sequence in sequences]

@@ -165,6 +165,18 @@ def test_trained_checkpoints(pool: RankPool, find: Callable[[], Path]) -> None:
             assert completions == oracle.completions
 
 
+def test_arrivals_do_not_stop_what_runs() -> None:
+    """A request comes before every pass: the first one gets a token at least every other pass."""
+    engine = Engine(tiny_moe_path(), limits=EngineLimits(max_sequences=32))
+    engine.add_request(Request("first", (1, 2, 3), 10, stop_ids=()))
+    passes, done = 0, False
+    while not done:
+        engine.add_request(Request(f"later {passes}", (4, 5), 30, stop_ids=()))
+        done = "first" in [completion.request_id for completion in engine.step()]
+        passes += 1
+    assert passes <= 20
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("family", FAMILIES)
