@@ -135,6 +135,7 @@ def _serve(job: ElasticJob, driver: ElasticDriver, timeout: float) -> list[Servi
         dtype=NUMBER_TYPE,
         limits=_limits(job),
         bytes_per_step=job.bytes_per_step,
+        probe_tokens=job.probe_tokens,
         timeout=job.timeout,
         keep_width=True,
     )
@@ -174,6 +175,7 @@ def _conditions(job: ElasticJob) -> dict[str, Any]:
         "slots_changed": job.share,
         "batch": job.batch,
         "bytes_per_step": job.bytes_per_step,
+        "probe_tokens": job.probe_tokens,
         "staging_rows": job.staging_rows,
         "mode": job.mode,
         "seed": job.seed,

@@ -47,7 +47,8 @@ class ElasticJob:
         share: of all slots, changed by each re-placement.
         batch: sequences in flight; a quarter of them is admitted at a time.
         bytes_per_step: most bytes a rank sends between two steps, and most it receives.
-        staging_rows: storage rows per layer beyond the slots.
+        staging_rows: experts that a rank holds beyond its slots while they arrive.
+        probe_tokens: whose logits are compared at every switch, 0 = none.
         mode: execution mode.
         seed: of requests, placements and moments.
         timeout: seconds after which a rank that does not answer counts as lost.
@@ -64,6 +65,7 @@ class ElasticJob:
     batch: int = 32
     bytes_per_step: int = 1 << 16
     staging_rows: int = 1
+    probe_tokens: int = 0
     mode: Mode = "dispatch-combine"
     seed: int = 0
     timeout: float = 60.0
@@ -79,6 +81,7 @@ class ElasticJob:
             "batch": 4,
             "bytes_per_step": 1,
             "staging_rows": 1,
+            "probe_tokens": 0,
             "seed": 0,
         }
         for name, value in least.items():

@@ -39,6 +39,14 @@ def add_front_arguments(group: "argparse._ActionsContainer") -> None:
     group.add_argument(
         "--api-key-file", metavar="F", help="bearer token that clients must send (default: $MOEPLACE_API_KEY, or none)"
     )
+    group.add_argument(
+        "--probe-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with several ranks: check each switch of a re-placement by the logits of N tokens too (default: 0, by "
+        "checksums and digests alone)",
+    )
     group.add_argument("--admin", action="store_true", help="let clients with a token ask for more or fewer ranks")
     group.add_argument("--max-body-bytes", type=int, default=1 << 20, metavar="B", help="of a request")
     group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of a prompt (default: what fits)")
@@ -171,4 +179,5 @@ def _service_options(args: argparse.Namespace) -> "ServiceOptions":
         node_aware=args.node_aware,
         timeout=args.timeout,
         keep_width=True,
+        probe_tokens=args.probe_tokens,
     )

@@ -138,6 +138,7 @@ class Scheduler:
         waiting: requests without a place, first come first served.
         running: sequences with a place, in the order of admission.
         replicated: whether a sequence takes its row of the K/V cache on all ranks.
+        kept_free: rows that `admit` leaves for a check of the ranks.
         owes_token: whether the last pass was a prefill: running sequences get a token before the next one, so that
             arrivals, however many, do not stop them.
     """
@@ -152,6 +153,7 @@ class Scheduler:
         self.running: list[RunningSequence] = []
         pools = 1 if replicated else num_ranks
         self._free = [list(range(rows)) for _ in range(pools)]
+        self.kept_free = 0
 
     @property
     def is_idle(self) -> bool:
@@ -200,7 +202,7 @@ class Scheduler:
         """Give waiting requests a place: in order, while rows and the prefill limit of a pass allow (at least one)."""
         admitted: list[RunningSequence] = []
         tokens = 0
-        while self.waiting:
+        while self.waiting and sum(map(len, self._free)) > self.kept_free:
             request = self.waiting[0]
             tokens += len(request.token_ids) + len(self.added(request))
             if admitted and tokens > self.max_prefill_tokens:

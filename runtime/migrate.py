@@ -88,12 +88,13 @@ class LiveMigration:
             bytes_per_step: most bytes that a rank sends, and most that it receives, between two calls of `advance`;
                 an expert from the checkpoint is read whole.
             probe: token sequences whose logits are compared before and after every switch; each switch then takes as
-                long as `engine.score` of them, and waits for a free row of the K/V cache.
+                long as `engine.score` of them. A row of the K/V cache is kept free for them: the first switch waits
+                until one is.
             probe_tolerance: see PROBE_TOLERANCE.
 
         Raises:
             InputError: the plan starts from another placement, changes the ranks, or needs more staging rows; another
-                migration is under way; there is no row of the K/V cache for the probe.
+                migration is under way.
             DisagreementError: ranks were given different plans.
         """
         self._engine, self._store = engine, engine.executor.runtime.experts
@@ -105,7 +106,8 @@ class LiveMigration:
             raise
         engine.group.agree({"migration plan": f"{_plan_digest(plan)} in pieces of {bytes_per_step} bytes"})
         self._store.contents.share_reference(engine.group, engine.placement)
-        self._logits = engine.score(probe) if probe else []
+        self._logits: list[torch.Tensor] | None = None
+        engine.scheduler.kept_free = 1 if probe else 0
         self._staging = Staging(self._store, engine.group)
         self._bytes_per_step = bytes_per_step
         self._bytes_total = sum(arrival.size for commit in self.commits for arrival in commit.arrivals)
@@ -146,8 +148,10 @@ class LiveMigration:
         if not self.is_moving:
             return self.progress
         self._take()
+        if self._probe and self._logits is None and self._has_room_for_probe():
+            self._logits = self._engine.score(self._probe)
         pieces = next(self._steps, None)
-        if pieces is None and self._has_room_for_probe():
+        if pieces is None and (not self._probe or (self._logits is not None and self._has_room_for_probe())):
             self._commit(self.commits[0])
             self.commits.pop(0)
             self._begin()
@@ -181,6 +185,7 @@ class LiveMigration:
     def _end(self, state: State) -> None:
         self._staging.release()
         self._store.is_migrating = False
+        self._engine.scheduler.kept_free = 0
         self._state = state
 
     def _send(self, pieces: Sequence[Piece]) -> None:
@@ -203,8 +208,6 @@ class LiveMigration:
 
     def _has_room_for_probe(self) -> bool:
         """Whether the scheduler, which is alike on all ranks, has a place for a sequence."""
-        if not self._probe:
-            return True
         sequence = self._engine.scheduler.place(Request("probe", tuple(self._probe[0])))
         if sequence is not None:
             self._engine.scheduler.release(sequence)
@@ -261,7 +264,7 @@ class LiveMigration:
 
     def _check_probe(self) -> None:
         """Compare the probe's logits, which all ranks have alike."""
-        if not self._probe:
+        if self._logits is None:
             return
         pairs = zip(self._logits, self._engine.score(self._probe), strict=True)
         worst = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)

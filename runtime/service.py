@@ -142,6 +142,8 @@ class ServiceOptions:
         dtype: number type by name, None = the checkpoint's.
         limits: of every member's engine.
         node_aware: dispatch-combine sends one copy per node.
+        probe_tokens: length of a token sequence whose logits are compared before and after every switch of a
+            re-placement, a pass each; 0 = checksums and digests alone.
         bytes_per_step: most bytes a rank sends, and most it receives, between two steps of a re-placement.
         timeout: seconds after which a collective that does not end is given up: how long a hung rank can stop all.
         start_timeout: seconds for a member to start and load.
@@ -153,6 +155,7 @@ class ServiceOptions:
     dtype: str | None = None
     limits: EngineLimits = field(default_factory=lambda: EngineLimits(staging_rows=1))
     node_aware: bool = False
+    probe_tokens: int = 0
     bytes_per_step: int = 1 << 22
     timeout: float = 20.0
     start_timeout: float = 300.0
@@ -163,6 +166,8 @@ class ServiceOptions:
         for name in ("bytes_per_step", "timeout", "start_timeout"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} ({getattr(self, name)}) must be positive")
+        if self.probe_tokens < 0:
+            raise InputError(f"probe_tokens ({self.probe_tokens}) must not be negative")
         if self.limits.staging_rows < 1:
             raise InputError(f"staging_rows ({self.limits.staging_rows}) must be at least 1 for a service")
 

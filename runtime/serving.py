@@ -179,13 +179,20 @@ class Serving:
         self._slots_before = before
         try:
             self._take_slots(plan.layout.old_slots_of_rank)
-            migration = LiveMigration(self.engine, plan, bytes_per_step=self._options.bytes_per_step)
+            limit = self._options.bytes_per_step
+            migration = LiveMigration(self.engine, plan, bytes_per_step=limit, probe=self._probe())
         except (InputError, DisagreementError) as error:
             self._take_slots(before)
             self._slots_before = None
             self._report_replaced(str(error))
             return
         self._replacement = Replacement(migration, before, after, time.monotonic(), plan.bytes)
+
+    def _probe(self) -> list[list[int]]:
+        """A token sequence for the checks of a re-placement, the same on all ranks; none where none is wanted."""
+        length = min(self._options.probe_tokens, self.engine.scheduler.positions)
+        vocabulary = self.engine.executor.decoder.vocabulary
+        return [np.random.default_rng(length).integers(vocabulary, size=length).tolist()] if length else []
 
     def _advance(self) -> None:
         replacement = self._replacement

@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bytes-per-step", type=int, default=1 << 16, metavar="N", help="that a rank sends between steps (65536)"
     )
-    parser.add_argument("--staging-rows", type=int, default=1, metavar="N", help="per layer beyond the slots (1)")
+    parser.add_argument("--staging-rows", type=int, default=1, metavar="N", help="experts a rank can stage (1)")
+    parser.add_argument(
+        "--probe-tokens", type=int, default=0, metavar="N", help="whose logits are compared at every switch (0)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of requests, placements and moments")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for everything (600)")
     parser.add_argument("--json", metavar="F", help="write the figures to F")
@@ -57,6 +60,7 @@ def _job(args: argparse.Namespace) -> Any:
         batch=args.batch,
         bytes_per_step=args.bytes_per_step,
         staging_rows=args.staging_rows,
+        probe_tokens=args.probe_tokens,
         mode=args.mode,
         seed=args.seed,
     )

@@ -85,7 +85,7 @@ def test_ranks_come_go_and_die(tmp_path: Path, capsys: pytest.CaptureFixture[str
     """All tokens are those of the undisturbed process, everything asked for happened, and no byte too many moved."""
     out = tmp_path / "elastic.json"
     options = ["--ranks", "2", "--steps", "30", "--replacements", "1", "--joins", "1", "--leaves", "1", "--kills", "1"]
-    load = ["--batch", "4", "--bytes-per-step", "500000", "--mode", "coherent"]
+    load = ["--batch", "4", "--bytes-per-step", "500000", "--mode", "coherent", "--probe-tokens", "4"]
     assert main(["bench", "elastic", *options, *load, "--seed", "1", "--json", str(out)]) == 0
     report = read_json(out)
     assert (report["lost"], report["changed"]) == (0, 0)

@@ -73,6 +73,20 @@ def test_samples_follow_the_distribution() -> None:
     assert draws[:50] == [sample(logits + 1, parameters, position=position) for position in range(50)]
 
 
+def test_a_row_can_be_kept_free() -> None:
+    """Waiting requests leave the row that a check needs, and take it afterwards."""
+    scheduler = Scheduler(num_ranks=2, rows=1, positions=8, replicated=False, max_prefill_tokens=64)
+    scheduler.kept_free = 1
+    for name in "ab":
+        scheduler.add(Request(name, (1, 2), max_new_tokens=2))
+    assert [sequence.request.request_id for sequence in scheduler.admit()] == ["a"]
+    check = scheduler.place(Request("check", (1,), max_new_tokens=1))
+    assert check is not None
+    scheduler.release(check)
+    scheduler.kept_free = 0
+    assert [sequence.request.request_id for sequence in scheduler.admit()] == ["b"]
+
+
 def test_filters() -> None:
     """Greedy, top-k and top-p never draw what they exclude."""
     logits = torch.tensor([0.0, 3.0, 2.0, 1.0])

@@ -215,6 +215,7 @@ def break_something(context: RankContext, oracle: Oracle, what: str) -> tuple[st
         if plan.members(transfer)[0] == context.rank:
             store.row_bytes(transfer.layer, store.contents.row_of(transfer.layer, transfer.expert) or 0)[0][5] ^= 4
     elif what == "probe":
+        migration.advance()  # the logits from before the switch are taken here
         spoil_resting_layers(engine)
     elif context.rank == 1:
         last = migration.commits[-1]

@@ -112,7 +112,8 @@ def test_two_losses_in_a_row_and_a_join_that_fails(checkpoint: Path, tmp_path: P
 def test_a_hung_rank_and_a_loss_during_a_migration(checkpoint: Path, tmp_path: Path) -> None:
     """A rank stops without dying; later one of the two that are left dies while experts are on their way."""
     injector = EventInjector().fail_at(1, "step", 12, action="stop").fail_at(0, "migration", 2, after=True)
-    with serve(checkpoint, 3, injector, tmp_path, mode="dispatch-combine", timeout=3.0, bytes_per_step=500) as load:
+    options = {"mode": "dispatch-combine", "timeout": 3.0, "bytes_per_step": 500, "probe_tokens": 3}
+    with serve(checkpoint, 3, injector, tmp_path, **options) as load:
         service = load.service
         check_refusals(service)
         assert service.wait_for(lambda status: status.active == (0, 2), timeout=CHANGE)
