@@ -24,7 +24,11 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
         "--trace", metavar="T", help="recorded routing, from which auto predicts every mode, and --replan the promise"
     )
     parser.add_argument("--calibration", metavar="C", help="measured links and expert time, for --trace and --replan")
-    parser.add_argument("--node-aware", action="store_true", help="dispatch-combine sends one copy per node")
+    parser.add_argument(
+        "--node-aware",
+        action=argparse.BooleanOptionalAction,
+        help="dispatch-combine sends one copy per node, forwarded inside it (default: if tokens have several experts)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, where a request does not say")
     parser.add_argument("--max-sequences", type=int, default=64, metavar="N", help="sequences in flight at once")
     parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence, completion included")

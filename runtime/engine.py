@@ -110,7 +110,7 @@ class Engine:
         group: RankGroup | None = None,
         dtype: torch.dtype | None = None,
         limits: EngineLimits = DEFAULT_LIMITS,
-        node_aware: bool = False,
+        node_aware: bool | None = None,
         capacity: CapacityRule | None = None,
         routing: RoutingTrace | None = None,
         calibration: Calibration | None = None,
@@ -124,7 +124,8 @@ class Engine:
             mode: auto, dispatch-combine, coherent or allgather.
             group: None = this process alone.
             dtype: None = the checkpoint's.
-            node_aware: dispatch-combine sends one copy per node.
+            node_aware: dispatch-combine sends one copy per node, forwarded inside it, as `evaluate` prices it; None =
+                where tokens have several experts (and there are several nodes).
             capacity: room in messages of the coherent mode; None = the whole batch.
             routing: recorded routing, from which `auto` predicts every mode; None = `auto` follows the placement.
             calibration: measured links and expert time for those predictions.
@@ -144,6 +145,8 @@ class Engine:
             if decoder is None:
                 decoder = Decoder(self.checkpoint, dtype=dtype, device=group.device)
             predictor = _make_predictor(routing, placement, calibration, decoder) if mode == "auto" else None
+            if node_aware is None:
+                node_aware = int(self.checkpoint.config.get("num_experts_per_tok") or 1) > 1
             self._modes = choose_mode_rule(mode, placement, predictor) if modes is None else modes
             rows, positions = _cache_size(limits, decoder, group.size, replicated=self._modes.may_be_coherent)
         except MoeplaceError as error:

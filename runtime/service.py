@@ -141,7 +141,7 @@ class ServiceOptions:
         mode: auto, dispatch-combine, coherent or allgather.
         dtype: number type by name, None = the checkpoint's.
         limits: of every member's engine.
-        node_aware: dispatch-combine sends one copy per node.
+        node_aware: dispatch-combine sends one copy per node; None = where tokens have several experts.
         probe_tokens: length of a token sequence whose logits are compared before and after every switch of a
             re-placement, a pass each; 0 = checksums and digests alone.
         bytes_per_step: most bytes a rank sends, and most it receives, between two steps of a re-placement.
@@ -154,7 +154,7 @@ class ServiceOptions:
     mode: str = "auto"
     dtype: str | None = None
     limits: EngineLimits = field(default_factory=lambda: EngineLimits(staging_rows=1))
-    node_aware: bool = False
+    node_aware: bool | None = None
     probe_tokens: int = 0
     bytes_per_step: int = 1 << 22
     timeout: float = 20.0
