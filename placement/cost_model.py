@@ -70,7 +70,7 @@ class Calibration:
         expert: time of the expert computation.
         other_seconds_per_layer: what a layer costs beside experts and exchanges, the same for every placement.
         mode_seconds_per_layer: the same by mode, where it was measured by mode; a key is a mode, or a mode and its form
-            ("dispatch-combine node-aware").
+            ("dispatch-combine node-aware"). Negative where work hides latency.
         kv_exposed: seconds by which a `coherent` step takes longer per second that its K/V occupy links, when they
             travel in pieces beside the layers; None = not measured: hidden as far as links have room.
         conditions: where and how it was measured.

@@ -275,10 +275,8 @@ def predict_seconds(traffic: ReplayTraffic, cluster: Cluster, calibration: Calib
     """
     cluster = calibration.apply(cluster)
     steps, layers, _ = traffic.tokens_SLR.shape
-    seconds_S = np.full(steps, layers * calibration.layer_overhead(traffic.label))
+    seconds_S = latency_seconds(traffic, cluster) + layers * calibration.layer_overhead(traffic.label)
     for exchange in traffic.exchanges:
-        latency = calibration.intra.latency if exchange.inside_nodes else collective_latency(cluster)
-        seconds_S += latency * exchange.issued_SL.sum(axis=1)
         for step, layer in np.argwhere(exchange.issued_SL):
             seconds_S[step] += transfer_seconds(exchange.bytes_SLRR[step, layer], cluster, 1.0)
     for step in range(steps):
@@ -287,6 +285,15 @@ def predict_seconds(traffic: ReplayTraffic, cluster: Cluster, calibration: Calib
             seconds_S[step] += expert_seconds(tokens_R, activated_R, cluster, calibration.expert)
     if traffic.kv_hops:
         seconds_S = _with_kv(traffic, seconds_S, cluster, calibration.kv_exposed)
+    return seconds_S
+
+
+def latency_seconds(traffic: ReplayTraffic, cluster: Cluster) -> np.ndarray:
+    """(S,) seconds of each step that its exchanges would take if they were empty."""
+    seconds_S = np.zeros(traffic.num_steps)
+    for exchange in traffic.exchanges:
+        latency = cluster.intra.latency if exchange.inside_nodes else collective_latency(cluster)
+        seconds_S += latency * exchange.issued_SL.sum(axis=1)
     return seconds_S
 
 
