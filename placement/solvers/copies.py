@@ -10,7 +10,7 @@ from moeplace.placement.replica_choice import preference_orders
 from moeplace.placement.solvers.annealing import seed_state
 from moeplace.placement.solvers.connectivity import LayerNets, layer_nets
 from moeplace.placement.solvers.packing import pack_slots
-from moeplace.placement.solvers.replica_bits import anneal_bits, token_bits
+from moeplace.placement.solvers.replica_bits import anneal_bits
 from moeplace.placement.solvers.replicas import (
     anneal_replicas,
     expert_masks,
@@ -18,6 +18,7 @@ from moeplace.placement.solvers.replicas import (
     node_masks,
     replay_layer,
 )
+from moeplace.placement.solvers.token_bits import token_bits
 
 OVERLOAD = 1e3
 """Price of a token above the cap when runs are compared: any feasible run beats any other."""

@@ -13,17 +13,11 @@ from numba import njit
 
 from moeplace.placement.replica_choice import preference_orders
 from moeplace.placement.solvers.annealing import next_random, random_below
+from moeplace.placement.solvers.bits import popcount
 from moeplace.placement.solvers.connectivity import LayerNets
+from moeplace.placement.solvers.slot_moves import make_move, take_back
 
 MOST_RANKS = 64
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _popcount(x):  # type: ignore[no-untyped-def]
-    x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
-    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
 
 
 @njit(cache=True, nogil=True)
@@ -38,7 +32,7 @@ def _serve(t, ids_TK, mask_E, node_mask_N, orders_PR, rank_K):  # type: ignore[n
         if e >= 0:
             if mask_E[e] & (mask_E[e] - one) == zero:
                 used |= mask_E[e]
-                rank_K[k] = _popcount(mask_E[e] - one)
+                rank_K[k] = popcount(mask_E[e] - one)
             else:
                 remaining += 1
     if remaining == 0:
@@ -77,7 +71,7 @@ def _serve(t, ids_TK, mask_E, node_mask_N, orders_PR, rank_K):  # type: ignore[n
 @njit(cache=True, nogil=True, inline="always")
 def _price(used, node_mask_N, node_weight):  # type: ignore[no-untyped-def]
     """d + node_weight * dn of a mask of ranks."""
-    cost = float(_popcount(used))
+    cost = float(popcount(used))
     if node_weight > 0:
         for n in range(len(node_mask_N)):
             if node_mask_N[n] & used != np.uint64(0):
@@ -257,13 +251,13 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
             continue
         g = rank_S[x]
         bit_g = one << np.uint64(g)
-        y, b, repoint = -1, -1, False
+        y, b, bit_h, touched_bits = -1, -1, np.uint64(0), np.uint64(0)
         if copies_E[a] > min_copies and random_below(state, 5) < 3:
             b = random_below(state, num_real)  # slot x gets expert b instead of a
-            repoint = True
             if b == a or mask_E[b] & bit_g != np.uint64(0):
                 done += 1
                 continue
+            touched_bits = mask_E[a] | mask_E[b] | bit_g
         else:
             y = random_below(state, slots)
             h = rank_S[y]
@@ -272,34 +266,14 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
             if g == h or mask_E[a] & bit_h != np.uint64(0) or (b >= 0 and mask_E[b] & bit_g != np.uint64(0)) or a == b:
                 done += 1
                 continue
-        touched_bits = mask_E[a] | bit_g
-        old_a, old_b = mask_E[a], mask_E[b] if b >= 0 else np.uint64(0)
-        slots_S[x] = b
-        if repoint:
-            touched_bits |= mask_E[b]
-            mask_E[a] &= ~bit_g
-            mask_E[b] |= bit_g
-            copies_E[a] -= 1
-            copies_E[b] += 1
-        else:
-            slots_S[y] = a
             touched_bits = bit_g | bit_h
-            mask_E[a] = (mask_E[a] & ~bit_g) | bit_h
-            if b >= 0:
-                mask_E[b] = (mask_E[b] & ~bit_h) | bit_g
+        old_a, old_b = mask_E[a], mask_E[b] if b >= 0 else np.uint64(0)
+        make_move(x, y, a, b, bit_g, bit_h, slots_S, mask_E, copies_E)
         if min_nodes > 1 and (
             _loses_node(old_a, mask_E[a], node_mask_N, min_nodes)
             or (b >= 0 and _loses_node(old_b, mask_E[b], node_mask_N, min_nodes))
         ):
-            mask_E[a] = old_a
-            if b >= 0:
-                mask_E[b] = old_b
-            slots_S[x] = a
-            if repoint:
-                copies_E[a] += 1
-                copies_E[b] -= 1
-            else:
-                slots_S[y] = b
+            take_back(x, y, a, b, old_a, old_b, slots_S, mask_E, copies_E)
             done += 1
             continue
         work = first_E[a + 1] - first_E[a] + (first_E[b + 1] - first_E[b] if b >= 0 else 0)
@@ -325,15 +299,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
             if last and over <= 0.0 and new_over > 0.0:
                 take = False
         if not take:
-            mask_E[a] = old_a
-            if b >= 0:
-                mask_E[b] = old_b
-            slots_S[x] = a
-            if repoint:
-                copies_E[a] += 1
-                copies_E[b] -= 1
-            else:
-                slots_S[y] = b
+            take_back(x, y, a, b, old_a, old_b, slots_S, mask_E, copies_E)
             continue
         _loads_after(
             a, b, ids_TK, first_E, token_of, mask_E, node_mask_N, orders_PR, node_weight, cost_T, rank_TK, load_R, True

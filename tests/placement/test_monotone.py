@@ -14,9 +14,10 @@ from moeplace.placement.solve import solve
 from moeplace.placement.solvers.annealing import seed_state
 from moeplace.placement.solvers.chain import anneal_chain, attraction
 from moeplace.placement.solvers.connectivity import anneal_layer, layer_nets
-from moeplace.placement.solvers.replica_bits import anneal_bits, token_bits
+from moeplace.placement.solvers.replica_bits import anneal_bits
 from moeplace.placement.solvers.replicas import anneal_replicas, node_masks
 from moeplace.placement.solvers.search_layout import UNLIMITED, padded_transitions
+from moeplace.placement.solvers.token_bits import token_bits
 from moeplace.placement.stop import Budget
 from moeplace.profiling.trace import RoutingTrace
 from tests.placement.instances import skewed_problem, skewed_trace

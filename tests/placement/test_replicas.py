@@ -15,9 +15,10 @@ from moeplace.placement.solvers.annealing import seed_state
 from moeplace.placement.solvers.connectivity import layer_nets
 from moeplace.placement.solvers.copies import CopySearch
 from moeplace.placement.solvers.layers import Effort, LayerSearch
-from moeplace.placement.solvers.replica_bits import anneal_bits, token_bits
+from moeplace.placement.solvers.replica_bits import anneal_bits
 from moeplace.placement.solvers.replica_budget import search_budget, share_out
 from moeplace.placement.solvers.search_layout import UNLIMITED
+from moeplace.placement.solvers.token_bits import token_bits
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.trace import RoutingTrace
 from tests.placement.instances import skewed_problem, skewed_trace
