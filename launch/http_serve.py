@@ -1,10 +1,10 @@
 """`moeplace serve --http` and `moeplace ray serve`: a service, the HTTP front before it, and the options of both."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.replan import replan_window
 
@@ -98,6 +98,7 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
         drain_timeout=args.drain_timeout,
         seed=args.seed,
     )
+    replan_options = _replan_options(args) if args.replan else {}
     with bind(*parse_address(args.http), settings) as listener:
         stop_ids = Checkpoint(args.model).stop_ids
         tokenizer = Tokenizer(args.model)
@@ -106,7 +107,7 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
         service = start_service()
         try:
             front = HttpFront(service, settings, coder=tokenizer if tokenizer.exists else None, stop_ids=stop_ids)
-            with _replanning(args, service):
+            with _replanning(args, service, replan_options):
                 run_front(
                     front,
                     listener,
@@ -119,26 +120,33 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
     return 0
 
 
-def _replanning(args: argparse.Namespace, service: "Service") -> AbstractContextManager[object]:
-    """The service re-places its experts while this is open, if the flags say so."""
-    from moeplace.launch.replan import replanning
+def _replan_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What re-placement needs to know beside the service; read before any rank starts."""
     from moeplace.placement.cost_model import Calibration, StepShape
     from moeplace.profiling.trace_file import load_trace
     from moeplace.runtime.checkpoint import Checkpoint
+
+    config = Checkpoint(args.model).config
+    return {
+        "shape": StepShape(
+            batch=args.max_sequences, hidden_size=int(config.get("hidden_size", StepShape().hidden_size))
+        ),
+        "calibration": Calibration.load(args.calibration) if args.calibration else None,
+        "reference": load_trace(args.trace) if args.trace else None,
+        "seed": args.seed,
+    }
+
+
+def _replanning(
+    args: argparse.Namespace, service: "Service", options: Mapping[str, Any]
+) -> AbstractContextManager[object]:
+    """The service re-places its experts while this is open, if the flags say so."""
+    from moeplace.launch.replan import replanning
     from moeplace.runtime.coordinator import Coordinator
 
     if not args.replan or not isinstance(service, Coordinator):
         return nullcontext()
-    config = Checkpoint(args.model).config
-    shape = StepShape(batch=args.max_sequences, hidden_size=int(config.get("hidden_size", StepShape().hidden_size)))
-    return replanning(
-        args,
-        service,
-        shape=shape,
-        calibration=Calibration.load(args.calibration) if args.calibration else None,
-        reference=load_trace(args.trace) if args.trace else None,
-        seed=args.seed,
-    )
+    return replanning(args, service, **options)
 
 
 def start_coordinator(args: argparse.Namespace, spawner: "Spawner", *, host: str) -> "Coordinator":
