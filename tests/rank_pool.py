@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from moeplace.runtime.group import RankGroup
+
 GROUP_TIMEOUT = 45.0  # on a loaded machine one rank may import torch and transformers that much later than another
 RUN_TIMEOUT = 100.0
 START_TIMEOUT = 100.0
@@ -37,6 +41,10 @@ class RankContext:
     size: int
     store: Any
     timeout: float
+
+    def group(self, node_of_rank: np.ndarray | None = None) -> RankGroup:
+        """The process group of these ranks."""
+        return RankGroup(self.store, rank=self.rank, size=self.size, timeout=self.timeout, node_of_rank=node_of_rank)
 
 
 class RankPool:

@@ -54,17 +54,22 @@ def test_quickstart_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "<html" in (out / "report.html").read_text()
 
 
+def start_workers(folder: Path, *, timeout: float) -> None:
+    """Two ranks of the quickstart in a folder without a job."""
+    run_local_ranks(
+        "moeplace.launch.quickstart_worker",
+        [str(folder)],
+        ranks=2,
+        log=folder / "ranks.log",
+        failure_of_rank=lambda rank: failure_path(folder, rank),
+        timeout=timeout,
+    )
+
+
 def test_failing_rank_is_one_sentence(tmp_path: Path) -> None:
     """Ranks without a job say which file they miss; the first of them is named."""
     with pytest.raises(MoeplaceError, match=r"rank \d of 2 failed: cannot read .*job\.json: No such file") as caught:
-        run_local_ranks(
-            "moeplace.launch.quickstart_worker",
-            [str(tmp_path)],
-            ranks=2,
-            log=tmp_path / "ranks.log",
-            failure_of_rank=lambda rank: failure_path(tmp_path, rank),
-            timeout=60,
-        )
+        start_workers(tmp_path, timeout=60)
     assert "\n" not in str(caught.value)
     assert "ranks.log" in str(caught.value)
 
@@ -72,14 +77,7 @@ def test_failing_rank_is_one_sentence(tmp_path: Path) -> None:
 def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
     """After the timeout all ranks are ended, and the sentence says so."""
     with pytest.raises(MoeplaceError, match=r"the 2 ranks did not finish within 0\.2 s"):
-        run_local_ranks(
-            "moeplace.launch.quickstart_worker",
-            [str(tmp_path)],
-            ranks=2,
-            log=tmp_path / "ranks.log",
-            failure_of_rank=lambda rank: failure_path(tmp_path, rank),
-            timeout=0.2,
-        )
+        start_workers(tmp_path, timeout=0.2)
 
 
 @pytest.mark.parametrize(("name", "value"), [("ranks", 1), ("requests", 0), ("new_tokens", 3), ("rounds", 0)])

@@ -120,7 +120,7 @@ def test_node_aware_sends_less_between_nodes(pool: RankPool) -> None:
 def share_everything(context: RankContext, nodes: int, announced: bool) -> tuple[np.ndarray, int]:
     """Every rank has `rank` K/V rows at layer 0 and one at layer 1; value = 100 * layer + token."""
     node = np.arange(context.size) * nodes // context.size
-    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=context.timeout, node_of_rank=node)
+    group = context.group(node)
     ledger = KvLedger()
     for layer, count in enumerate((context.rank, 1)):
         token = torch.arange(count) + 10 * context.rank

@@ -39,7 +39,7 @@ def serve(
     """Logits, completions and counters of every mode on this rank, under a random placement with replicas."""
     checkpoint = Checkpoint(path)
     results = []
-    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=context.timeout)
+    group = context.group()
     placement = random_placement(
         checkpoint.num_layers,
         int(checkpoint.experts_per_layer[0]),
@@ -83,7 +83,7 @@ def test_logits_and_tokens_are_those_of_the_plain_model(pool: RankPool, oracle: 
 
 def count_decoding(context: RankContext, path: Path, mode: str) -> tuple[dict[str, Any], int]:
     """Counters of a run that only decodes, and the load that all ranks saw."""
-    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=context.timeout)
+    group = context.group()
     engine = Engine(path, random_placement(3, 6, context.size, seed=3), mode=mode, group=group)
     for number in range(6):
         engine.add_request(Request(str(number), (number, 5), max_new_tokens=6, stop_ids=()))
@@ -122,7 +122,7 @@ class AlternatingModes:
 
 
 def serve_alternating(context: RankContext, path: Path, requests: list[Request]) -> list[tuple[int, ...]]:
-    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=context.timeout)
+    group = context.group()
     engine = Engine(
         path, random_placement(3, 5, context.size, seed=4), group=group, dtype=torch.float64, modes=AlternatingModes()
     )

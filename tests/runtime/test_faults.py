@@ -16,7 +16,6 @@ from moeplace.runtime.coherent import CoherentDispatcher
 from moeplace.runtime.dispatcher import Step
 from moeplace.runtime.engine import Engine, EngineLimits
 from moeplace.runtime.errors import DisagreementError, PeerLostError
-from moeplace.runtime.group import RankGroup
 from tests.rank_pool import RankContext, RankPool
 from tests.runtime.checkpoints import save_checkpoint
 from tests.runtime.placements import random_placement
@@ -32,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start_engine(context: RankContext, path: Path, what: str) -> str:
     """The sentence with which this rank ends, when the last rank is given something else."""
-    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=context.timeout)
+    group = context.group()
     odd = context.rank == context.size - 1
     placement = random_placement(3, 6, context.size, seed=1 + (odd and what == "placement"))
     mode = "allgather" if odd and what == "mode" else "coherent"
@@ -62,7 +61,7 @@ def test_disagreement_ends_every_rank(pool: RankPool, checkpoint: Path, what: st
 def dispatch_until_killed(context: RankContext, victim: int) -> str:
     """The sentence of a survivor when `victim` kills itself between two steps."""
     model = ToyModel.random(12, layers=2, experts=6, top_k=2, seed=1)
-    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=context.timeout)
+    group = context.group()
     runtime = model.runtime(random_placement(2, 6, context.size, seed=1), context.rank, group.counters)
     dispatcher = CoherentDispatcher(runtime, group)
     try:
@@ -90,7 +89,7 @@ def test_a_killed_rank_is_noticed_by_every_survivor() -> None:
 
 def lose_a_peer_at_start(context: RankContext) -> str:
     """Rank 1 never agrees."""
-    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=context.timeout)
+    group = context.group()
     group.timeout = 2
     try:
         if context.rank == 0:

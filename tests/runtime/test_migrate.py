@@ -54,7 +54,7 @@ def placements(checkpoint: Checkpoint, ranks: int, count: int, **options: Any) -
 
 
 def start(context: RankContext, path: Path, placement: Placement, *, mode: str = "coherent", rows: int = 1) -> Engine:
-    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=context.timeout)
+    group = context.group()
     limits = EngineLimits(max_sequences=12, max_length=24, staging_rows=rows)
     return Engine(path, placement, mode=mode, group=group, dtype=torch.float64, limits=limits)
 

@@ -13,7 +13,6 @@ from moeplace.placement.placement import Mode, Placement, index_order
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.trace import RoutingTrace
 from moeplace.runtime.calibration import fit_expert_time, fit_line
-from moeplace.runtime.group import RankGroup
 from moeplace.runtime.kv_stream import KvStream
 from moeplace.runtime.replay import RecordedSteps, Replay, ReplayShape, ReplayTensors
 from moeplace.runtime.replay_traffic import WireSizes, count_traffic, even_homes, predict_seconds
@@ -160,13 +159,7 @@ def run_replays(
     placement = random_placement(
         steps.num_layers, steps.num_experts, context.size, seed=seed, extra_slots=seed % 2, nodes=nodes
     )
-    group = RankGroup(
-        context.store,
-        rank=context.rank,
-        size=context.size,
-        timeout=context.timeout,
-        node_of_rank=placement.node_of_rank,
-    )
+    group = context.group(placement.node_of_rank)
     tensors = ReplayTensors.random(SHAPE, steps.num_experts, seed=0, device=group.device)
     results = []
     for mode, node_aware in FORMS:
@@ -211,13 +204,7 @@ def overlap_steps(context: RankContext) -> str:
     """Runs coherent steps with as many pieces as layers; too many pieces are refused."""
     steps = random_steps(1)
     placement = random_placement(steps.num_layers, steps.num_experts, context.size, seed=1, nodes=2)
-    group = RankGroup(
-        context.store,
-        rank=context.rank,
-        size=context.size,
-        timeout=context.timeout,
-        node_of_rank=placement.node_of_rank,
-    )
+    group = context.group(placement.node_of_rank)
     tensors = ReplayTensors.random(SHAPE, steps.num_experts, seed=0, device=group.device)
     run = Replay(steps, placement, "coherent", shape=SHAPE, tensors=tensors, group=group, kv_pieces=99)
     assert run.kv_pieces == steps.num_layers

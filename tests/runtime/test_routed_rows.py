@@ -9,7 +9,6 @@ from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.trace import RoutingTrace
 from moeplace.runtime.batch import Request
 from moeplace.runtime.engine import Engine, EngineLimits
-from moeplace.runtime.group import RankGroup
 from moeplace.runtime.routed_rows import RecentRows, RoutedRows, join_rows
 from tests.profiling.builders import random_ids
 from tests.rank_pool import RankContext, RankPool
@@ -21,7 +20,7 @@ LAYERS, EXPERTS = 3, 5
 
 def routed_by(context: RankContext, path: Path, mode: str) -> bytes:
     """What a rank saw while it served six requests."""
-    group = RankGroup(context.store, rank=context.rank, size=context.size, timeout=context.timeout)
+    group = context.group()
     limits = EngineLimits(recent_ids=1000)
     engine = Engine(
         path, random_placement(LAYERS, EXPERTS, context.size, seed=3), mode=mode, group=group, limits=limits
