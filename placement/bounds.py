@@ -14,6 +14,7 @@ Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, N nodes, C c
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def _part(slots_P: np.ndarray, speed_P: np.ndarray, *, nodes: bool) -> _Parts:
     return _Parts(len(slots_P), int(slots_P.max()), np.ptp(slots_P) == 0, float(speed_P.max() / speed_P.mean()), nodes)
 
 
-class _Job:
+class _Job(ABC):
     """One layer or a window of layers under one kind of parts; writes the better bound into `target`."""
 
     def __init__(
@@ -186,13 +187,13 @@ class _Job:
         """Whether the relaxation can say more than the closed forms."""
         return 1 < self._parts.capacity < self._experts_w.min() and np.ptp(self._experts_w) == 0
 
+    @abstractmethod
     def close(self, *, spectral: bool) -> None:
         """Apply the closed forms, those that need eigenvalues only if `spectral`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def relax(self, iterations: int, deadline: float) -> None:
         """Apply the relaxation."""
-        raise NotImplementedError
 
     def _layout(self) -> Layout:
         w, e, parts = self._layers, int(self._experts_w[0]), self._parts

@@ -31,11 +31,6 @@ def lognormal_shares(num_layers: int, num_experts: int, *, sigma: float, rng: np
     return share_LE / share_LE.sum(axis=1, keepdims=True)
 
 
-def skewed(shares_LE: np.ndarray, *, num_tokens: int, top_k: int, seed: int) -> RoutingTrace:
-    """Tokens that draw K different experts by the shares of each layer, layers and tokens independent."""
-    return markov(shares_LE, num_tokens=num_tokens, top_k=top_k, stickiness=0.0, seed=seed)
-
-
 def markov(shares_LE: np.ndarray, *, num_tokens: int, top_k: int, stickiness: float, seed: int) -> RoutingTrace:
     """Primary experts that form a chain: with probability `stickiness` the next one is the partner of this one, a fixed
     random permutation per boundary, else it is drawn by the layer's shares. The other K - 1 are drawn by the shares.

@@ -18,7 +18,6 @@ from typing import Self
 import numpy as np
 import torch
 
-from moeplace.placement.cost_model import StepShape
 from moeplace.placement.evaluate import step_of_token
 from moeplace.placement.placement import Mode, Placement
 from moeplace.profiling.errors import InputError
@@ -58,11 +57,6 @@ class ReplayShape:
         for name in ("batch", "hidden", "expert_hidden", "kv_dim"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} ({getattr(self, name)}) must be at least 1")
-
-    @property
-    def step_shape(self) -> StepShape:
-        """The same, as the cost model takes it."""
-        return StepShape(self.batch, self.hidden, self.dtype.itemsize, self.kv_dim)
 
     def wire_sizes(self, top_k: int) -> WireSizes:
         """Bytes of what travels."""

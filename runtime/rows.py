@@ -104,10 +104,6 @@ class Received:
     extras: list[int]
     flags: int
 
-    @property
-    def overflowed(self) -> bool:
-        return bool(self.flags & OVERFLOW)
-
     def source(self) -> torch.Tensor:
         """(N,) int64, the rank each row came from."""
         counts = torch.tensor(self.counts, device=self.rows.device)
