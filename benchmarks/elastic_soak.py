@@ -13,9 +13,9 @@ import time
 from itertools import count
 from pathlib import Path
 
-from moeplace.launch.elastic_bench import elastic_bench, require_undisturbed
-from moeplace.launch.elastic_load import ElasticJob
-from moeplace.launch.quickstart import shipped
+from moeplace.launch.benches.elastic import elastic_bench, require_undisturbed
+from moeplace.launch.benches.elastic_load import ElasticJob
+from moeplace.launch.quickstart.run import shipped
 from moeplace.placement.placement import MODES
 from moeplace.profiling.errors import MoeplaceError
 

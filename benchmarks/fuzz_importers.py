@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the valid sources are those of the tests
 
 from moeplace.profiling.errors import MoeplaceError, MoeplaceWarning
-from moeplace.profiling.imports.common import ImportOptions
+from moeplace.profiling.imports.canonical import ImportOptions
 from moeplace.profiling.imports.sources import import_from
 from tests.profiling.mutations import mutate_source
 from tests.profiling.sources import SOURCES

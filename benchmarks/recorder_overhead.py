@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moeplace.profiling.recorder import Recorder, load_model
+from moeplace.profiling.recording.recorder import Recorder, load_model
 
 
 def main() -> None:

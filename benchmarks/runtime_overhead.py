@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import transformers
 
-from moeplace.runtime.batch import Request, RunningSequence
-from moeplace.runtime.engine import Engine, EngineLimits
+from moeplace.runtime.engine.engine import Engine, EngineLimits
+from moeplace.runtime.engine.requests import Request, RunningSequence
 
 SHAPES = ((1, 128), (8, 128), (32, 64))
 """Sequences and prompt tokens."""

@@ -6,14 +6,14 @@ python examples/01_profile_and_solve.py [FOLDER]      # writes routing.trace and
 import sys
 from pathlib import Path
 
-from moeplace.launch.quickstart import shipped, shipped_texts
+from moeplace.launch.quickstart.run import shipped, shipped_texts
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.placement import index_order
 from moeplace.placement.placement_file import save_placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.solve import solve
-from moeplace.profiling.recorder import profile_checkpoint
-from moeplace.profiling.trace_file import load_trace
+from moeplace.profiling.recording.recorder import profile_checkpoint
+from moeplace.profiling.traces.file import load_trace
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 path = folder / "routing.trace"

@@ -9,11 +9,11 @@ import sys
 import torch
 from transformers import AutoTokenizer
 
-from moeplace.launch.quickstart import shipped
+from moeplace.launch.quickstart.run import shipped
 from moeplace.placement.placement_file import load_placement
-from moeplace.runtime.batch import Request
-from moeplace.runtime.engine import Engine
-from moeplace.runtime.group import RankGroup
+from moeplace.runtime.comm.group import RankGroup
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.requests import Request
 
 torch.set_num_threads(1)
 group = RankGroup.from_environment(timeout=60, device="cpu")

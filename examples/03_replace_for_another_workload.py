@@ -6,10 +6,10 @@ python examples/03_replace_for_another_workload.py routing.trace      # of examp
 import sys
 
 from moeplace.placement.cluster import Cluster
-from moeplace.placement.migration import plan_migration
+from moeplace.placement.migration.plan import plan_migration
 from moeplace.placement.problem import Problem
 from moeplace.placement.solve import solve
-from moeplace.profiling.trace_file import load_trace
+from moeplace.profiling.traces.file import load_trace
 
 trace = load_trace(sys.argv[1])
 first, *_, last = trace.workload_names

@@ -5,7 +5,7 @@ Shape letters: L MoE layers, E experts, R ranks.
 
 import numpy as np
 
-from moeplace.placement.evaluate import Evaluation
+from moeplace.placement.cost.evaluation import Evaluation
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 

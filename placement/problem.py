@@ -10,12 +10,12 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from moeplace.placement.cluster import Cluster
-from moeplace.placement.cost_model import Calibration, StepShape
-from moeplace.placement.evaluate import Evaluation, default_shape, evaluate
+from moeplace.placement.cost.evaluation import Evaluation, default_shape, evaluate
+from moeplace.placement.cost.seconds import Calibration, StepShape
 from moeplace.placement.placement import MODES, Mode, Placement
 from moeplace.profiling.errors import InfeasibleError, InputError
-from moeplace.profiling.kernels import count_load, count_transitions
-from moeplace.profiling.trace import RoutingTrace
+from moeplace.profiling.traces.kernels import count_load, count_transitions
+from moeplace.profiling.traces.trace import RoutingTrace
 
 Objective = Literal["seconds", "traffic"]
 ReplicaBudget = Literal["per-layer", "global"]

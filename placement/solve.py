@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from moeplace.placement.bounds import held_imbalance, problem_bounds
+from moeplace.placement.bounds.problem_bounds import held_imbalance, problem_bounds
+from moeplace.placement.budget import Budget
 from moeplace.placement.objective import load_imbalance, measure
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
-from moeplace.placement.resolve import keep_close, moved_summary
 from moeplace.placement.result import Draft, SolveResult
 from moeplace.placement.solvers import get_solver
-from moeplace.placement.solvers.replica_budget import slot_steps, with_steps
-from moeplace.placement.stop import Budget
+from moeplace.placement.solvers.previous import keep_close, moved_summary
+from moeplace.placement.solvers.replicas.budget import slot_steps, with_steps
 from moeplace.profiling.errors import InputError
 
 OPTIMAL_GAP = 1e-9

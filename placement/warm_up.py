@@ -9,7 +9,7 @@ import numpy as np
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.problem import Problem
 from moeplace.placement.solve import solve
-from moeplace.profiling.trace import RoutingTrace
+from moeplace.profiling.traces.trace import RoutingTrace
 
 
 def warm_up() -> None:

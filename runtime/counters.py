@@ -1,7 +1,4 @@
-"""What the runtime counts while it runs: collectives, bytes, copies, tokens, seconds.
-
-Shape letters: L MoE layers, E experts per layer.
-"""
+"""What the runtime counts while it runs: collectives, bytes, copies, tokens, seconds."""
 
 import time
 from collections import Counter, defaultdict
@@ -9,10 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
-
-from moeplace.runtime.routed_rows import RecentRows
 
 TIERS = ("local", "intra_node", "inter_node")
 OUTSIDE = -1
@@ -105,57 +98,3 @@ class Counters:
             "overflows": self.overflows,
             "seconds": dict(self.seconds),
         }
-
-
-class LoadWindow:
-    """Routing seen by this rank since the last reset: the input of a re-planning decision.
-
-    Every token is counted by exactly one rank (the one that routes it), so loads of all ranks add up. Ids are counted
-    when they are asked for, or when many have gathered: not inside the layer that routed them.
-
-    Attributes:
-        recent: rows of the last passes, to be joined with those of other ranks; None = not kept.
-    """
-
-    def __init__(self, num_layers: int, num_experts: int, *, keep: int = 0) -> None:
-        """`keep`: recent tokens of all ranks whose ids are kept; 0 = none."""
-        self.recent = RecentRows(num_layers, keep=keep) if keep else None
-        self._load = np.zeros((num_layers, num_experts), dtype=np.int64)
-        self._pending: list[tuple[int, np.ndarray]] = []
-
-    @property
-    def load(self) -> np.ndarray:
-        """(L, E) int64, assignments per expert."""
-        self._count()
-        return self._load
-
-    def record(self, layer: int, ids: np.ndarray, token: np.ndarray | None = None) -> None:
-        """Add the ids (T, K), -1 = none, of tokens routed in `layer`. Arrays are kept, not copied.
-
-        Args:
-            layer: MoE layer.
-            ids: expert ids.
-            token: (T,) number of each token in the pass's batch; needed where rows are kept.
-        """
-        if self.recent is not None and token is not None:
-            self.recent.record(layer, ids, token)
-        self._pending.append((layer, ids))
-        if len(self._pending) >= _PENDING_RECORDS:
-            self._count()
-
-    def reset(self) -> None:
-        """Forget everything, on all ranks at the same step boundary."""
-        self._load[:] = 0
-        self._pending.clear()
-        if self.recent is not None:
-            self.recent.clear()
-
-    def _count(self) -> None:
-        for layer, ids in self._pending:
-            flat = ids.reshape(-1)
-            self._load[layer] += np.bincount(flat[flat >= 0], minlength=self._load.shape[1])
-        self._pending.clear()
-
-
-_PENDING_RECORDS = 4096
-"""Layer passes whose ids may wait to be counted."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplace.runtime.group import RankGroup
+from moeplace.runtime.comm.group import RankGroup
 
 GROUP_TIMEOUT = 45.0  # on a loaded machine one rank may import torch and transformers that much later than another
 RUN_TIMEOUT = 100.0

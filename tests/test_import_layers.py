@@ -1,15 +1,18 @@
-"""Imports go one way: profiling <- placement <- runtime <- launch; torch and Ray stay where they belong."""
+"""Imports go one way: between the four floors, and between the rooms of each (`rooms.toml`); torch and Ray stay put."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("profiling", "placement", "runtime", "launch")
-TORCH_ALLOWED = ("runtime/", "launch/", "profiling/recorder.py")
+TORCH_ALLOWED = ("runtime/", "launch/", "profiling/recording/recorder.py")
 RAY_ALLOWED = ("launch/",)
+MOST_MODULES = 20
 
 
 def modules(*folders: str) -> list[str]:
@@ -33,6 +36,65 @@ def test_imports_go_one_way(path: str) -> None:
     above = LAYERS[LAYERS.index(path.split("/")[0]) + 1 :]
     wrong = [f"{path}:{line} imports {name}" for name, line in imports(path) if name.startswith(_names(above))]
     assert not wrong
+
+
+def room_of(module: str) -> str:
+    """The room of a dotted name: the innermost folder it lies in, or the module beside the folders of a floor."""
+    parts = module.removeprefix("moeplace.").split(".")
+    while len(parts) > 2 and not ROOT.joinpath(*parts).is_dir():
+        parts.pop()
+    return ".".join(parts)
+
+
+def rooms() -> dict[str, set[str]]:
+    """Room -> rooms that it may import, from the table."""
+    table = tomllib.loads((ROOT / "tests" / "rooms.toml").read_text())
+    known = [room for floor in table.values() for room in floor]
+    allowed: dict[str, set[str]] = {}
+    for floor in table.values():
+        for room, names in floor.items():
+            whole = tuple(name.removesuffix("*") for name in names.split() if name.endswith(".*"))
+            allowed[room] = {one for one in known if one in names.split() or one.startswith(whole)} - {room}
+    return allowed
+
+
+def arrows() -> dict[tuple[str, str], list[str]]:
+    """(room, imported room) -> the imports, `file:line name`."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in modules(*LAYERS):
+        here = room_of(path.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+        for name, line in imports(path):
+            if name.startswith("moeplace.") and room_of(name) != here:
+                found.setdefault((here, room_of(name)), []).append(f"{path}:{line} {name}")
+    return found
+
+
+def test_the_table_knows_every_room() -> None:
+    """Each folder with modules, and each module beside the folders of its floor, has its line, and no other has."""
+    names = {path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in modules(*LAYERS)}
+    assert {room_of(name) for name in names} - set(LAYERS) == set(rooms())
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_a_room_imports_what_its_line_says(room: str) -> None:
+    """Any other arrow fails, inside functions too."""
+    wrong = [
+        use for (here, there), uses in arrows().items() if here == room and there not in rooms()[room] for use in uses
+    ]
+    assert not wrong
+
+
+def test_rooms_have_no_circle() -> None:
+    """Neither as the table allows nor as the code is."""
+    for graph in (nx.DiGraph(list(arrows())), nx.DiGraph([(a, b) for a, allowed in rooms().items() for b in allowed])):
+        circles = [sorted(group) for group in nx.strongly_connected_components(graph) if len(group) > 1]
+        assert not circles
+
+
+def test_no_folder_is_a_hall() -> None:
+    """At most twenty modules lie beside each other."""
+    folders = [path.rsplit("/", 1)[0] for path in modules(*LAYERS) if not path.endswith("__init__.py")]
+    assert not {folder: folders.count(folder) for folder in folders if folders.count(folder) > MOST_MODULES}
 
 
 @pytest.mark.parametrize(("package", "allowed"), [("torch", TORCH_ALLOWED), ("ray", RAY_ALLOWED)])

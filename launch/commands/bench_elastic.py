@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moeplace.launch.elastic_bench import elastic_bench, require_undisturbed
+    from moeplace.launch.benches.elastic import elastic_bench, require_undisturbed
     from moeplace.profiling.files import write_json
 
     report = elastic_bench(_job(args), timeout=args.timeout)
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace) -> Any:
-    from moeplace.launch.elastic_load import ElasticJob
-    from moeplace.launch.quickstart import shipped
+    from moeplace.launch.benches.elastic_load import ElasticJob
+    from moeplace.launch.quickstart.run import shipped
 
     return ElasticJob(
         model=str(args.model or shipped("tiny-moe")),

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moeplace.launch.replay_bench import ReplayOptions
+    from moeplace.launch.benches.replay import ReplayOptions
 
 HELP = "replay a trace on the ranks that torchrun started, placements and modes side by side"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -45,7 +45,7 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moeplace.launch.replay_bench import replay_bench
+    from moeplace.launch.benches.replay import replay_bench
     from moeplace.profiling.files import write_json
 
     report = replay_bench(_options(args))
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> "ReplayOptions":
-    from moeplace.launch.replay_bench import ReplayOptions
+    from moeplace.launch.benches.replay import ReplayOptions
 
     return ReplayOptions(
         trace=args.trace,
@@ -78,7 +78,7 @@ def shape_of(args: argparse.Namespace) -> Any:
     """`ReplayShape` of the arguments of `add_shape_arguments`."""
     import torch
 
-    from moeplace.runtime.replay import ReplayShape
+    from moeplace.runtime.measure.replay import ReplayShape
 
     return ReplayShape(args.batch, args.hidden, args.expert_hidden, args.kv_dim, getattr(torch, args.dtype))
 

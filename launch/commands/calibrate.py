@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from moeplace.launch.commands.bench_replay import add_shape_arguments
 
 if TYPE_CHECKING:
-    from moeplace.placement.cost_model import Calibration
+    from moeplace.placement.cost.seconds import Calibration
 
 HELP = "measure links and expert time on this cluster (run under torchrun)"
 
@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from moeplace.launch.benches.replay import calibrate_here, one_thread
     from moeplace.launch.commands.bench_replay import shape_of
-    from moeplace.launch.replay_bench import calibrate_here, one_thread
     from moeplace.profiling.errors import InputError
 
     one_thread()

@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
-from moeplace.launch.problems import add_cluster_arguments, add_problem_arguments, split_sides
+from moeplace.launch.options.problem import add_cluster_arguments, add_problem_arguments, split_sides
 from moeplace.launch.progress import progress
-from moeplace.launch.solver_runs import COLUMNS, DEFAULT_SOLVERS, print_rows, run_solver, solvers_and_caps
+from moeplace.launch.solving.runs import COLUMNS, DEFAULT_SOLVERS, print_rows, run_solver, solvers_and_caps
 
 HELP = "solvers side by side: held-out quality, proven bound, seconds"
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Solve, judge, print."""
     from moeplace.profiling.files import require_folder_of, write_json
-    from moeplace.profiling.trace_file import load_trace
+    from moeplace.profiling.traces.file import load_trace
 
     require_folder_of(args.json, args.plot)
     wanted = solvers_and_caps(args)
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from moeplace.launch.scatter import scatter_svg
+    from moeplace.launch.reports.scatter import scatter_svg
     from moeplace.profiling.files import atomic_write
 
     key = "ranks_per_token" if args.mode == "dispatch-combine" else "copies_per_token"

@@ -2,7 +2,7 @@
 
 import argparse
 
-from moeplace.launch.problems import SPLITS, index_order_like
+from moeplace.launch.options.problem import SPLITS, index_order_like
 from moeplace.launch.tables import format_table
 
 HELP = "what a placement costs on a trace, beside index order"
@@ -24,11 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print, write."""
-    from moeplace.placement.cost_model import Calibration, StepShape
-    from moeplace.placement.evaluate import cluster_of, evaluate
+    from moeplace.placement.cost.evaluation import cluster_of, evaluate
+    from moeplace.placement.cost.seconds import Calibration, StepShape
     from moeplace.placement.placement_file import load_placement
     from moeplace.profiling.files import require_folder_of, write_json
-    from moeplace.profiling.trace_file import load_trace
+    from moeplace.profiling.traces.file import load_trace
 
     require_folder_of(args.json)
     trace = load_trace(args.trace)

@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moeplace.profiling.imports.common import Imported
+    from moeplace.profiling.imports.canonical import Imported
 
 HELP = "read other programs' routing traces, expert loads and placement files"
 SOURCES = {
@@ -75,7 +75,7 @@ def _import_trace(args: argparse.Namespace) -> int:
     from moeplace.placement.engines import ONLY_PLACEMENTS
     from moeplace.profiling.errors import InputError
     from moeplace.profiling.files import require_file
-    from moeplace.profiling.imports.common import ImportOptions
+    from moeplace.profiling.imports.canonical import ImportOptions
     from moeplace.profiling.imports.sources import import_from
 
     if args.source_format in ONLY_PLACEMENTS:
@@ -104,9 +104,9 @@ def _import_trace(args: argparse.Namespace) -> int:
 
 def _separate_adapters(imported: "Imported") -> str:
     """Rewrite a trace that was just imported; says what changed."""
-    from moeplace.profiling.adapters import separate_adapters
     from moeplace.profiling.errors import InputError
-    from moeplace.profiling.trace_file import load_trace, save_trace
+    from moeplace.profiling.traces.adapters import separate_adapters
+    from moeplace.profiling.traces.file import load_trace, save_trace
 
     if imported.kind != "trace":
         raise InputError(f"--separate-adapters needs tokens, and {imported.path} holds loads")

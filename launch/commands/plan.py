@@ -39,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from moeplace.launch.tables import format_table
     from moeplace.placement.cluster import Cluster
-    from moeplace.placement.migration import plan_migration
-    from moeplace.placement.migration_layout import default_origin
+    from moeplace.placement.migration.file import save_plan, summarize_plan
+    from moeplace.placement.migration.layout import default_origin
+    from moeplace.placement.migration.plan import plan_migration
     from moeplace.placement.placement_file import load_placement, load_placement_file, save_placement
-    from moeplace.placement.plan_file import save_plan, summarize_plan
     from moeplace.profiling.errors import InputError
     from moeplace.profiling.files import write_json
 
@@ -84,7 +84,7 @@ def _relabel(
     import numpy as np
 
     from moeplace.placement.cluster import Cluster
-    from moeplace.placement.relabel import relabel_to
+    from moeplace.placement.migration.relabel import relabel_to
     from moeplace.profiling.errors import MoeplaceWarning
 
     how = args.relabel

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it."""
-    from moeplace.launch.quickstart import QuickstartOptions, run_quickstart
+    from moeplace.launch.quickstart.run import QuickstartOptions, run_quickstart
 
     run_quickstart(
         QuickstartOptions(

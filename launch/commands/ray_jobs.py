@@ -3,11 +3,11 @@
 import argparse
 from typing import Any
 
-from moeplace.launch.http_serve import add_engine_arguments, add_front_arguments, serve_http, start_coordinator
-from moeplace.launch.problems import add_cluster_arguments, add_problem_arguments, split_sides
+from moeplace.launch.options.problem import add_cluster_arguments, add_problem_arguments, split_sides
+from moeplace.launch.options.replanning import add_replan_arguments, check_replan_arguments
 from moeplace.launch.progress import progress
-from moeplace.launch.replan import add_replan_arguments, check_replan_arguments
-from moeplace.launch.solver_runs import DEFAULT_SOLVERS, print_rows, solvers_and_caps
+from moeplace.launch.serving.http import add_engine_arguments, add_front_arguments, serve_http, start_coordinator
+from moeplace.launch.solving.runs import DEFAULT_SOLVERS, print_rows, solvers_and_caps
 
 HELP = "on a Ray cluster: submit commands as jobs, compare solvers in parallel, serve"
 
@@ -41,7 +41,7 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
 
 def _submit(args: argparse.Namespace) -> int:
     from moeplace.launch.cli import COMMANDS
-    from moeplace.launch.ray_submit import submit_job
+    from moeplace.launch.on_ray.submit import submit_job
     from moeplace.profiling.errors import InputError
 
     words = args.words[1:] if args.words[:1] == ["--"] else args.words
@@ -84,11 +84,11 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from moeplace.launch.ray_cluster import connected
-    from moeplace.launch.ray_sweep import FAILED, Instance, run_sweep
+    from moeplace.launch.on_ray.cluster import connected
+    from moeplace.launch.on_ray.sweep import FAILED, Instance, run_sweep
     from moeplace.profiling.errors import InputError
     from moeplace.profiling.files import require_folder_of, write_json
-    from moeplace.profiling.trace_file import load_trace
+    from moeplace.profiling.traces.file import load_trace
 
     require_folder_of(args.json)
     if args.seeds < 1 or args.cpus_per_instance <= 0:
@@ -133,9 +133,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from moeplace.launch.ray_cluster import connected, import_ray
-    from moeplace.profiling.checkpoint_files import check_checkpoint
+    from moeplace.launch.on_ray.cluster import connected, import_ray
     from moeplace.profiling.errors import InputError
+    from moeplace.profiling.recording.checkpoint_files import check_checkpoint
 
     check_replan_arguments(args)
     if (args.trace or args.calibration) and not args.replan:
@@ -143,7 +143,7 @@ def _serve(args: argparse.Namespace) -> int:
     check_checkpoint(args.model)
     import_ray()
     with connected(args.address, num_cpus=args.num_cpus, ship=not args.no_ship) as ray:
-        from moeplace.launch.ray_spawner import RaySpawner
+        from moeplace.launch.on_ray.spawner import RaySpawner
 
         spawner = RaySpawner(cpus=args.cpus_per_rank, gpus=args.gpus_per_rank)
         host = ray.util.get_node_ip_address()

@@ -2,7 +2,7 @@
 
 import argparse
 
-from moeplace.launch.problems import SPLITS
+from moeplace.launch.options.problem import SPLITS
 
 HELP = "draw placements of a trace, and measurements, as one self-contained HTML page"
 
@@ -26,14 +26,14 @@ def run(args: argparse.Namespace) -> int:
     """Read, draw, write."""
     from pathlib import Path
 
-    from moeplace.launch.front_chart import fronts_from_json
-    from moeplace.launch.problems import index_order_like
-    from moeplace.launch.report import Report, write_report
+    from moeplace.launch.options.problem import index_order_like
+    from moeplace.launch.reports.front_chart import fronts_from_json
+    from moeplace.launch.reports.report import Report, write_report
     from moeplace.placement.placement_file import load_placement
     from moeplace.profiling.errors import FormatError
     from moeplace.profiling.files import read_json, require_folder_of
-    from moeplace.profiling.trace_file import load_trace
-    from moeplace.runtime.event_log import read_events
+    from moeplace.profiling.traces.file import load_trace
+    from moeplace.runtime.replanning.event_log import read_events
 
     require_folder_of(args.out)
     fronts = fronts_from_json(read_json(args.sweep), args.sweep) if args.sweep else []

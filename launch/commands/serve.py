@@ -4,13 +4,13 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from moeplace.launch.http_serve import add_engine_arguments, add_front_arguments
-from moeplace.launch.replan import add_replan_arguments, check_replan_arguments
+from moeplace.launch.options.replanning import add_replan_arguments, check_replan_arguments
+from moeplace.launch.serving.http import add_engine_arguments, add_front_arguments
 
 if TYPE_CHECKING:
-    from moeplace.runtime.engine import Engine
-    from moeplace.runtime.group import RankGroup
-    from moeplace.runtime.service import Service
+    from moeplace.runtime.comm.group import RankGroup
+    from moeplace.runtime.engine.engine import Engine
+    from moeplace.runtime.service.api import Service
 
 HELP = "serve a file of requests (under torchrun for several ranks), or answer OpenAI-compatible HTTP requests"
 
@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve_file(args: argparse.Namespace) -> int:
-    from moeplace.launch.serve import Tokenizer, read_requests, serve, write_completions
+    from moeplace.launch.serving.requests_file import Tokenizer, read_requests, serve, write_completions
     from moeplace.profiling.errors import InputError, MoeplaceError
     from moeplace.profiling.files import write_json
-    from moeplace.runtime.group import RankGroup
+    from moeplace.runtime.comm.group import RankGroup
 
     if args.replan:
         raise InputError("--replan works with --http, where a service goes on")
@@ -79,7 +79,7 @@ def _serve_file(args: argparse.Namespace) -> int:
 
 
 def _answer_http(args: argparse.Namespace) -> int:
-    from moeplace.launch.http_serve import serve_http
+    from moeplace.launch.serving.http import serve_http
     from moeplace.profiling.errors import InputError
 
     if "RANK" in os.environ:
@@ -95,10 +95,10 @@ def _answer_http(args: argparse.Namespace) -> int:
 
 def _start_service(args: argparse.Namespace) -> "Service":
     """One rank in this process, or several in processes of their own."""
-    from moeplace.launch.http_serve import start_coordinator
-    from moeplace.runtime.group import RankGroup
-    from moeplace.runtime.local_service import LocalService
-    from moeplace.runtime.local_spawner import LocalSpawner
+    from moeplace.launch.serving.http import start_coordinator
+    from moeplace.runtime.comm.group import RankGroup
+    from moeplace.runtime.service.local import LocalService
+    from moeplace.runtime.service.spawner import LocalSpawner
 
     if args.ranks == 1 and not args.admin:
         return LocalService(_make_engine(args, RankGroup.from_environment(timeout=args.timeout), _load_inputs(args)))
@@ -106,9 +106,9 @@ def _start_service(args: argparse.Namespace) -> "Service":
 
 
 def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:
-    from moeplace.placement.cost_model import Calibration
+    from moeplace.placement.cost.seconds import Calibration
     from moeplace.placement.placement_file import load_placement
-    from moeplace.profiling.trace_file import load_trace
+    from moeplace.profiling.traces.file import load_trace
 
     return {
         "placement": load_placement(args.placement) if args.placement else None,
@@ -120,7 +120,7 @@ def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:
 def _make_engine(args: argparse.Namespace, group: "RankGroup", inputs: dict[str, Any]) -> "Engine":
     import torch
 
-    from moeplace.runtime.engine import Engine, EngineLimits
+    from moeplace.runtime.engine.engine import Engine, EngineLimits
 
     limits = EngineLimits(max_sequences=args.max_sequences, max_length=args.max_length, kv_bytes=args.kv_bytes)
     return Engine(

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from moeplace.launch.problems import (
+from moeplace.launch.options.problem import (
     add_cluster_arguments,
     add_problem_arguments,
     build_cluster,
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Solve, print, write."""
     from moeplace.profiling.errors import FormatError
     from moeplace.profiling.files import require_folder_of
-    from moeplace.profiling.trace_file import load_trace
+    from moeplace.profiling.traces.file import load_trace
 
     require_folder_of(args.out, args.json)
     try:
@@ -159,7 +159,7 @@ def _solve_loads(args: argparse.Namespace, no_trace: Exception) -> int:
     from moeplace.placement.problem import Problem
     from moeplace.placement.solve import solve
     from moeplace.profiling.errors import FormatError
-    from moeplace.profiling.load_file import load_load
+    from moeplace.profiling.traces.loads import load_load
 
     try:
         loads = load_load(args.trace)

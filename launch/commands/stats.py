@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moeplace.launch.progress import progress
-from moeplace.launch.verdict_views import add_verdict_arguments, describe_judgement, judge_trace, names_cluster
+from moeplace.launch.solving.verdict import add_verdict_arguments, describe_judgement, judge_trace, names_cluster
 
 HELP = "what a trace says: skew, affinity, stability, locality; what placement would gain on a cluster"
 
@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moeplace.profiling.drift import measure_drift
     from moeplace.profiling.files import require_folder_of, write_json
-    from moeplace.profiling.trace_file import load_trace
-    from moeplace.profiling.trace_summary import drift_document, summarize
+    from moeplace.profiling.scores.drift import measure_drift
+    from moeplace.profiling.scores.summary import drift_document, summarize
+    from moeplace.profiling.traces.file import load_trace
 
     require_folder_of(args.json)
     trace = load_trace(args.trace)

@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from moeplace.launch.http_front.api_errors import ApiError, unavailable
-from moeplace.launch.http_front.request_body import parse_json, read_body
+from moeplace.launch.http_front.wire.errors import ApiError, unavailable
+from moeplace.launch.http_front.wire.request_body import parse_json, read_body
 from moeplace.profiling.errors import InputError, MoeplaceError
-from moeplace.runtime.service import Service
+from moeplace.runtime.service.api import Service
 
 _MOST_BYTES = 4096
 _BODY_TIMEOUT = 10.0

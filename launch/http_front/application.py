@@ -19,15 +19,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from moeplace.launch.http_front.administration import admin_routes
-from moeplace.launch.http_front.api_errors import ApiError, overloaded, unavailable
-from moeplace.launch.http_front.completion_answer import CompletionAnswer
-from moeplace.launch.http_front.completion_body import CompletionBody, parse_body
-from moeplace.launch.http_front.completion_run import CompletionRun, EventBridge
+from moeplace.launch.http_front.completions.answer import CompletionAnswer
+from moeplace.launch.http_front.completions.body import CompletionBody, parse_body
+from moeplace.launch.http_front.completions.run import CompletionRun, EventBridge
 from moeplace.launch.http_front.guard import COMPLETIONS, HEALTH, Guard
-from moeplace.launch.http_front.metrics import FrontMetrics
-from moeplace.launch.http_front.request_body import parse_json, read_body
 from moeplace.launch.http_front.settings import FrontSettings
-from moeplace.runtime.service import Service
+from moeplace.launch.http_front.wire.errors import ApiError, overloaded, unavailable
+from moeplace.launch.http_front.wire.metrics import FrontMetrics
+from moeplace.launch.http_front.wire.request_body import parse_json, read_body
+from moeplace.runtime.service.api import Service
 
 _LONG_BODY = 16384
 """Bytes of a body from which its text is tokenised in a thread: the loop must not wait."""

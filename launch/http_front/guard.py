@@ -6,9 +6,8 @@ import logging
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moeplace.launch.http_front.api_errors import ApiError
-from moeplace.launch.http_front.completion_answer import ClientGone
-from moeplace.launch.http_front.metrics import FrontMetrics
+from moeplace.launch.http_front.wire.errors import ApiError, ClientGone
+from moeplace.launch.http_front.wire.metrics import FrontMetrics
 
 logger = logging.getLogger(__name__)
 

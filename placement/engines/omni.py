@@ -6,9 +6,9 @@ import numpy as np
 
 from moeplace.placement.engines.form import Export, Facts, Rows, check_form
 from moeplace.placement.placement import EMPTY_SLOT, Placement
+from moeplace.profiling.containers.npz import read_npy
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import atomic_write
-from moeplace.profiling.npz_file import read_npy
 
 NOTE = "Omni numbers the slots of a rank by rising expert id: the order of slots inside ranks is not kept"
 

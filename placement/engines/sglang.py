@@ -64,7 +64,7 @@ def read(path: Path, known: Facts) -> Rows:
 
 def _read_archive(path: Path) -> Any:
     """The dictionary of a `.pt` file, its map as lists; nothing in it is executed."""
-    from moeplace.profiling.torch_archive import StoredTensor, read_torch_archive
+    from moeplace.profiling.containers.torch_archive import StoredTensor, read_torch_archive
 
     document = read_torch_archive(path)
     if isinstance(document, dict) and isinstance(tensor := document.get(KEY), StoredTensor):

@@ -3,21 +3,21 @@
 import importlib
 from typing import Protocol
 
+from moeplace.placement.budget import Budget
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
-from moeplace.placement.stop import Budget
 from moeplace.profiling.errors import InputError
 
 SOLVERS = {  # name -> module:function below this package
-    "auto": "portfolio:solve_portfolio",
+    "auto": "auto:solve_portfolio",
     "index-order": "index_order:solve_index_order",
     "round-robin": "index_order:solve_round_robin",
-    "lpt": "packing:solve_lpt",
+    "lpt": "lpt:solve_lpt",
     "eplb": "eplb:solve_eplb",
-    "viterbi": "dynamic:solve_viterbi",
-    "exflow-ilp": "exflow:solve_exflow",
-    "moetuner-ilp": "moetuner:solve_moetuner",
-    "cp-sat": "cpsat:solve_cpsat",
+    "viterbi": "exact.viterbi:solve_viterbi",
+    "exflow-ilp": "exact.exflow:solve_exflow",
+    "moetuner-ilp": "exact.moetuner:solve_moetuner",
+    "cp-sat": "exact.cpsat:solve_cpsat",
 }
 
 

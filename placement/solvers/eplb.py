@@ -18,10 +18,10 @@ import warnings
 import numpy as np
 from numba import njit
 
+from moeplace.placement.budget import Budget
 from moeplace.placement.placement import EMPTY_SLOT
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
-from moeplace.placement.stop import Budget
 from moeplace.profiling.errors import InputError, MoeplaceWarning
 
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from moeplace.placement.budget import Budget
 from moeplace.placement.placement import EMPTY_SLOT, index_order
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
-from moeplace.placement.stop import Budget
 
 
 def solve_index_order(problem: Problem, budget: Budget) -> Draft:

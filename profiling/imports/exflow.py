@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from moeplace.profiling.containers.npz import read_npy
 from moeplace.profiling.errors import FormatError
-from moeplace.profiling.imports.common import (
+from moeplace.profiling.imports.canonical import (
     MOST_LAYERS,
     Imported,
     ImportOptions,
@@ -18,7 +19,6 @@ from moeplace.profiling.imports.common import (
     warn,
     write_trace,
 )
-from moeplace.profiling.npz_file import read_npy
 from moeplace.profiling.parallel import CHUNK_TOKENS, chunks
 
 _SORTED_DESCENTS = 0.02

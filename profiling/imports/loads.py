@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from moeplace.profiling.containers.npz import read_npy, read_npz
 from moeplace.profiling.errors import FormatError
 from moeplace.profiling.files import read_json, require_file
-from moeplace.profiling.imports.common import MOST_LAYERS, Imported, ImportOptions, warn, write_load
-from moeplace.profiling.npz_file import read_npy, read_npz
+from moeplace.profiling.imports.canonical import MOST_LAYERS, Imported, ImportOptions, warn, write_load
 from moeplace.profiling.parallel import chunks
 
 _NAMES = ("load", "logical_count", "weight", "expert_load")

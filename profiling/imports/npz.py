@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from moeplace.profiling.containers.npz import read_npz
 from moeplace.profiling.errors import FormatError, InputError
-from moeplace.profiling.imports.common import (
+from moeplace.profiling.imports.canonical import (
     MOST_LAYERS,
     Imported,
     ImportOptions,
@@ -18,10 +19,9 @@ from moeplace.profiling.imports.common import (
     pseudo_sequences,
     write_trace,
 )
-from moeplace.profiling.npz_file import read_npz
 from moeplace.profiling.parallel import CHUNK_TOKENS, chunks
-from moeplace.profiling.trace import BASE_MODEL
-from moeplace.profiling.trace_file import load_trace, save_trace
+from moeplace.profiling.traces.file import load_trace, save_trace
+from moeplace.profiling.traces.trace import BASE_MODEL
 
 _PER_TOKEN = ("sequence_ids", "positions", "is_decode", "workload", "adapter")
 _MOST_TOP_K = 1024

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from moeplace.profiling.containers.npz import DAMAGE, read_array_header
 from moeplace.profiling.errors import FormatError, InputError
-from moeplace.profiling.imports.common import (
+from moeplace.profiling.imports.canonical import (
     MOST_LAYERS,
     Imported,
     ImportOptions,
@@ -26,7 +27,6 @@ from moeplace.profiling.imports.common import (
     write_trace,
 )
 from moeplace.profiling.imports.json_lines import read_json_lines
-from moeplace.profiling.npz_file import DAMAGE, read_array_header
 
 _SGLANG, _NPY = "sglang-int32", "npy"
 _NOTE_ORDER = "no gate weights in the source: the first expert of a token need not have the greatest weight"

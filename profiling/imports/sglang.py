@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from moeplace.profiling.containers.torch_archive import StoredTensor, read_torch_archive
 from moeplace.profiling.errors import FormatError, InputError
-from moeplace.profiling.imports.common import (
+from moeplace.profiling.imports.canonical import (
     MOST_LAYERS,
     Imported,
     ImportOptions,
@@ -24,8 +25,7 @@ from moeplace.profiling.imports.common import (
     write_trace,
 )
 from moeplace.profiling.imports.routed_experts import import_sglang_requests
-from moeplace.profiling.torch_archive import StoredTensor, read_torch_archive
-from moeplace.profiling.trace import MOST_EXPERTS
+from moeplace.profiling.traces.trace import MOST_EXPERTS
 
 _EXTEND, _DECODE, _IDLE = 1, 2, 4
 _WORKLOADS = ("sequences", "pseudo-sequences")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moeplace.profiling.errors import InputError
-from moeplace.profiling.imports.common import Imported, ImportOptions
+from moeplace.profiling.imports.canonical import Imported, ImportOptions
 from moeplace.profiling.imports.exflow import import_exflow
 from moeplace.profiling.imports.loads import import_load
 from moeplace.profiling.imports.npz import import_npz

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from moeplace.profiling.containers.safetensors_file import read_safetensors
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import read_json
-from moeplace.profiling.imports.common import (
+from moeplace.profiling.imports.canonical import (
     MOST_LAYERS,
     Imported,
     ImportOptions,
@@ -21,8 +22,7 @@ from moeplace.profiling.imports.common import (
     write_load,
     write_trace,
 )
-from moeplace.profiling.tensor_file import read_safetensors
-from moeplace.profiling.trace import MOST_EXPERTS
+from moeplace.profiling.traces.trace import MOST_EXPERTS
 
 _COUNTS = re.compile(r"rank(\d{1,6})\.safetensors")
 _RAW = re.compile(r"(?:rank(\d{1,6})_raw|token_selected_experts_rank(\d{1,6}))\.safetensors")

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from moeplace.profiling.errors import FormatError
-from moeplace.profiling.imports.common import MOST_LAYERS, Imported, ImportOptions, write_load
+from moeplace.profiling.imports.canonical import MOST_LAYERS, Imported, ImportOptions, write_load
 from moeplace.profiling.imports.json_lines import read_json_lines
 from moeplace.profiling.imports.routed_experts import import_requests
-from moeplace.profiling.trace import MOST_EXPERTS
+from moeplace.profiling.traces.trace import MOST_EXPERTS
 
 _NOTE_ORDINALS = "layers are ordinals of MoE layers: give --layer-ids where dense layers come before or between"
 

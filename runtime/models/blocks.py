@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 class ModelBlock:
-    """Norm, router and shared experts of one decoder layer; see `moeplace.runtime.dispatcher.MoeBlock`."""
+    """Norm, router and shared experts of one decoder layer; see `moeplace.runtime.exchange.dispatcher.MoeBlock`."""
 
     def __init__(self, layer: Any) -> None:
         mlp = layer.mlp

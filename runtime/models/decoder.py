@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from moeplace.profiling.errors import FormatError
-from moeplace.runtime.checkpoint import Checkpoint
 from moeplace.runtime.models.blocks import ModelBlock
+from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.families import disk_to_module
 
 

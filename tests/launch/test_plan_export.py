@@ -11,10 +11,10 @@ import pytest
 
 from moeplace.launch.commands import export, import_placement, import_trace, plan
 from moeplace.placement.engines import ENGINES
-from moeplace.placement.migration import apply_plan
+from moeplace.placement.migration.file import load_plan
+from moeplace.placement.migration.plan import apply_plan
 from moeplace.placement.placement import Placement
 from moeplace.placement.placement_file import load_placement, save_placement
-from moeplace.placement.plan_file import load_plan
 from moeplace.profiling.errors import InputError, MoeplaceWarning
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.problem import Problem
-from moeplace.profiling.trace import RoutingTrace
+from moeplace.profiling.traces.trace import RoutingTrace
 
 
 def skewed_trace(

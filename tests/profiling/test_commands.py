@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moeplace.profiling.errors import InputError
-from moeplace.profiling.synthetic import planted
-from moeplace.profiling.trace_file import load_trace, save_trace
-from moeplace.profiling.workloads import make_workload
+from moeplace.profiling.synthetic.traces import planted
+from moeplace.profiling.synthetic.workloads import make_workload
+from moeplace.profiling.traces.file import load_trace, save_trace
 from tests.profiling import sources
 from tests.shared_data import text_paths, tiny_moe_path
 

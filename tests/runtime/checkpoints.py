@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import transformers
 
-from moeplace.runtime.batch import Request
-from moeplace.runtime.sampling import SamplingParameters, sample
+from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.engine.sampling import SamplingParameters, sample
 
 VOCABULARY = 60
 _COMMON: dict[str, Any] = {

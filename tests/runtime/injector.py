@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Self
 
-from moeplace.runtime.service import ServiceEvent
+from moeplace.runtime.service.api import ServiceEvent
 
 
 class EventInjector:
@@ -18,7 +18,7 @@ class EventInjector:
         self.faults: dict[int, list[dict[str, Any]]] = {}
 
     def fail_at(self, member: int, phase: str, at: int, *, after: bool = False, action: str = "kill") -> Self:
-        """Let a member fail when it comes to a moment for the `at`-th time; see `moeplace.runtime.faults`."""
+        """Let a member fail when it comes to a moment for the `at`-th time; see `moeplace.runtime.service.faults`."""
         fault = {"phase": phase, "at": at, "after": after, "action": action}
         self.faults.setdefault(member, []).append(fault)
         return self

@@ -7,9 +7,9 @@ import torch
 
 from moeplace.placement.placement import Placement
 from moeplace.runtime.counters import Counters
-from moeplace.runtime.dispatcher import MoeRuntime, Step, TokenDispatcher, TokenRows
-from moeplace.runtime.experts import ExpertStore, ExpertWeights
-from moeplace.runtime.slot_tables import SlotTables
+from moeplace.runtime.exchange.dispatcher import MoeRuntime, Step, TokenDispatcher, TokenRows
+from moeplace.runtime.exchange.slot_tables import SlotTables
+from moeplace.runtime.experts.store import ExpertStore, ExpertWeights
 
 HIDDEN, EXPERT_HIDDEN = 6, 5
 

@@ -1,0 +1,134 @@
+"""The answer to POST /v1/completions: one JSON document, or server-sent events as tokens come."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+
+from moeplace.launch.http_front.completions.run import Choice, CompletionRun
+from moeplace.launch.http_front.wire.errors import ApiError, ClientGone
+
+_STREAM_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # a proxy must pass pieces on as they come
+)
+
+
+class CompletionAnswer:
+    """Writes a run's answer. An ASGI application for this one request.
+
+    Args:
+        name: `id` of the answer.
+        model: name of the model.
+        stall_timeout: seconds that the client may go without taking anything.
+        on_end: called when all is written, or nobody is there to read it.
+    """
+
+    def __init__(
+        self, run: CompletionRun, *, name: str, model: str, stall_timeout: float, on_end: Callable[[], None]
+    ) -> None:
+        self._run, self._name, self._stall_timeout, self._on_end = run, name, stall_timeout, on_end
+        self._head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._stall_timeout):
+                    await send(message)
+            except TimeoutError as error:
+                raise ClientGone(f"nothing was taken for {self._stall_timeout:g} s") from error
+
+        work = self._stream(send_in_time) if self._run.body.stream else self._whole(scope, receive, send_in_time)
+        try:
+            with self._run:
+                await _while_connected(receive, work)
+        finally:
+            self._on_end()
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Callable[[Message], Awaitable[None]]) -> None:
+        await self._run.wait_until_done()
+        if self._run.error is not None:
+            await self._failure().response()(scope, receive, send)
+            return
+        choices = [self._choice(choice, choice.finish_reason) for choice in self._run.choices]
+        content = json.dumps({**self._head, "choices": choices, "usage": self._run.usage}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": [*headers, self._id_header()]})
+        await send({"type": "http.response.body", "body": content})
+
+    async def _stream(self, send: Callable[[Message], Awaitable[None]]) -> None:
+        headers = [*_STREAM_HEADERS, self._id_header()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        ended: set[int] = set()
+        while True:
+            for (
+                choice
+            ) in self._run.choices:  # one piece of all that has gathered: a slow reader gets fewer, longer ones
+                reason = choice.finish_reason
+                if choice.error is None and choice.index not in ended and (reason or any(choice.pieces)):
+                    await send(_event(self._chunk([self._choice(choice, reason)])))
+                    if reason is not None:
+                        ended.add(choice.index)
+            if len(ended) == len(self._run.choices) or self._run.error is not None:
+                break
+            await self._run.wait()
+        if self._run.error is not None:
+            await send(_event(self._failure().document()))
+        else:
+            if self._run.body.include_usage:
+                await send(_event({**self._head, "choices": [], "usage": self._run.usage}))
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = {**self._head, "choices": choices}
+        return {**chunk, "usage": None} if self._run.body.include_usage else chunk
+
+    def _choice(self, choice: Choice, reason: str | None) -> dict[str, Any]:
+        document = {"index": choice.index, "text": choice.take_text(), "logprobs": None, "finish_reason": reason}
+        if self._run.body.return_token_ids:
+            document["token_ids"] = choice.take_ids()
+        return document
+
+    def _failure(self) -> ApiError:
+        """The first choice that failed speaks for the request: half an answer is none."""
+        given_up = any(choice.finish_reason == "cancelled" for choice in self._run.choices)
+        return ApiError(503 if given_up else 500, f"the completion ended early: {self._run.error}", code="failed")
+
+    def _id_header(self) -> tuple[bytes, bytes]:
+        return (b"x-request-id", self._name.encode())
+
+
+def _event(document: dict[str, Any]) -> Message:
+    return {
+        "type": "http.response.body",
+        "body": b"data: " + json.dumps(document).encode() + b"\n\n",
+        "more_body": True,
+    }
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end, or until the client is gone.
+
+    Raises:
+        ClientGone: it is.
+    """
+    worker, watcher = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not worker.done():
+            raise ClientGone("the client closed the connection")
+        worker.result()
+    finally:
+        for task in (worker, watcher):
+            task.cancel()
+        await asyncio.gather(worker, watcher, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

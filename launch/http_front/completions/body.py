@@ -1,0 +1,220 @@
+"""CompletionBody: the body of POST /v1/completions, checked field by field.
+
+The fields are those of OpenAI's API (platform.openai.com/docs/api-reference/completions); `top_k`, `stop_token_ids`,
+`ignore_eos` and `return_token_ids` are additions that other servers have too. A field that cannot be honoured is
+refused, unless its value asks for nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moeplace.launch.http_front.wire.errors import ApiError
+from moeplace.profiling.errors import InputError
+from moeplace.runtime.engine.sampling import SamplingParameters
+
+DEFAULT_TOKENS = 16
+"""As in OpenAI's API."""
+MOST_STOPS = 16
+_SEEDS = 2**31
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "logprobs": (None,),
+    "presence_penalty": (None, 0),
+    "suffix": (None, ""),
+}
+"""Fields that are not supported, with the values that ask for nothing."""
+_KNOWN = {
+    *("model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "stop", "stop_token_ids", "ignore_eos"),
+    *("seed", "stream", "stream_options", "echo", "user", "return_token_ids", *_NEUTRAL),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its token ids, and its text where it came as text."""
+
+    token_ids: tuple[int, ...]
+    text: str | None
+
+
+@dataclass(frozen=True)
+class CompletionBody:
+    """What a client wants.
+
+    Attributes:
+        prompts: at least one.
+        n: completions of each prompt.
+        max_tokens: most tokens of a completion; 0 = none (with `echo`: the prompt alone).
+        sampling: of the first completion; the others count the seed up.
+        stops: strings that end a completion and are not part of it.
+        stop_ids: token ids that end a completion; None = the model's.
+        stream: pieces as they come.
+        include_usage: a streamed answer ends with its usage.
+        echo: the text begins with the prompt.
+        return_token_ids: choices have their token ids beside the text.
+    """
+
+    prompts: tuple[Prompt, ...]
+    n: int
+    max_tokens: int
+    sampling: SamplingParameters
+    stops: tuple[str, ...]
+    stop_ids: tuple[int, ...] | None
+    stream: bool
+    include_usage: bool
+    echo: bool
+    return_token_ids: bool
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.n
+
+    def sampling_of(self, choice: int) -> SamplingParameters:
+        """Each choice draws with a seed of its own."""
+        first = self.sampling
+        return SamplingParameters(first.temperature, first.top_k, first.top_p, (first.seed + choice) % _SEEDS)
+
+
+def parse_body(
+    document: Mapping[str, Any],
+    *,
+    encode: Callable[[str], list[int]] | None,
+    model: str,
+    model_stop_ids: Sequence[int],
+    default_seed: int,
+) -> CompletionBody:
+    """Check the fields of a body.
+
+    Args:
+        encode: text -> token ids; None = the model has no tokenizer.
+        model: the name that `model` must have if it is given.
+        model_stop_ids: the model's end-of-sequence ids.
+        default_seed: where the body has none.
+
+    Raises:
+        ApiError: 400 with the field's name, or 404 for another model.
+    """
+    fields = _Fields(document)
+    fields.refuse_what_is_not_supported()
+    if fields.get("model", str, model) != model:
+        raise ApiError(
+            404,
+            f"the model {document['model']!r} does not exist; {model!r} does",
+            param="model",
+            code="model_not_found",
+        )
+    stream = fields.get("stream", bool, False)
+    options = fields.get("stream_options", dict, {})
+    if options and not stream:
+        raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
+    max_tokens = fields.get("max_tokens", int, DEFAULT_TOKENS)
+    if max_tokens < 0:
+        raise ApiError(400, f"max_tokens ({max_tokens}) must be at least 0", param="max_tokens")
+    n = fields.get("n", int, 1)
+    if n < 1:
+        raise ApiError(400, f"n ({n}) must be at least 1", param="n")
+    return CompletionBody(
+        prompts=_prompts(document.get("prompt"), encode),
+        n=n,
+        max_tokens=max_tokens,
+        sampling=_sampling(fields, default_seed),
+        stops=_stops(document.get("stop")),
+        stop_ids=_stop_ids(fields, model_stop_ids),
+        stream=stream,
+        include_usage=_Fields(options).get("include_usage", bool, False),
+        echo=fields.get("echo", bool, False),
+        return_token_ids=fields.get("return_token_ids", bool, False),
+    )
+
+
+class _Fields:
+    """Typed access to a JSON object; null is the same as absent."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self._document = document
+
+    def get(self, name: str, kind: type, default: Any) -> Any:
+        value = self._document.get(name)
+        if value is None:
+            return default
+        kinds = (int, float) if kind is float else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+            raise ApiError(400, f"{name} must be of type {_JSON_NAMES[kind]}", param=name)
+        return value
+
+    def refuse_what_is_not_supported(self) -> None:
+        unknown = sorted(set(self._document) - _KNOWN)
+        if unknown:
+            raise ApiError(400, f"unknown field {unknown[0]!r}", param=unknown[0])
+        for name, neutral in _NEUTRAL.items():
+            value = self._document.get(name)
+            allowed = (*neutral, self._document.get("n")) if name == "best_of" else neutral
+            if value not in allowed or (isinstance(value, bool) and value not in (None,)):
+                raise ApiError(400, f"{name} is not supported", param=name, code="unsupported_parameter")
+
+
+_JSON_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
+
+
+def _sampling(fields: _Fields, default_seed: int) -> SamplingParameters:
+    try:
+        return SamplingParameters(
+            temperature=float(fields.get("temperature", float, 1.0)),
+            top_k=fields.get("top_k", int, 0),
+            top_p=float(fields.get("top_p", float, 1.0)),
+            seed=fields.get("seed", int, default_seed) % _SEEDS,
+        )
+    except OverflowError as error:
+        raise ApiError(400, "temperature and top_p must be numbers that a computer can hold") from error
+    except InputError as error:
+        raise ApiError(400, str(error), param=str(error).split()[0]) from error
+
+
+def _prompts(value: Any, encode: Callable[[str], list[int]] | None) -> tuple[Prompt, ...]:
+    """A string, a list of strings, token ids, or a list of lists of token ids."""
+    many = value if isinstance(value, list) and value and not _is_id(value[0]) else [value]
+    if value is None or value == [] or len({type(item) for item in many}) != 1:
+        raise ApiError(400, "prompt must be text, token ids, or a list of either", param="prompt")
+    prompts = tuple(_prompt(item, encode) for item in many)
+    if not all(prompt.token_ids for prompt in prompts):
+        raise ApiError(400, "a prompt must have at least one token", param="prompt")
+    return prompts
+
+
+def _prompt(value: Any, encode: Callable[[str], list[int]] | None) -> Prompt:
+    if isinstance(value, str):
+        if encode is None:
+            raise ApiError(400, "the model has no tokenizer; prompts must be token ids", param="prompt")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ApiError(400, "prompt must be valid Unicode, but it has half of a surrogate pair", param="prompt")
+        return Prompt(tuple(encode(value)), value)
+    if isinstance(value, list) and all(_is_id(item) for item in value):
+        return Prompt(tuple(value), None)
+    raise ApiError(400, "prompt must be text, token ids, or a list of either", param="prompt")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value or []
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise ApiError(400, "stop must be a string or a list of strings, none of them empty", param="stop")
+    if len(stops) > MOST_STOPS:
+        raise ApiError(400, f"stop has {len(stops)} strings, at most {MOST_STOPS} are possible", param="stop")
+    return tuple(stops)
+
+
+def _stop_ids(fields: _Fields, model_stop_ids: Sequence[int]) -> tuple[int, ...] | None:
+    """None = the model's own, which the service knows."""
+    added = fields.get("stop_token_ids", list, [])
+    if not all(_is_id(token) for token in added):
+        raise ApiError(400, "stop_token_ids must be a list of token ids", param="stop_token_ids")
+    ignore = fields.get("ignore_eos", bool, False)
+    if not added and not ignore:
+        return None
+    return tuple(added) if ignore else (*model_stop_ids, *added)

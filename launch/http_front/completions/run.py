@@ -1,0 +1,224 @@
+"""CompletionRun: the choices of one HTTP request, in flight on a service.
+
+The service's thread posts events; the event loop takes them, turns tokens into text and wakes whoever writes the
+answer. What waits for a slow reader is the text of its own request, which `max_tokens` bounds.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Self
+
+from moeplace.launch.http_front.completions.body import CompletionBody, Prompt
+from moeplace.launch.http_front.completions.text_stream import Decode, TextStream
+from moeplace.launch.http_front.wire.errors import ApiError, unavailable
+from moeplace.launch.http_front.wire.metrics import FrontMetrics
+from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.service.api import FinishReason, Service, TokenEvent
+
+Take = Callable[[TokenEvent, float], None]
+
+
+class EventBridge:
+    """Brings events from the service's thread to the event loop: all that have gathered in one call."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._posted: list[tuple[Take, TokenEvent, float]] = []
+
+    def post(self, take: Take, event: TokenEvent) -> None:
+        """From any thread: `take(event, now)` will be called in the loop."""
+        with self._lock:
+            self._posted.append((take, event, time.perf_counter()))
+            if len(self._posted) > 1:
+                return
+        with suppress(RuntimeError):  # the loop has ended: nobody is left to hear of it
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            posted, self._posted = self._posted, []
+        for take, event, moment in posted:
+            take(event, moment)
+
+
+@dataclass(eq=False)
+class Choice:
+    """One completion.
+
+    Attributes:
+        index: its place in the answer.
+        prompt: what it continues.
+        request: what the service completes; None = no token is wanted.
+        text: how its tokens become text.
+        pieces: text that no writer has taken yet.
+        token_ids: all so far, the stopping one included.
+        taken_ids: how many of them a writer has taken.
+        finish_reason: None = it goes on.
+        error: why there will be no more, where it failed or was given up.
+    """
+
+    index: int
+    prompt: Prompt
+    request: Request | None
+    text: TextStream
+    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    taken_ids: int = 0
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    last_moment: float = 0.0
+
+    def take_text(self) -> str:
+        """What has gathered since the last call."""
+        text = "".join(self.pieces)
+        self.pieces.clear()
+        return text
+
+    def take_ids(self) -> list[int]:
+        """Token ids since the last call."""
+        new, self.taken_ids = self.token_ids[self.taken_ids :], len(self.token_ids)
+        return new
+
+
+class CompletionRun:
+    """See the module. A context: what has not finished at its end is cancelled.
+
+    Args:
+        name: prefix of the names under which the service knows the choices.
+        decode: token ids -> text.
+
+    Attributes:
+        choices: prompts in order, each with its `n` completions.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        bridge: EventBridge,
+        metrics: FrontMetrics,
+        body: CompletionBody,
+        *,
+        name: str,
+        decode: Decode,
+    ) -> None:
+        self._service, self._bridge, self._metrics = service, bridge, metrics
+        self._news = asyncio.Event()
+        self.body = body
+        try:
+            self.choices = [_make_choice(body, index, name, decode) for index in range(body.num_choices)]
+        except (InputError, OverflowError) as error:
+            raise ApiError(400, str(error)) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_up("the client went away")
+
+    @property
+    def is_done(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+    @property
+    def error(self) -> str | None:
+        """Of the first choice that has one."""
+        return next((choice.error for choice in self.choices if choice.error is not None), None)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens so far; a prompt counts once, however often it is completed."""
+        prompt = sum(len(prompt.token_ids) for prompt in self.body.prompts)
+        completion = sum(len(choice.token_ids) for choice in self.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def start(self) -> None:
+        """Give all choices to the service, or none.
+
+        Raises:
+            ApiError: 400, one can never fit; 503, the service takes none.
+        """
+        now = time.perf_counter()
+        for choice in self.choices:
+            choice.last_moment = now
+            if choice.request is None:
+                self._finish(choice, "length")
+                continue
+            try:
+                self._service.submit(choice.request, self._listener(choice))
+            except InputError as error:
+                self.give_up("another prompt of the same request was refused")
+                raise ApiError(400, str(error), param="prompt", code="context_length_exceeded") from error
+            except MoeplaceError as error:
+                self.give_up("the service takes no requests")
+                raise unavailable(str(error)) from error
+
+    async def wait(self) -> None:
+        """Until something new has come since the last call."""
+        await self._news.wait()
+        self._news.clear()
+
+    async def wait_until_done(self) -> None:
+        """Until every choice has finished."""
+        while not self.is_done:
+            await self.wait()
+
+    def give_up(self, reason: str) -> None:
+        """Cancel what has not finished."""
+        for choice in self.choices:
+            if choice.finish_reason is None:
+                choice.error = reason
+                self._finish(choice, "cancelled")
+                if choice.request is not None:
+                    self._service.cancel(choice.request.request_id)
+
+    def _listener(self, choice: Choice) -> Callable[[TokenEvent], None]:
+        def take(event: TokenEvent, moment: float) -> None:
+            self._take(choice, event, moment)
+
+        return lambda event: self._bridge.post(take, event)
+
+    def _take(self, choice: Choice, event: TokenEvent, moment: float) -> None:
+        """In the loop: one event of the service."""
+        if choice.finish_reason is not None:
+            return  # a stop string came before, or nobody wants it any more
+        if event.token_ids:
+            first = not choice.token_ids
+            self._metrics.saw_tokens(len(event.token_ids), moment - choice.last_moment, first=first)
+            choice.last_moment = moment
+        choice.token_ids += event.token_ids
+        visible = event.token_ids[:-1] if event.finish_reason == "stop" else event.token_ids
+        choice.pieces.append(choice.text.add(visible))
+        if event.finish_reason is not None and not choice.text.stopped:
+            choice.pieces.append(choice.text.finish())
+        if choice.text.stopped:
+            self._finish(choice, "stop")
+            if event.finish_reason is None:
+                self._service.cancel(event.request_id)
+        elif event.finish_reason is not None:
+            if event.finish_reason in ("cancelled", "failed"):
+                choice.error = event.error or "the service ended the request"
+            self._finish(choice, event.finish_reason)
+        self._news.set()
+
+    def _finish(self, choice: Choice, reason: FinishReason) -> None:
+        choice.finish_reason = reason
+        self._metrics.completions.labels(reason).inc()
+        self._news.set()
+
+
+def _make_choice(body: CompletionBody, index: int, name: str, decode: Decode) -> Choice:
+    prompt = body.prompts[index // body.n]
+    request = None
+    if body.max_tokens:
+        sampling = body.sampling_of(index)
+        request = Request(f"{name}-{index}", prompt.token_ids, body.max_tokens, sampling, body.stop_ids)
+    choice = Choice(index, prompt, request, TextStream(decode, body.stops, prompt=prompt.token_ids))
+    if body.echo:
+        choice.pieces.append(decode(prompt.token_ids) if prompt.text is None else prompt.text)
+    return choice

@@ -1,0 +1,1 @@
+"""What all routes of the HTTP front share: bodies, errors, metrics."""

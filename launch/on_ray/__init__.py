@@ -1,0 +1,1 @@
+"""Commands, sweeps and services on a Ray cluster."""

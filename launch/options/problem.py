@@ -1,0 +1,173 @@
+"""Arguments shared by the commands that state a problem, and the problem they state."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+SPLITS = ("all", "train", "test")
+
+
+def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    """--ranks and what else describes the cluster."""
+    group = parser.add_argument_group("cluster")
+    group.add_argument("--ranks", type=int, help="ranks, one GPU each")
+    group.add_argument("--ranks-per-node", type=int, help="ranks of one node (default: all)")
+    group.add_argument("--slots-per-rank", type=int, help="slots per layer and rank (default: each expert once)")
+    group.add_argument("--cluster", metavar="TOML", help="cluster description instead of the flags above")
+    group.add_argument("--topology", metavar="GRAPHML", help="graph of GPUs, switches and links (GraphML)")
+    group.add_argument("--calibration", metavar="C", help="measured links and expert time (`moeplace calibrate`)")
+
+
+def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
+    """Mode, objective, constraints and budget."""
+    parser.add_argument(
+        "--mode", choices=("dispatch-combine", "coherent", "allgather", "auto"), default="dispatch-combine",
+        help="execution mode to solve for; auto solves all and says which to run (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--objective", choices=("seconds", "traffic"), default="seconds", help="default: %(default)s")
+    parser.add_argument("--max-imbalance", type=float, metavar="X", help="hard cap on a layer's training imbalance")
+    parser.add_argument(
+        "--replica-budget", choices=("per-layer", "global"), default="per-layer",
+        help="global: share the redundant slots of all layers out to those that gain most; every rank holds as many "
+        "experts over all layers as before (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--survive", type=int, default=0, metavar="N", help="ranks that may be lost at once")
+    parser.add_argument("--previous", metavar="P", help="placement now in force, to stay near")
+    parser.add_argument("--max-moves", type=int, metavar="M", help="most experts fetched per layer")
+    parser.add_argument("--move-price", type=float, default=0.0, help="objective units per moved byte (default: 0)")
+    parser.add_argument(
+        "--batch", type=int, default=256, help="tokens of one step over all ranks (default %(default)s)"
+    )
+    parser.add_argument(
+        "--kv-dim", type=int, default=576, help="K/V elements per token and layer (default %(default)s)"
+    )
+    parser.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fit", choices=SPLITS, default="train",
+                        help="tokens to fit to; the others judge (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--split-by", choices=("sequence", "workload", "adapter"), default="sequence",
+                        help="otherwise hold out one tag at a time and report each (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--mix", metavar="A=3,B=1", help="fit to and judge on this mix of workloads or of adapters "
+                        "(`base` = none) instead of the trace's own")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The two sides of a trace, and what to call the one that judges."""
+
+    train: Any
+    test: Any
+    name: str
+
+
+def split_sides(trace: Any, fit: str, *, mix_text: str | None = None, seed: int = 0) -> Sides:
+    """Train and test by sequence; the whole trace twice, with a warning, where it cannot be split.
+
+    Args:
+        trace: the trace.
+        fit: side to fit to.
+        mix_text: mix of workloads or adapters, see --mix; None = the trace's own.
+        seed: of the mix.
+    """
+    import warnings
+
+    from moeplace.profiling.errors import InputError, MoeplaceWarning
+    from moeplace.profiling.traces.mix import mix, parse_mix
+
+    if mix_text:
+        trace = mix(trace, parse_mix(mix_text), seed=seed)
+    if fit == "all":
+        return Sides(trace, trace, "all")
+    try:
+        sides = {side: trace.split(side) for side in ("train", "test")}
+    except InputError as error:
+        warnings.warn(f"{error}: fitted to and judged on all tokens", MoeplaceWarning, stacklevel=2)
+        return Sides(trace, trace, "all")
+    other = {"train": "test", "test": "train"}[fit]
+    return Sides(sides[fit], sides[other], other)
+
+
+def build_cluster(args: argparse.Namespace, num_experts: int) -> Any:
+    """The cluster that the flags describe, with calibrated links where given."""
+    from moeplace.placement.cluster import Cluster, even_slots
+    from moeplace.profiling.errors import FormatError, InputError
+
+    if args.cluster:
+        cluster = Cluster.from_toml(args.cluster)
+    elif args.topology:
+        import networkx as nx
+
+        from moeplace.profiling.files import require_file
+
+        try:
+            graph = nx.read_graphml(require_file(args.topology))
+        except (OSError, ValueError, KeyError, SyntaxError, nx.NetworkXError) as error:
+            raise FormatError(f"{args.topology} is not GraphML: {error}") from error
+        gpus = sum(data.get("kind") == "gpu" for _, data in graph.nodes(data=True))
+        slots = args.slots_per_rank or (even_slots(num_experts, gpus).tolist() if gpus else 1)
+        cluster = Cluster.from_graph(graph, slots_per_rank=slots)
+    elif args.ranks is None:
+        raise InputError("say how many ranks there are: --ranks N, --cluster FILE or --topology FILE")
+    else:
+        if args.ranks < 1:
+            raise InputError(f"ranks ({args.ranks}) must be at least 1")
+        slots = args.slots_per_rank
+        if slots is None:
+            slots = even_slots(num_experts, args.ranks).tolist()
+            if not all(slots):
+                raise InputError(
+                    f"ranks ({args.ranks}) must not exceed the experts of a layer ({num_experts}), "
+                    "unless --slots-per-rank allows replicas"
+                )
+        cluster = Cluster.uniform(args.ranks, slots_per_rank=slots, ranks_per_node=args.ranks_per_node)
+    calibration = load_calibration(args)
+    return calibration.apply(cluster) if args.calibration else cluster
+
+
+def load_calibration(args: argparse.Namespace) -> Any:
+    """The calibration file, or nominal times."""
+    from moeplace.placement.cost.seconds import Calibration
+
+    return Calibration.load(args.calibration) if args.calibration else None
+
+
+def problem_options(args: argparse.Namespace, trace: Any, cluster: Any) -> dict[str, Any]:
+    """Keyword arguments of `Problem.from_trace` that the flags state."""
+    from moeplace.placement.cost.seconds import Calibration, StepShape
+    from moeplace.placement.placement_file import load_placement
+
+    hidden = trace.hidden_size if trace is not None and trace.hidden_size else StepShape().hidden_size
+    return {
+        "objective": args.objective,
+        "max_imbalance": args.max_imbalance,
+        "survive": args.survive,
+        "replica_budget": args.replica_budget,
+        "previous": load_placement(args.previous) if args.previous else None,
+        "max_moves": args.max_moves,
+        "move_price": args.move_price,
+        "shape": StepShape(batch=args.batch, hidden_size=hidden, kv_dim=args.kv_dim),
+        "calibration": load_calibration(args) or Calibration(cluster.intra, cluster.inter),
+    }
+
+
+def index_order_like(placement: Any) -> Any:
+    """The baseline on the cluster and model of `placement`."""
+    from moeplace.placement.placement import index_order
+
+    return index_order(
+        placement.experts_per_layer,
+        placement.slots_of_rank,
+        placement.node_of_rank,
+        layer_ids=placement.layer_ids,
+        num_hidden_layers=placement.num_hidden_layers,
+        mode=placement.mode,
+    )
+
+
+def held_out_figures(evaluation: Any) -> dict[str, Any]:
+    """What the evidence of a placement file and the tables show of an evaluation."""
+    names = (
+        "ranks_per_token", "nodes_per_token", "copies_per_token", "stay_rate", "node_stay_rate",
+        "single_rank_share", "imbalance_mean", "imbalance_worst", "activated_imbalance_mean", "predicted_seconds",
+    )  # fmt: skip
+    return {name: round(float(getattr(evaluation, name)), 9) for name in names}

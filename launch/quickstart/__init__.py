@@ -1,0 +1,1 @@
+"""The quickstart: profile, place, serve, compare, report."""

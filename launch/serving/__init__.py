@@ -1,0 +1,1 @@
+"""What `serve` runs: a file of requests, or a service behind HTTP."""

@@ -1,0 +1,195 @@
+"""`moeplace serve --http` and `moeplace ray serve`: a service, the HTTP front before it, and the options of both."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeplace.launch.options.replanning import replan_window
+
+if TYPE_CHECKING:
+    from moeplace.runtime.service.api import Service, ServiceOptions, Spawner
+    from moeplace.runtime.service.coordinator.coordinator import Coordinator
+
+MODES = ("auto", "dispatch-combine", "coherent", "allgather")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
+    """What the ranks serve, and how."""
+    parser.add_argument("--placement", metavar="P", help="placement file (default: experts in index order)")
+    parser.add_argument("--mode", choices=MODES, default="auto", help="execution mode (default: auto)")
+    parser.add_argument(
+        "--trace", metavar="T", help="recorded routing, from which auto predicts every mode, and --replan the promise"
+    )
+    parser.add_argument("--calibration", metavar="C", help="measured links and expert time, for --trace and --replan")
+    parser.add_argument(
+        "--node-aware",
+        action=argparse.BooleanOptionalAction,
+        help="dispatch-combine sends one copy per node, forwarded inside it (default: if tokens have several experts)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, where a request does not say")
+    parser.add_argument("--max-sequences", type=int, default=64, metavar="N", help="sequences in flight at once")
+    parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence, completion included")
+    parser.add_argument("--kv-bytes", type=int, metavar="B", help="K/V memory of a rank")
+    parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the checkpoint's)")
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for another rank")
+
+
+def add_front_arguments(group: "argparse._ActionsContainer") -> None:
+    """What clients may do."""
+    group.add_argument("--model-name", metavar="NAME", help="the model's name for clients (default: its folder's)")
+    group.add_argument(
+        "--api-key-file", metavar="F", help="bearer token that clients must send (default: $MOEPLACE_API_KEY, or none)"
+    )
+    group.add_argument(
+        "--probe-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with several ranks: check each switch of a re-placement by the logits of N tokens too (default: 0, by "
+        "checksums and digests alone)",
+    )
+    group.add_argument("--admin", action="store_true", help="let clients with a token ask for more or fewer ranks")
+    group.add_argument("--max-body-bytes", type=int, default=1 << 20, metavar="B", help="of a request")
+    group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of a prompt (default: what fits)")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="most that may be asked for (default: what fits)")
+    group.add_argument(
+        "--max-concurrent", type=int, default=256, metavar="N", help="completions at once; beyond: status 429"
+    )
+    group.add_argument(
+        "--stall-timeout", type=float, default=60.0, metavar="S", help="seconds without a byte taken by a client"
+    )
+    group.add_argument(
+        "--drain-timeout", type=float, default=30.0, metavar="S", help="seconds to finish what runs after SIGTERM"
+    )
+
+
+def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]") -> int:
+    """Answer HTTP requests until a signal comes.
+
+    Args:
+        args: of both functions above, with `model` and `http`.
+        start_service: called once the address is known to be free and the tokenizer is read.
+
+    Raises:
+        InputError: a value breaks a rule, or a library is missing.
+    """
+    from moeplace.launch.serving.requests_file import Tokenizer
+    from moeplace.profiling.errors import InputError
+    from moeplace.runtime.models.checkpoint import Checkpoint
+
+    try:
+        from moeplace.launch.http_front.application import HttpFront
+        from moeplace.launch.http_front.server import address_of, bind, run_front
+        from moeplace.launch.http_front.settings import FrontSettings, parse_address, read_api_key
+    except ModuleNotFoundError as error:
+        raise InputError(f"--http needs {error.name}: pip install 'moeplace[serve]'") from error
+    settings = FrontSettings(
+        model=args.model_name or Path(args.model).resolve().name,
+        api_key=read_api_key(args.api_key_file),
+        admin=args.admin,
+        max_body_bytes=args.max_body_bytes,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_tokens=args.max_tokens,
+        max_concurrent=args.max_concurrent,
+        stall_timeout=args.stall_timeout,
+        drain_timeout=args.drain_timeout,
+        seed=args.seed,
+    )
+    replan_options = _replan_options(args) if args.replan else {}
+    with bind(*parse_address(args.http), settings) as listener:
+        stop_ids = Checkpoint(args.model).stop_ids
+        tokenizer = Tokenizer(args.model)
+        if tokenizer.exists:
+            tokenizer.load()
+        service = start_service()
+        try:
+            front = HttpFront(service, settings, coder=tokenizer if tokenizer.exists else None, stop_ids=stop_ids)
+            with _replanning(args, service, replan_options):
+                run_front(
+                    front,
+                    listener,
+                    drain_timeout=settings.drain_timeout,
+                    on_ready=lambda: print(f"serving {settings.model} on {address_of(listener)}", flush=True),
+                )
+        finally:
+            service.close(drain=False, timeout=args.timeout)
+    print("stopped")
+    return 0
+
+
+def _replan_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What re-placement needs to know beside the service; read before any rank starts."""
+    from moeplace.placement.cost.seconds import Calibration, StepShape
+    from moeplace.profiling.traces.file import load_trace
+    from moeplace.runtime.models.checkpoint import Checkpoint
+
+    config = Checkpoint(args.model).config
+    return {
+        "shape": StepShape(
+            batch=args.max_sequences, hidden_size=int(config.get("hidden_size", StepShape().hidden_size))
+        ),
+        "calibration": Calibration.load(args.calibration) if args.calibration else None,
+        "reference": load_trace(args.trace) if args.trace else None,
+        "seed": args.seed,
+    }
+
+
+def _replanning(
+    args: argparse.Namespace, service: "Service", options: Mapping[str, Any]
+) -> AbstractContextManager[object]:
+    """The service re-places its experts while this is open, if the flags say so."""
+    from moeplace.launch.options.replanning import replanning
+    from moeplace.runtime.service.coordinator.coordinator import Coordinator
+
+    if not args.replan or not isinstance(service, Coordinator):
+        return nullcontext()
+    return replanning(args, service, **options)
+
+
+def start_coordinator(args: argparse.Namespace, spawner: "Spawner", *, host: str) -> "Coordinator":
+    """A service of `args.ranks` members that takes requests; a member that is lost is replaced.
+
+    Args:
+        host: address of this process that members can reach.
+
+    Raises:
+        MoeplaceError: it does not come up.
+    """
+    from moeplace.placement.placement_file import load_placement
+    from moeplace.runtime.service.coordinator.coordinator import Coordinator
+
+    options = _service_options(args)
+    placement = load_placement(args.placement) if args.placement else None
+    service = Coordinator(
+        args.model, ranks=args.ranks, spawner=spawner, options=options, placement=placement, host=host
+    )
+    try:
+        service.wait_until_serving(timeout=options.start_timeout)
+    except BaseException:
+        service.close(drain=False)
+        raise
+    return service
+
+
+def _service_options(args: argparse.Namespace) -> "ServiceOptions":
+    from moeplace.runtime.engine.engine import EngineLimits
+    from moeplace.runtime.service.api import ServiceOptions
+
+    return ServiceOptions(
+        mode=args.mode,
+        dtype=args.dtype,
+        limits=EngineLimits(
+            max_sequences=args.max_sequences,
+            max_length=args.max_length,
+            kv_bytes=args.kv_bytes,
+            staging_rows=1,
+            recent_ids=replan_window(args),
+        ),
+        node_aware=args.node_aware,
+        timeout=args.timeout,
+        keep_width=True,
+        probe_tokens=args.probe_tokens,
+    )

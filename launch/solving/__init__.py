@@ -1,0 +1,1 @@
+"""What `solve`, `compare` and `stats` compute and print."""

@@ -1,0 +1,1 @@
+"""Proven lower bounds, one module per kind of cost."""

@@ -1,0 +1,1 @@
+"""What a placement costs: evaluation by replay, the replica rule, and seconds."""

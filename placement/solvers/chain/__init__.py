@@ -1,0 +1,1 @@
+"""The chain of layers of the coherent objective."""

@@ -1,0 +1,1 @@
+"""Exact models: integer programs, constraint programming, dynamic programming."""

@@ -1,0 +1,1 @@
+"""Searches among placements in which experts have several replicas."""

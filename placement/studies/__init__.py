@@ -1,0 +1,1 @@
+"""What a placement is worth: held-out judgement, verdict, tokens needed, what carries over."""

@@ -1,0 +1,1 @@
+"""Readers of other programs' containers, which execute nothing they contain."""

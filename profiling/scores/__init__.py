@@ -1,0 +1,1 @@
+"""What a trace says about skew, affinity, locality and change."""

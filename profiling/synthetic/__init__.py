@@ -1,0 +1,1 @@
+"""Seeded traces and workloads."""

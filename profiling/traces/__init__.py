@@ -1,0 +1,1 @@
+"""The routing trace and what is counted from it: files, loads, statistics, samples, mixes."""

@@ -1,0 +1,1 @@
+"""Process groups: every collective of the runtime is issued and counted here."""

@@ -1,0 +1,1 @@
+"""The serving engine of one rank: requests, batches, passes, sampling."""

@@ -1,0 +1,307 @@
+"""Executor: forward passes of one rank. It owns the decoder, the experts, the K/V cache and the dispatchers.
+
+Shape letters: M tokens of this rank, B sequences of a decode pass, D hidden size.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+
+from moeplace.placement.placement import Mode, Placement
+from moeplace.runtime.comm.group import RankGroup
+from moeplace.runtime.engine.load_window import LoadWindow
+from moeplace.runtime.engine.requests import RunningSequence
+from moeplace.runtime.exchange.allgather import AllGatherDispatcher
+from moeplace.runtime.exchange.coherent import CapacityRule, CoherentDispatcher
+from moeplace.runtime.exchange.dispatch_combine import DispatchCombineDispatcher
+from moeplace.runtime.exchange.dispatcher import LocalDispatcher, MoeRuntime, Step, TokenDispatcher, TokenRows
+from moeplace.runtime.exchange.kv_ledger import KvLedger
+from moeplace.runtime.exchange.slot_tables import SlotTables
+from moeplace.runtime.experts.store import ExpertStore, ExpertWeights
+from moeplace.runtime.kv.cache import DecodeView, KvCache, PrefillView
+from moeplace.runtime.kv.exchange import share_kv
+from moeplace.runtime.models.checkpoint import Checkpoint
+from moeplace.runtime.models.decoder import AttentionView, Decoder
+from moeplace.runtime.models.families import activation_of
+
+
+class Executor:
+    """What a rank computes. All ranks must call its methods together, with the same sequences.
+
+    Attributes:
+        decoder: the model without routed experts.
+        runtime: placement, experts and counters as dispatchers see them.
+        cache: keys and values.
+        group: the ranks.
+        placement: what is where.
+        version: how often the placement has changed.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        experts: ExpertStore,
+        cache: KvCache,
+        group: RankGroup,
+        placement: Placement,
+        *,
+        window: LoadWindow | None,
+        node_aware: bool,
+        capacity: CapacityRule | None,
+    ) -> None:
+        self.decoder, self.cache, self.group = decoder, cache, group
+        self._node_aware, self._capacity, self._window = node_aware, capacity, window
+        self._experts = experts
+        self.version = 0
+        self.install(placement, version=0)
+
+    def install(self, placement: Placement, *, version: int | None = None) -> None:
+        """Serve under `placement` from the next pass on; its experts must be in their slots.
+
+        Args:
+            version: None = the next one.
+        """
+        self.placement = placement
+        self.version = self.version + 1 if version is None else version
+        tables = SlotTables.from_placement(placement, rank=self.group.rank, device=self.group.device)
+        self.runtime = MoeRuntime(tables, self._experts, self.group.counters, self._window)
+        self._dispatchers: dict[Mode, TokenDispatcher] = {}
+
+    def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:
+        """Serve with the ranks of another group from the next pass on; see `Engine.regroup`."""
+        self.group = group
+        self.install(placement, version=version)
+
+    @torch.inference_mode()
+    def prefill(self, sequences: Sequence[RunningSequence], mode: Mode, *, lengths: Sequence[int]) -> TokenRows:
+        """Run the first `lengths` tokens of new sequences, at their homes; fills the cache.
+
+        Returns:
+            Last hidden states of the tokens whose home is this rank. Tokens are numbered through the sequences in
+            the order of their homes (see `by_home`), position by position.
+        """
+        ordered = by_home(sequences)
+        length_of = dict(zip(map(id, sequences), lengths, strict=True))
+        tokens_of_rank = [0] * self.group.size
+        for sequence in ordered:
+            tokens_of_rank[sequence.home] += length_of[id(sequence)]
+        mine = [sequence for sequence in ordered if sequence.home == self.group.rank]
+        own = [length_of[id(sequence)] for sequence in mine]
+        ids = [token for s, length in zip(mine, own, strict=True) for token in s.token_ids[:length]]
+        first = sum(tokens_of_rank[: self.group.rank])
+        view = PrefillView(self.decoder, self.cache, rows=[s.row for s in mine], lengths=own) if mine else None
+        rows = self._start(ids, first)
+        self._note_pass(ordered, [length_of[id(sequence)] for sequence in ordered])
+        rows = self._run(mode, rows, lambda token: view, Step(tuple(tokens_of_rank)))
+        for sequence in ordered:
+            sequence.cached = length_of[id(sequence)]
+            sequence.replicated = sequence.cached if self.group.size == 1 else 0
+        return rows
+
+    @torch.inference_mode()
+    def decode(self, sequences: Sequence[RunningSequence], mode: Mode) -> TokenRows:
+        """Run the first token of each sequence that is not in the cache yet.
+
+        Returns:
+            Last hidden states of the tokens that are on this rank at the end; token i belongs to the i-th sequence
+            in the order of `by_home`.
+        """
+        ordered = by_home(sequences)
+        coherent = mode == "coherent" and self.group.size > 1
+        if coherent:
+            self._hand_over(ordered)
+        homes = [sequence.home for sequence in ordered]
+        tokens_of_rank = tuple(homes.count(rank) for rank in range(self.group.size))
+        first = sum(tokens_of_rank[: self.group.rank])
+        mine = ordered[first : first + tokens_of_rank[self.group.rank]]
+        step = Step(tokens_of_rank, KvLedger() if coherent else None)
+        make_view = self._decode_views(ordered, step)
+        rows = self._start([sequence.token_ids[sequence.cached] for sequence in mine], first)
+        self._note_pass(ordered, [1] * len(ordered))
+        rows = self._run(mode, rows, make_view, step)
+        if step.ledger is not None:
+            self._keep_shared(ordered, step.ledger)
+        for sequence in ordered:
+            sequence.cached += 1
+            if coherent or self.group.size == 1:
+                sequence.replicated = sequence.cached
+        return rows
+
+    def _note_pass(self, ordered: Sequence[RunningSequence], lengths: Sequence[int]) -> None:
+        """Tell the window whose tokens the pass serves, in their order."""
+        if self._window is not None and self._window.recent is not None:
+            names = [crc32(sequence.request.request_id.encode()) for sequence in ordered]  # alike on all ranks
+            self._window.recent.begin_pass(np.repeat(np.array(names, np.int64), lengths))
+
+    def _start(self, ids: list[int], first: int) -> TokenRows:
+        device = self.decoder.device
+        x = self.decoder.embed(torch.tensor(ids, dtype=torch.int64, device=device))
+        return TokenRows(x, torch.arange(first, first + len(ids), device=device))
+
+    def _run(
+        self, mode: Mode, rows: TokenRows, make_view: Callable[[torch.Tensor], AttentionView | None], step: Step
+    ) -> TokenRows:
+        """All decoder layers; the tokens of this rank may change at every MoE layer."""
+        decoder, dispatcher = self.decoder, self._dispatcher(mode)
+        view = make_view(rows.token)
+        for layer in range(decoder.num_layers):
+            if view is not None:
+                rows = TokenRows(decoder.attend(layer, rows.x, view), rows.token)
+            elif step.ledger is not None:
+                step.ledger.add(layer, rows.token, rows.x.new_empty(0, self.cache.row_width))
+            moe_layer = decoder.moe_index.get(layer)
+            if moe_layer is None:
+                if len(rows):
+                    rows = TokenRows(decoder.feed_forward(layer, rows.x), rows.token)
+                continue
+            moved = dispatcher.forward(moe_layer, decoder.blocks[moe_layer], rows, step)
+            if moved.token is not rows.token:
+                view = make_view(moved.token)
+            rows = moved
+        self.group.counters.steps += 1
+        return rows
+
+    def _dispatcher(self, mode: Mode) -> TokenDispatcher:
+        if mode not in self._dispatchers:
+            self._dispatchers[mode] = self._make_dispatcher(mode)
+        return self._dispatchers[mode]
+
+    def _make_dispatcher(self, mode: Mode) -> TokenDispatcher:
+        if self.group.size == 1:
+            return LocalDispatcher(self.runtime)
+        if mode == "coherent":
+            return CoherentDispatcher(self.runtime, self.group, capacity=self._capacity)
+        if mode == "allgather":
+            return AllGatherDispatcher(self.runtime, self.group)
+        return DispatchCombineDispatcher(self.runtime, self.group, node_aware=self._node_aware)
+
+    def _decode_views(
+        self, ordered: Sequence[RunningSequence], step: Step
+    ) -> Callable[[torch.Tensor], AttentionView | None]:
+        device = self.decoder.device
+        positions = [sequence.cached for sequence in ordered]
+        row_B = torch.tensor([sequence.row for sequence in ordered], device=device)
+        position_B = torch.tensor(positions, device=device)
+        embeddings = self.decoder.position_embeddings(position_B[:, None])
+        longest, even = max(positions) + 1, min(positions) == max(positions)
+
+        def make_view(token: torch.Tensor) -> AttentionView | None:
+            if not len(token):
+                return None
+            return DecodeView(
+                self.cache,
+                row=row_B[token],
+                position=position_B[token],
+                longest=longest,
+                even=even,
+                position_embeddings=_pick(embeddings, token),
+                token=token,
+                ledger=step.ledger,
+            )
+
+        return make_view
+
+    def _hand_over(self, ordered: Sequence[RunningSequence]) -> None:
+        """Give K/V that exist at home only to all ranks: once after a prefill, or after passes in another mode."""
+        behind = [sequence for sequence in ordered if sequence.replicated < sequence.cached]
+        if not behind:
+            return
+        pairs = [(s, position) for s in behind for position in range(s.replicated, s.cached)]
+        device = self.decoder.device
+        row = torch.tensor([sequence.row for sequence, _ in pairs], device=device)
+        position = torch.tensor([position for _, position in pairs], device=device)
+        home = torch.tensor([sequence.home for sequence, _ in pairs], device=device)
+        mine = (home == self.group.rank).nonzero().squeeze(1)
+        ledger = KvLedger()
+        for layer in range(self.decoder.num_layers):
+            ledger.add(layer, mine, self.cache.read(layer, row[mine], position[mine]))
+        counts = torch.bincount(home, minlength=self.group.size) * self.decoder.num_layers
+        ledger.announce(counts.tolist())
+        self._write_shared(ledger, row, position)
+
+    def give_kv(
+        self, sequences: Sequence[RunningSequence], replicated: Sequence[int], receivers: Sequence[int]
+    ) -> None:
+        """Give K/V that all other ranks have to some ranks that have none: each home sends those of its sequences.
+
+        Args:
+            sequences: all that run.
+            replicated: of each, the first positions to give.
+            receivers: who gets them.
+        """
+        group, layers = self.group, range(self.decoder.num_layers)
+        pairs: list[tuple[list[int], list[int]]] = [([], []) for _ in range(group.size)]  # rows, positions by home
+        for sequence, count in zip(sequences, replicated, strict=True):
+            rows, positions = pairs[sequence.home]
+            rows += [sequence.row] * count
+            positions += range(count)
+        device, width = self.decoder.device, self.cache.row_width
+        places = [(torch.tensor(r, device=device), torch.tensor(p, device=device)) for r, p in pairs]
+        sizes = [len(rows) * len(layers) for rows, _ in pairs]
+        row, position = places[group.rank]
+        own = [self.cache.read(layer, row, position) for layer in layers] if sizes[group.rank] else []
+        kv = torch.cat(own) if own else torch.empty(0, width, dtype=self.decoder.dtype, device=device)
+        others = [rank for rank in receivers if rank != group.rank]
+        outgoing = [sizes[group.rank] if rank in others else 0 for rank in range(group.size)]
+        mine = group.rank in receivers
+        incoming = [sizes[rank] if mine and rank != group.rank else 0 for rank in range(group.size)]
+        got = kv.new_empty(sum(incoming), width)
+        group.all_to_all(got, torch.cat([kv] * len(others)) if others else kv[:0], incoming, outgoing, kind="kv")
+        for (row, position), block in zip(places, got.split(incoming), strict=True):
+            for layer, part in zip(layers, block.split(len(row)) if len(block) else (), strict=False):
+                self.cache.write(layer, row, position, part)
+
+    def _keep_shared(self, ordered: Sequence[RunningSequence], ledger: KvLedger) -> None:
+        device = self.decoder.device
+        row = torch.tensor([sequence.row for sequence in ordered], device=device)
+        position = torch.tensor([sequence.cached for sequence in ordered], device=device)
+        self._write_shared(ledger, row, position)
+
+    def _write_shared(self, ledger: KvLedger, row: torch.Tensor, position: torch.Tensor) -> None:
+        shared = share_kv(self.group, ledger)
+        order = shared.layer.argsort(stable=True)
+        counts = torch.bincount(shared.layer, minlength=self.decoder.num_layers).tolist()
+        for layer, index in enumerate(order.split(counts)):
+            token = shared.token[index]
+            self.cache.write(layer, row[token], position[token], shared.kv[index])
+
+
+def by_home(sequences: Sequence[RunningSequence]) -> list[RunningSequence]:
+    """Sequences in the order in which a pass numbers them: by home, then as given."""
+    return sorted(sequences, key=lambda sequence: sequence.home)
+
+
+def load_experts(
+    checkpoint: Checkpoint, decoder: Decoder, placement: Placement, group: RankGroup, *, staging_rows: int
+) -> ExpertStore:
+    """Read the experts that `placement` gives to this rank, and no others."""
+    here = placement.slots_on(group.rank)
+    slots = here.stop - here.start
+    hidden, expert_hidden = checkpoint.expert_shape()
+    bias = "gate_up_bias" in checkpoint.expert(0, 0)
+
+    def room(rows: int) -> ExpertWeights:
+        return ExpertWeights.empty(rows, hidden, expert_hidden, bias=bias, dtype=decoder.dtype, device=decoder.device)
+
+    store = ExpertStore(
+        [room(slots) for _ in range(checkpoint.num_layers)],
+        slots=slots,
+        counters=group.counters,
+        activation=activation_of(decoder.config),
+        staging=room(staging_rows),
+    )
+    for layer, experts in enumerate(np.asarray(placement.slot_to_expert)[:, here]):
+        for slot, expert in enumerate(experts):
+            if expert >= 0:
+                store.load(layer, slot, int(expert), checkpoint.expert(layer, int(expert)))
+    return store
+
+
+def _pick(embeddings: Any, token: torch.Tensor) -> Any:
+    """Rows of position embeddings: a tensor, or a pair of tensors."""
+    if isinstance(embeddings, torch.Tensor):
+        return embeddings[token]
+    return tuple(part[token] for part in embeddings)

@@ -1,0 +1,1 @@
+"""The execution modes: how tokens reach their experts and results come back."""

@@ -1,0 +1,51 @@
+"""allgather: every rank sees all tokens, computes its own experts, and one reduction gives each home its sums.
+
+The traffic does not depend on the placement. For few ranks, or as the baseline that a tensor-parallel deployment
+would be.
+
+Shape letters: M tokens at home, R ranks.
+"""
+
+import torch
+
+from moeplace.runtime.comm.group import RankGroup
+from moeplace.runtime.exchange.dispatch_combine import Copies
+from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime, Step, TokenRows, add_outputs
+
+
+class AllGatherDispatcher:
+    """Two dense collectives per MoE layer: all-gather and reduce-scatter, padded to the fullest rank."""
+
+    def __init__(self, runtime: MoeRuntime, group: RankGroup) -> None:
+        self.runtime, self.group = runtime, group
+
+    def forward(self, layer: int, block: MoeBlock, rows: TokenRows, step: Step) -> TokenRows:
+        """See `TokenDispatcher`."""
+        runtime, tokens = self.runtime, len(rows)
+        hidden = block.normalise(rows.x)
+        home = Copies(hidden, *runtime.choose(layer, block, hidden, rows.token))
+        width = max(step.tokens_of_rank)
+        with self.group.layer(layer, mode="allgather"):
+            everyone = self._gather(home, width)
+            local = runtime.tables.local_slots(everyone.slots)
+            partial = runtime.experts.compute(layer, everyone.hidden, local, everyone.weights)
+            routed = self._reduce(partial, width)[:tokens]
+        runtime.counters.copies_sent += tokens * (self.group.size - 1)
+        return TokenRows(add_outputs(rows.x, routed, block.shared(hidden)), rows.token)
+
+    def _gather(self, home: Copies, width: int) -> Copies:
+        """(R * width) rows of all ranks; the padding of a rank has no experts."""
+        layout = home.layout()
+        mine = torch.zeros(width, layout.row_bytes, dtype=torch.uint8, device=home.hidden.device)
+        layout.view(mine, "slots").fill_(-1)
+        tokens = len(home.slots)
+        for name, value in (("slots", home.slots), ("weights", home.weights), ("x", home.hidden)):
+            layout.view(mine, name)[:tokens] = value
+        everyone = mine.new_empty(self.group.size * width, layout.row_bytes)
+        self.group.all_gather(everyone, mine, kind="all-gather")
+        return Copies.unpack(layout, everyone)
+
+    def _reduce(self, partial: torch.Tensor, width: int) -> torch.Tensor:
+        mine = partial.new_empty(width, partial.shape[1])
+        self.group.reduce_scatter(mine, partial, kind="reduce-scatter")
+        return mine

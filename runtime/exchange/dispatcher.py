@@ -1,0 +1,134 @@
+"""The MoE layer as the exchange modes see it, and the dispatcher of a single rank: the oracle of the others.
+
+A dispatcher takes the tokens of one rank after attention through one MoE layer. It knows where experts are and moves
+rows; norm, router and shared experts are a `MoeBlock`, the routed experts an `ExpertStore`. Neither needs a model.
+
+Shape letters: M tokens on this rank, D hidden size, K top-k, R ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from moeplace.runtime.counters import Counters
+from moeplace.runtime.exchange.kv_ledger import KvLedger
+from moeplace.runtime.exchange.replica_choice import choose_slots
+from moeplace.runtime.exchange.slot_tables import SlotTables
+from moeplace.runtime.experts.store import ExpertStore
+
+
+class RoutingSink(Protocol):
+    """Takes note of where tokens are routed."""
+
+    @property
+    def names_tokens(self) -> bool:
+        """Whether the tokens' numbers are wanted beside their expert ids."""
+
+    def record(self, layer: int, ids: np.ndarray, token: np.ndarray | None = None) -> None:
+        """Note the ids (T, K), -1 = none, of tokens routed in `layer`, and their numbers (T,) in the batch."""
+
+
+class MoeBlock(Protocol):
+    """An MoE layer without its routed experts and without communication."""
+
+    def normalise(self, x: torch.Tensor) -> torch.Tensor:
+        """(M, D) residual stream -> (M, D) input of router and experts."""
+
+    def route(self, hidden: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expert ids (M, K) int64, -1 = none, and gate weights (M, K) of normalised rows; `token` (M,) names them."""
+
+    def shared(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """(M, D) output of the shared experts, None where there are none."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Tokens that are on this rank.
+
+    Attributes:
+        x: (M, D) residual stream.
+        token: (M,) int64 index of each token in the step's batch.
+    """
+
+    x: torch.Tensor
+    token: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One forward pass, as all ranks know it before it starts.
+
+    Attributes:
+        tokens_of_rank: tokens whose home each rank is; they start there.
+        ledger: where K/V rows of this step are noted, if they are to be shared at its end.
+    """
+
+    tokens_of_rank: tuple[int, ...]
+    ledger: KvLedger | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.tokens_of_rank)
+
+
+@dataclass(frozen=True, eq=False)
+class MoeRuntime:
+    """What all dispatchers of a rank share.
+
+    Attributes:
+        tables: the placement.
+        experts: the weights of this rank.
+        counters: what is counted.
+        window: routing seen; None = not recorded.
+    """
+
+    tables: SlotTables
+    experts: ExpertStore
+    counters: Counters
+    window: RoutingSink | None = None
+
+    def choose(
+        self, layer: int, block: MoeBlock, hidden: torch.Tensor, token: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Serving slots (M, K) and gate weights (M, K) of this rank's tokens; absent experts weigh nothing."""
+        ids, weights = block.route(hidden, token)
+        if self.window is not None:
+            names = token.cpu().numpy() if self.window.names_tokens else None  # on a GPU a copy waits for the layer
+            self.window.record(layer, ids.cpu().numpy(), names)
+        return choose_slots(self.tables, layer, ids, near=self.tables.rank, rotation=token), weights
+
+
+class TokenDispatcher(Protocol):
+    """One execution mode."""
+
+    def forward(self, layer: int, block: MoeBlock, rows: TokenRows, step: Step) -> TokenRows:
+        """The tokens of this rank after MoE layer `layer`; possibly other tokens than before.
+
+        All ranks of the group call it together, also those without tokens.
+        """
+
+
+class LocalDispatcher:
+    """All experts on one rank: no communication."""
+
+    def __init__(self, runtime: MoeRuntime) -> None:
+        self.runtime = runtime
+
+    def forward(self, layer: int, block: MoeBlock, rows: TokenRows, step: Step) -> TokenRows:
+        """See `TokenDispatcher`."""
+        runtime = self.runtime
+        hidden = block.normalise(rows.x)
+        slots, weights = runtime.choose(layer, block, hidden, rows.token)
+        routed = runtime.experts.compute(layer, hidden, runtime.tables.local_slots(slots), weights)
+        runtime.counters.layer_passes["local"] += 1
+        return TokenRows(add_outputs(rows.x, routed, block.shared(hidden)), rows.token)
+
+
+def add_outputs(x: torch.Tensor, routed: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
+    """Residual stream after the layer; the sum of expert outputs comes first, as in the models."""
+    return x + (routed if shared is None else routed + shared)

@@ -1,0 +1,1 @@
+"""Expert weights of a rank, and their products."""

@@ -1,0 +1,1 @@
+"""Keys and values of sequences: cache, and their exchange between ranks."""

@@ -1,0 +1,1 @@
+"""Replay of recorded routing, and calibration of the running ranks."""

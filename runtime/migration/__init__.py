@@ -1,0 +1,1 @@
+"""Experts change their places while their engine serves."""

@@ -1,0 +1,1 @@
+"""Watches the routing of a service and re-places its experts."""

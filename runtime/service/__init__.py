@@ -1,0 +1,1 @@
+"""A service: requests in, tokens out, while ranks come, go and fail."""

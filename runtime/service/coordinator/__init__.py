@@ -1,0 +1,1 @@
+"""The coordinator of a service: the process that is no rank."""

@@ -1,0 +1,116 @@
+"""Generation: who the ranks are, from one change of membership to the next.
+
+Rank i is the i-th member in the order of (node, member id). A generation has a process group of its own, on a store
+prefix of its own; two may be alive at once, so that the next one connects while the one before serves.
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from moeplace.placement.placement import Mode
+from moeplace.runtime.comm.group import RankGroup
+from moeplace.runtime.counters import Counters
+from moeplace.runtime.errors import PeerLostError
+from moeplace.runtime.service.store import ServiceStore
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A membership.
+
+    Attributes:
+        number: counts up; some numbers never come to serve.
+        members: ids by rank.
+        nodes: node of each rank, consecutive from 0.
+        mode: execution mode of the placement.
+        slots: per rank (L, C) the experts of its slots, at the start; None = ranks go on with what they hold.
+        delivered: tokens that the coordinator has of each request in flight, after a loss; None = nobody was lost.
+    """
+
+    number: int
+    members: tuple[int, ...]
+    nodes: tuple[int, ...]
+    mode: Mode = "dispatch-combine"
+    slots: list[list[list[int]]] | None = None
+    delivered: Mapping[str, list[int]] | None = None
+
+    @classmethod
+    def of(cls, number: int, node_of_member: Mapping[int, int], **fields: Any) -> Self:
+        """The generation of some members, given their nodes (any numbers)."""
+        members = sorted(node_of_member, key=lambda member: (node_of_member[member], member))
+        order = {node: index for index, node in enumerate(sorted(set(node_of_member.values())))}
+        nodes = tuple(order[node_of_member[member]] for member in members)
+        return cls(number, tuple(members), nodes, **fields)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        """From plain data."""
+        lists = {name: tuple(document[name]) for name in ("members", "nodes")}
+        return cls(**{**document, **lists})
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return dict(vars(self))
+
+    @property
+    def node_of_rank(self) -> np.ndarray:
+        """(R,) int64."""
+        return np.array(self.nodes, np.int64)
+
+    def connect(self, store: ServiceStore, member: int, *, timeout: float, counters: Counters) -> RankGroup:
+        """The process group, once all members have come.
+
+        Raises:
+            PeerLostError: not all came within the timeout.
+        """
+        return RankGroup(
+            store.for_group(self.number),
+            rank=self.members.index(member),
+            size=len(self.members),
+            timeout=timeout,
+            node_of_rank=self.node_of_rank,
+            counters=counters,
+        )
+
+
+@dataclass(eq=False)
+class Forming:
+    """A generation whose group connects in the background.
+
+    Attributes:
+        generation: which.
+        group: once it is connected.
+        error: why it could not be.
+    """
+
+    generation: Generation
+    group: RankGroup | None = None
+    error: str = ""
+    _thread: threading.Thread | None = field(default=None, repr=False)
+
+    def start(self, store: ServiceStore, member: int, *, timeout: float, counters: Counters) -> None:
+        """Connect; `store` must be a connection of its own, which the group keeps."""
+
+        def connect() -> None:
+            try:
+                group = self.generation.connect(store, member, timeout=timeout, counters=counters)
+                if group.size > 1:
+                    group.background()  # here nobody waits for it
+                self.group = group
+            except PeerLostError as error:
+                self.error = str(error)
+            number = self.generation.number
+            store.report({"kind": "prepared", "member": member, "generation": number, "error": self.error})
+
+        self._thread = threading.Thread(target=connect, name=f"generation-{self.generation.number}", daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, well or not, within some seconds."""
+        assert self._thread is not None
+        self._thread.join(seconds)
+        return not self._thread.is_alive()

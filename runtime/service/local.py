@@ -1,0 +1,280 @@
+"""LocalService: a service of one rank, its engine in a thread of this process.
+
+    service = LocalService(Engine("checkpoint"))
+    service.submit(Request("a", (1, 2, 3)), print)
+    service.close()
+
+It is what `moeplace serve --http` runs on one rank, and the oracle of services with several.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from moeplace.placement.migration.plan import plan_migration
+from moeplace.placement.placement import Placement
+from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.errors import MigrationError
+from moeplace.runtime.migration.live import LiveMigration
+from moeplace.runtime.service.api import FinishReason, ServiceEvent, ServiceStatus, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+OnEvent = Callable[[TokenEvent], None]
+
+_MEMBER = 0
+_BYTES_PER_STEP = 8 << 20
+_LAST_STEP = 5.0
+"""Seconds that a step under way has to end when nothing else is waited for."""
+_COUNTERS_EVERY = 0.25
+"""Seconds between two looks at the engine's counters: they are many, and a step may be short."""
+
+
+class LocalService:
+    """See the module. The engine belongs to the service's thread from here on.
+
+    Args:
+        engine: of a group of one; with staging rows it can `replace` its placement.
+
+    Raises:
+        InputError: the engine is one of several ranks.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        if engine.group.size != 1:
+            raise InputError(f"a local service has one rank, but the engine is one of {engine.group.size}")
+        self._engine = engine
+        self._changed = threading.Condition()
+        # Guarded by the condition: what other threads ask for, and who is to be told.
+        self._submitted: list[Request] = []
+        self._cancelled: list[str] = []
+        self._replacement: Placement | None = None
+        self._listeners: dict[str, OnEvent] = {}
+        self._log: list[ServiceEvent] = []
+        self._closing, self._abandon, self._reason = False, False, ""
+        # Of the service's thread alone.
+        self._sent: dict[str, int] = {}
+        self._tokens = 0
+        self._migration: LiveMigration | None = None
+        self._counted_at = 0.0
+        self._status = self._first_status()
+        self._note("started", "one rank serves in this process")
+        self._thread = threading.Thread(target=self._run, name="moeplace-service", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, on_event: OnEvent) -> None:
+        engine = self._engine  # what is looked at here does not change, whatever its thread does
+        request.require_fit(positions=engine.scheduler.positions, vocabulary=engine.executor.decoder.vocabulary)
+        with self._changed:
+            if self._closing or self._reason:
+                raise MoeplaceError(f"request {request.request_id!r} is not served: {self._reason or 'it is closing'}")
+            if request.request_id in self._listeners:
+                raise InputError(f"request {request.request_id!r} is already in flight; names must be unique")
+            self._listeners[request.request_id] = on_event
+            self._submitted.append(request)
+            self._changed.notify_all()
+
+    def cancel(self, request_id: str) -> None:
+        with self._changed:
+            if request_id in self._listeners:
+                self._cancelled.append(request_id)
+                self._changed.notify_all()
+
+    def scale(self, num_ranks: int, *, leaving: Sequence[int] | None = None) -> None:
+        if num_ranks != 1 or leaving:
+            raise InputError(f"a local service has one rank and cannot have {num_ranks}")
+
+    def replace(self, placement: Placement) -> None:
+        if placement.num_ranks != 1:
+            raise InputError(f"the placement is for {placement.num_ranks} ranks, but a local service has one")
+        self._engine.checkpoint.check_placement(placement)
+        with self._changed:
+            if self._replacement is not None or self._status.migration is not None:
+                raise InputError("another re-placement is under way; only one at a time is possible")
+            self._replacement = placement
+            self._changed.notify_all()
+
+    def status(self) -> ServiceStatus:
+        with self._changed:
+            waiting = self._status.waiting + len(self._submitted)
+            serving = not self._closing and not self._reason
+            reason = self._reason or ("it is closing" if self._closing else "")
+        return replace(self._status, waiting=waiting, serving=serving, reason=reason)
+
+    def events(self) -> list[ServiceEvent]:
+        with self._changed:
+            return list(self._log)
+
+    def close(self, *, drain: bool = True, timeout: float = 60.0) -> None:
+        """See Service; what has not finished in time is cancelled.
+
+        Raises:
+            MoeplaceError: a step does not end.
+        """
+        with self._changed:
+            self._closing = True
+            self._abandon = not drain
+            self._changed.notify_all()
+        self._thread.join(timeout)
+        if self._thread.is_alive() and drain:
+            with self._changed:
+                self._abandon = True
+                self._changed.notify_all()
+            self._thread.join(max(timeout, _LAST_STEP))
+        if self._thread.is_alive():
+            raise MoeplaceError(f"the engine did not end its step within {timeout:g} s")
+
+    def _run(self) -> None:
+        try:
+            while self._take_orders():
+                completions = self._engine.step()
+                self._advance_migration()
+                for sequence in self._engine.scheduler.running:
+                    self._tell(sequence.request.request_id, sequence.added)
+                for completion in completions:
+                    self._tell(completion.request_id, completion.token_ids, completion.finish_reason)
+                self._publish()
+        except Exception as error:  # whatever broke the engine: its requests hear of it, and the front says so
+            logger.debug("the engine failed", exc_info=True)
+            sentence = " ".join(f"{error}".split()) or type(error).__name__
+            self._end_all("failed", sentence if isinstance(error, MoeplaceError) else f"internal error: {sentence}")
+        else:
+            self._end_all("cancelled", "it is closed")
+
+    def _take_orders(self) -> bool:
+        """Wait until there is something to do, and take over what was asked for; False = end."""
+        scheduler = self._engine.scheduler
+        with self._changed:
+            while not (self._submitted or self._cancelled or self._replacement or self._closing):
+                if not scheduler.is_idle or self._migration is not None:
+                    break
+                self._changed.wait()
+            submitted, self._submitted = self._submitted, []
+            cancelled, self._cancelled = self._cancelled, []
+            replacement, self._replacement = self._replacement, None
+            if self._abandon:
+                return False
+        for request in submitted:
+            self._engine.add_request(request)
+        for request_id in cancelled:
+            self._drop(request_id)
+        if replacement is not None:
+            self._start_migration(replacement)
+        return not (scheduler.is_idle and self._migration is None and self._closing)
+
+    def _drop(self, request_id: str) -> None:
+        """Nothing happens when it has finished meanwhile."""
+        self._engine.scheduler.cancel(request_id)
+        self._tell(request_id, None, "cancelled")
+
+    def _tell(self, request_id: str, token_ids: Sequence[int] | None, reason: FinishReason | None = None) -> None:
+        """Tokens that the listener has not heard of; None = no new ones."""
+        with self._changed:
+            listener = self._listeners.get(request_id)
+            if reason is not None:
+                self._listeners.pop(request_id, None)
+        sent = self._sent.pop(request_id, 0)
+        if listener is None:
+            return
+        new = tuple(token_ids[sent:]) if token_ids is not None else ()
+        if reason is None:
+            self._sent[request_id] = sent + len(new)
+        self._tokens += len(new)
+        if new or reason is not None:
+            self._call(listener, TokenEvent(request_id, new, reason))
+
+    def _call(self, listener: OnEvent, event: TokenEvent) -> None:
+        try:
+            listener(event)
+        except Exception as error:  # a defect of the listener must not end the others
+            logger.error("the listener of request %r failed: %s: %s", event.request_id, type(error).__name__, error)
+            self.cancel(event.request_id)
+
+    def _end_all(self, reason: FinishReason, sentence: str) -> None:
+        with self._changed:
+            self._reason = sentence
+            listeners, self._listeners = self._listeners, {}
+            self._note("failed" if reason == "failed" else "closed", sentence)
+            self._changed.notify_all()
+        for request_id, listener in listeners.items():
+            error = sentence if reason == "failed" else None
+            self._call(listener, TokenEvent(request_id, (), reason, error))
+        self._status = replace(self._status, waiting=0, running=0, active=(), routable=(), allocated=())
+
+    def _start_migration(self, placement: Placement) -> None:
+        try:
+            size = self._engine.executor.runtime.experts.expert_bytes
+            plan = plan_migration(self._engine.placement, placement, expert_bytes=size(0), staging_bytes=size(0))
+            self._migration = LiveMigration(self._engine, plan, bytes_per_step=_BYTES_PER_STEP)
+        except MoeplaceError as error:
+            self._note("re-placement refused", str(error))
+
+    def _advance_migration(self) -> None:
+        if self._migration is None:
+            return
+        with suppress(MigrationError):  # the placement before it serves on; the state says "failed"
+            self._migration.advance()
+        progress = self._migration.progress
+        if progress.state != "moving":
+            sentence = f"the re-placement is {progress.state}: placement version {progress.version} serves"
+            self._note(f"re-placement {progress.state}", sentence, bytes_moved=progress.bytes_moved)
+            self._migration = None
+
+    def _note(self, kind: str, sentence: str, **figures: Any) -> None:
+        with self._changed:  # re-entrant
+            self._log.append(ServiceEvent(time.time(), kind, sentence, figures))
+
+    def _first_status(self) -> ServiceStatus:
+        engine = self._engine
+        return ServiceStatus(
+            generation=1,
+            placement_version=engine.executor.version,
+            placement_digest=engine.placement.digest,
+            desired=1,
+            allocated=(_MEMBER,),
+            active=(_MEMBER,),
+            routable=(_MEMBER,),
+            waiting=0,
+            running=0,
+            steps=0,
+            tokens=0,
+            changing=False,
+            migration=None,
+            counters=engine.group.counters.totals(),
+            imbalance_per_layer=(1.0,) * engine.checkpoint.num_layers,
+            serving=True,
+            reason="",
+        )
+
+    def _publish(self) -> None:
+        """A new snapshot, in one assignment: readers in other threads see the old one or the new one."""
+        engine, scheduler, counters = self._engine, self._engine.scheduler, self._status.counters
+        now = time.monotonic()
+        if now - self._counted_at > _COUNTERS_EVERY or scheduler.is_idle:
+            engine.executor.runtime.experts.flush_counts()
+            counters, self._counted_at = engine.group.counters.totals(), now
+        progress = None if self._migration is None else self._migration.progress
+        self._status = replace(
+            self._status,
+            placement_version=engine.executor.version,
+            placement_digest=engine.placement.digest,
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            steps=engine.group.counters.steps,
+            tokens=self._tokens,
+            changing=progress is not None,
+            migration=None
+            if progress is None
+            else {
+                "bytes_moved": progress.bytes_moved,
+                "bytes_planned": progress.bytes_total,
+                "commits": progress.commits,
+            },
+            counters=counters,
+        )

@@ -1,0 +1,1 @@
+"""A member of a service: the process of one rank."""

@@ -1,0 +1,151 @@
+"""A service that a test plays by hand, a tokenizer of bytes, and a front served in a thread."""
+
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from moeplace.launch.http_front.application import HttpFront
+from moeplace.launch.http_front.server import FrontServer, bind
+from moeplace.launch.http_front.settings import FrontSettings
+from moeplace.placement.placement import Placement
+from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.service.api import FinishReason, ServiceEvent, ServiceStatus, TokenEvent
+
+WAIT = 20.0
+"""Seconds after which something that must happen has not."""
+
+
+class ByteCoder:
+    """A token is a byte: most characters outside ASCII are several tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token_ids).decode("utf-8", "replace")
+
+
+class ManualService:
+    """Gives exactly the tokens that the test gives; remembers what it was asked.
+
+    Attributes:
+        submitted: requests, in the order in which they came.
+        cancelled: names, likewise.
+        scaled: number of ranks and members to leave that were last asked for.
+    """
+
+    scaled: tuple[int, Sequence[int] | None] | None = None
+
+    def __init__(self) -> None:
+        self.submitted: queue.Queue[Request] = queue.Queue()
+        self.cancelled: queue.Queue[str] = queue.Queue()
+        self.serving, self.reason = True, ""
+        self._listeners: dict[str, Callable[[TokenEvent], None]] = {}
+
+    def submit(self, request: Request, on_event: Callable[[TokenEvent], None]) -> None:
+        if not self.serving:
+            raise MoeplaceError(self.reason)
+        if request.max_new_tokens > 100_000:
+            raise InputError(f"request {request.request_id!r} can never fit")
+        self._listeners[request.request_id] = on_event
+        self.submitted.put(request)
+
+    def next_request(self) -> Request:
+        """The next one that comes."""
+        return self.submitted.get(timeout=WAIT)
+
+    def give(
+        self, request: Request, text: str | bytes = b"", end: FinishReason | None = None, error: str | None = None
+    ) -> None:
+        """Tokens for a request."""
+        tokens = tuple(text.encode() if isinstance(text, str) else text)
+        self._listeners[request.request_id](TokenEvent(request.request_id, tokens, end, error))
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.put(request_id)
+
+    def scale(self, num_ranks: int, *, leaving: Sequence[int] | None = None) -> None:
+        if num_ranks < 1:
+            raise InputError(f"ranks ({num_ranks}) must be at least 1")
+        self.scaled = (num_ranks, leaving)
+
+    def replace(self, placement: Placement) -> None:
+        raise NotImplementedError
+
+    def status(self) -> ServiceStatus:
+        return ServiceStatus(
+            generation=3,
+            placement_version=7,
+            placement_digest="sha256:0",
+            desired=4,
+            allocated=(0, 1, 5),
+            active=(0, 1),
+            routable=(0,),
+            waiting=2,
+            running=1,
+            steps=10,
+            tokens=20,
+            migration={"bytes_moved": 5, "bytes_planned": 9, "commits": 1},
+            counters={"collectives": {"dispatch": 6}, "bytes_sent": {"inter_node": 8}, "copies_sent": 2},
+            imbalance_per_layer=tuple(1 + layer / 100 for layer in range(100)),
+            changing=True,
+            serving=self.serving,
+            reason=self.reason,
+        )
+
+    def events(self) -> list[ServiceEvent]:
+        return []
+
+    def close(self, *, drain: bool = True, timeout: float = 60.0) -> None:
+        pass
+
+
+class ThreadedFront:
+    """A front whose server runs in a thread.
+
+    Attributes:
+        port: where it listens.
+        server: its server.
+    """
+
+    def __init__(self, service: ManualService, settings: FrontSettings) -> None:
+        ready = threading.Event()
+        listener = bind("127.0.0.1", 0, settings)
+        self.port = int(listener.getsockname()[1])
+        front = HttpFront(service, settings, coder=ByteCoder(), stop_ids=(0,))
+        self.server = FrontServer(front, drain_timeout=settings.drain_timeout, on_ready=ready.set)
+        self._thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
+        self._thread.start()
+        assert ready.wait(WAIT)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self, *, receive_buffer: int | None = None) -> socket.socket:
+        """A bare connection."""
+        connection = socket.socket()
+        if receive_buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.settimeout(WAIT)
+        connection.connect(("127.0.0.1", self.port))
+        return connection
+
+    def join(self) -> None:
+        """Wait for the end of the server."""
+        self._thread.join(WAIT)
+        assert not self._thread.is_alive()
+
+
+@contextmanager
+def served(service: ManualService, **settings: object) -> Iterator[ThreadedFront]:
+    """A front in a thread, stopped at the end."""
+    front = ThreadedFront(service, FrontSettings("toy", **{"drain_timeout": 1.0, **settings}))  # type: ignore[arg-type]
+    try:
+        yield front
+    finally:
+        front.server.stop()
+        front.join()

@@ -1,0 +1,215 @@
+"""Ray: sweeps, services and jobs on a local cluster of two CPUs."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeplace.launch.cli import main
+from moeplace.launch.commands.ray_jobs import add_arguments
+from moeplace.launch.on_ray.cluster import packaged
+from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.profiling.traces.file import save_trace
+from moeplace.profiling.traces.trace import RoutingTrace
+from moeplace.runtime.engine.engine import Engine, EngineLimits
+from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.service.api import ServiceOptions, TokenEvent
+from tests.shared_data import tiny_moe_path
+
+ray = pytest.importorskip("ray", reason="Ray is not installed")
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
+
+WAIT = 60.0
+QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A cluster of this process, with a dashboard where that is installed."""
+    before = {name: os.environ.get(name) for name in QUIET}
+    os.environ.update(QUIET)
+    options = {"log_to_driver": False, "logging_level": "ERROR", "object_store_memory": 100 << 20}
+    ray.init(address="local", num_cpus=2, include_dashboard=_has_dashboard(), dashboard_port=0, **options)
+    yield ray
+    ray.shutdown()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _has_dashboard() -> bool:
+    try:
+        import aiohttp  # noqa: F401
+        from ray.job_submission import JobSubmissionClient  # noqa: F401
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def trace_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    ids = np.random.default_rng(0).integers(0, 16, (400, 6, 1)).astype(np.int16)
+    path = tmp_path_factory.mktemp("trace") / "t.trace"
+    save_trace(path, RoutingTrace(ids, np.full(6, 16), sequence_ids=np.repeat(np.arange(20), 20)))
+    return path
+
+
+def test_a_sweep_gives_what_compare_gives(
+    cluster: Any, trace_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row per instance, in order, those that cannot hold included; every row is that of the plain command."""
+    words = [str(trace_path), "--ranks", "4", "--solvers", "index-order,lpt,viterbi", "--time-limit", "5"]
+    assert main(["compare", *words[:4], "index-order,lpt", *words[5:], "--json", str(tmp_path / "plain.json")]) == 0
+    plain = {row["solver"]: row for row in json.loads((tmp_path / "plain.json").read_text())["runs"]}
+    _use(cluster, monkeypatch)
+    words += ["--seeds", "2", "--json", str(tmp_path / "sweep.json")]
+    assert main(["ray", "compare", *words]) == 0
+    rows = json.loads((tmp_path / "sweep.json").read_text())["runs"]
+    wanted = [(name, seed) for name in ("index-order", "lpt", "viterbi") for seed in (0, 1)]
+    assert [(row["solver"], row["seed"]) for row in rows] == wanted
+    for row in rows[:4]:
+        for key in ("objective", "lower_bound", "imbalance_mean", "ranks_per_token", "max_imbalance"):
+            assert row[key] == plain[row["solver"]][key]
+    assert {row["status"] for row in rows[4:]} == {"failed"}  # it is for small instances
+    assert "failed: viterbi" in capsys.readouterr().out
+
+
+def _use(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands use the cluster that this process is connected to, and not leave it."""
+    monkeypatch.setattr(cluster, "init", lambda **options: None)
+    monkeypatch.setattr(cluster, "shutdown", lambda: None)
+
+
+class Listener:
+    """Collects the tokens of a request."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.some, self.ended = threading.Event(), threading.Event()
+        self.reason: str | None = None
+
+    def __call__(self, event: TokenEvent) -> None:
+        self.tokens += event.token_ids
+        self.reason = event.finish_reason
+        if len(self.tokens) > 3:
+            self.some.set()
+        if event.finish_reason is not None:
+            self.ended.set()
+
+
+def groups(cluster: Any) -> set[str]:
+    """Placement groups that are reserved."""
+    table = cluster.util.placement_group_table()
+    return {name for name, group in table.items() if group["state"] != "REMOVED"}
+
+
+def test_a_service_of_actors(cluster: Any) -> None:
+    """Two ranks; one is killed and followed in its bundle, one joins, two leave: tokens are those of one rank alone."""
+    import torch
+
+    from moeplace.launch.on_ray.spawner import RaySpawner
+    from moeplace.runtime.service.coordinator.coordinator import Coordinator
+
+    requests = [Request(f"r{n}", tuple(range(5 + n, 9 + n)), 100, stop_ids=()) for n in range(4)]
+    limits = EngineLimits(max_sequences=8, staging_rows=1)
+    expected = Engine(tiny_moe_path(), dtype=torch.float64, limits=limits).generate(requests)
+    options = ServiceOptions(dtype="float64", limits=limits, keep_width=True)
+    host = cluster.util.get_node_ip_address()
+    spawner = RaySpawner(cpus=0.5)
+    service = Coordinator(tiny_moe_path(), ranks=2, spawner=spawner, options=options, host=host)
+    try:
+        service.wait_until_serving(timeout=WAIT)
+        before = groups(cluster)
+        assert len(before) == 2
+        listeners = [Listener() for _ in requests]
+        for request, listener in zip(requests, listeners, strict=True):
+            service.submit(request, listener)
+        assert all(listener.some.wait(WAIT) for listener in listeners)
+        lost = service.member(1)
+        os.kill(lost.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        service.scale(3)
+        assert service.wait_for(lambda status: status.routable == (0, 2, 3), timeout=WAIT), service.status()
+        assert len(groups(cluster)) == 3
+        assert before < groups(cluster)
+        assert all(listener.ended.wait(WAIT) for listener in listeners)
+        assert [tuple(listener.tokens) for listener in listeners] == [c.token_ids for c in expected]
+        service.scale(1)
+        assert service.wait_for(lambda status: len(status.allocated) == 1, timeout=WAIT), service.status()
+    finally:
+        service.close(drain=False, timeout=WAIT)
+    assert groups(cluster) == set()
+
+
+@pytest.mark.skipif(not _has_dashboard(), reason="jobs need ray[default]")
+def test_a_command_as_a_job(cluster: Any, trace_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its output and its outcome come back; it runs this package, shipped."""
+    address = f"http://{cluster._private.worker._global_node.address_info['webui_url']}"
+    out = tmp_path / "p.json"
+    words = ["solve", str(trace_path), "--ranks", "4", "--solver", "lpt", "--out", str(out)]
+    assert main(["ray", "submit", "--address", address, "--python", sys.executable, "--", *words]) == 0
+    assert json.loads(out.read_text())["num_ranks"] == 4
+    assert f"wrote {out}" in capfd.readouterr().out
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not _has_dashboard(), reason="jobs need ray[default]")
+def test_a_job_that_fails(cluster: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its sentence is shown, and the exit code is that of a failure."""
+    address = f"http://{cluster._private.worker._global_node.address_info['webui_url']}"
+    submit = ["ray", "submit", "--address", address, "--python", sys.executable]
+    assert main([*submit, "--", "solve", "none.trace", "--ranks", "4"]) == 1
+    assert "no such file" in capfd.readouterr().out
+
+
+def test_the_package_that_is_shipped() -> None:
+    """All modules and data of the four folders, and the metadata that says the version."""
+    with packaged() as environment:
+        code, info = map(Path, environment["py_modules"])
+        assert (code / "launch" / "data" / "tiny-moe" / "config.json").is_file()
+        assert (code / "profiling" / "trace.py").is_file()
+        assert not list(code.rglob("__pycache__"))
+        assert "Name: moeplace" in (info / "METADATA").read_text()
+    assert not code.exists()
+    with packaged(ship=False) as environment:
+        assert environment == {}
+
+
+def test_one_sentence_without_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What to install."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["ray", "submit", "--", "solve", "x"]) == 1
+    assert "pip install 'moeplace[ray]'" in capsys.readouterr().err
+
+
+def test_one_sentence_without_a_cluster(
+    trace_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody listens there."""
+    from moeplace.launch.on_ray.cluster import connected
+
+    def refuse(**options: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance. Please specify one.")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    sentence = r"no Ray cluster here .*Could not find any running Ray instance$"
+    with pytest.raises(MoeplaceError, match=sentence), connected(None):
+        pass
+    assert main(["ray", "compare", str(trace_path), "--ranks", "4", "--address", "10.0.0.1:6379"]) == 1
+    assert capsys.readouterr().err.startswith("moeplace: no Ray cluster at 10.0.0.1:6379")
+
+
+@pytest.mark.parametrize("words", [[], ["--"], ["--", "nothing"]])
+def test_a_job_needs_a_command(words: list[str]) -> None:
+    """Of moeplace."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["submit", *words])
+    with pytest.raises(InputError, match="after -- comes a command"):
+        args.run_ray(args)

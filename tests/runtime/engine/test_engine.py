@@ -1,0 +1,190 @@
+"""The invariant: for any valid placement, mode and number of ranks, the logits are those of the plain model."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moeplace.placement.cost.seconds import StepShape
+from moeplace.placement.placement import MODES
+from moeplace.profiling.traces.trace import RoutingTrace
+from moeplace.runtime.comm.group import RankGroup
+from moeplace.runtime.engine.engine import Engine, EngineLimits
+from moeplace.runtime.engine.modes import ModeChoice, TracePredictor, choose_mode_rule
+from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.models.checkpoint import Checkpoint
+from tests.rank_pool import RankContext, RankPool
+from tests.runtime.checkpoints import FAMILIES, Oracle, ask_plain_model, make_oracle, save_checkpoint
+from tests.runtime.placements import random_placement
+from tests.shared_data import tiny_moe_path, tiny_moe_top2_path
+
+TOLERANCE, DEEPSEEK_TOLERANCE = 1e-7, 2e-5
+"""Absolute, for logits around 1 in float64; DeepSeek's own modules compute routers and rotations in float32."""
+VARIANTS = [(mode, False) for mode in MODES] + [("dispatch-combine", True)]
+
+
+def serve(
+    context: RankContext,
+    path: Path,
+    sequences: Any,
+    prompt_lengths: Any,
+    requests: list[Request],
+    seed: int,
+    variants: Any = VARIANTS,
+) -> list[tuple[list[np.ndarray], list[tuple[int, ...]], dict[str, Any]]]:
+    """Logits, completions and counters of every mode on this rank, under a random placement with replicas."""
+    checkpoint = Checkpoint(path)
+    results = []
+    group = context.group()
+    placement = random_placement(
+        checkpoint.num_layers,
+        int(checkpoint.experts_per_layer[0]),
+        context.size,
+        seed=seed,
+        extra_slots=seed % 3,
+        nodes=min(2, context.size),
+        layer_ids=checkpoint.layer_ids,
+        num_hidden_layers=checkpoint.num_hidden_layers,
+    )
+    group = group.with_nodes(placement.node_of_rank)
+    limits = EngineLimits(max_sequences=4 * context.size, max_length=20, max_prefill_tokens=12)
+    for mode, node_aware in variants:
+        engine = Engine(
+            checkpoint, placement, mode=mode, group=group, dtype=torch.float64, limits=limits, node_aware=node_aware
+        )
+        logits = [block.numpy() for block in engine.score(sequences, prompt_lengths=prompt_lengths)]
+        completions = engine.generate(requests if context.rank == 0 else None)
+        results.append((logits, [c.token_ids for c in completions], engine.counters()))
+        engine.group.counters.reset()
+    return results
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return make_oracle(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_logits_and_tokens_are_those_of_the_plain_model(pool: RankPool, oracle: Oracle, size: int) -> None:
+    """Every family, mode and number of ranks: teacher-forced logits across the prefill/decode border, and tokens."""
+    arguments = (oracle.path, oracle.sequences, oracle.prompt_lengths, oracle.requests, size)
+    for rank, results in enumerate(pool.run(serve, *arguments, size=size)):
+        tolerance = DEEPSEEK_TOLERANCE if "deepseek" in oracle.path.name else TOLERANCE
+        for (mode, node_aware), (logits, completions, _) in zip(VARIANTS, results, strict=True):
+            label = f"rank {rank}, {mode}{', node-aware' if node_aware else ''}"
+            for ours, plain in zip(logits, oracle.logits, strict=True):
+                np.testing.assert_allclose(ours, plain, rtol=0, atol=tolerance, err_msg=label)
+            assert completions == oracle.completions, label
+
+
+def count_decoding(context: RankContext, path: Path, mode: str) -> tuple[dict[str, Any], int]:
+    """Counters of a run that only decodes, and the load that all ranks saw."""
+    group = context.group()
+    engine = Engine(path, random_placement(3, 6, context.size, seed=3), mode=mode, group=group)
+    for number in range(6):
+        engine.add_request(Request(str(number), (number, 5), max_new_tokens=6, stop_ids=()))
+    engine.step()  # the prefill, of all
+    engine.window.reset()
+    group.counters.reset()
+    while not engine.scheduler.is_idle:
+        engine.step()
+    return engine.counters(), int(engine.total_load().sum())
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("coherent", 1), ("dispatch-combine", 2), ("allgather", 2)])
+def test_collectives_of_a_decode_step(pool: RankPool, tmp_path: Path, mode: str, expected: int) -> None:
+    """Top-1: exactly one collective per MoE layer when coherent, and one K/V exchange per step after one hand-over."""
+    save_checkpoint("olmoe", tmp_path)
+    for counters, load in pool.run(count_decoding, tmp_path, mode):
+        assert counters["collectives_per_layer_by_mode"] == {mode: expected}
+        assert counters["steps"] == 5
+        outside = {"tokens": 5} | ({"kv": 6} if mode == "coherent" else {})
+        assert counters["collectives_outside_layers"] == outside
+        assert counters["single_exchange_share"] == (mode == "coherent")
+        assert load == 5 * 6 * 3  # steps, sequences, layers: every token is counted by one rank
+
+
+class AlternatingModes:
+    """Another mode in every pass."""
+
+    may_be_coherent = True
+
+    def __init__(self) -> None:
+        self._next = itertools.cycle(("coherent", "dispatch-combine", "allgather"))
+
+    def choose(self, phase: str, num_tokens: int) -> ModeChoice:
+        mode = next(self._next)
+        return ModeChoice("allgather" if phase == "prefill" else mode, "another one each time")
+
+
+def serve_alternating(context: RankContext, path: Path, requests: list[Request]) -> list[tuple[int, ...]]:
+    group = context.group()
+    engine = Engine(
+        path, random_placement(3, 5, context.size, seed=4), group=group, dtype=torch.float64, modes=AlternatingModes()
+    )
+    return [completion.token_ids for completion in engine.generate(requests)]
+
+
+def test_modes_may_change_in_every_pass(pool: RankPool, tmp_path: Path) -> None:
+    """K/V that exist at home only are handed over before a coherent pass, whenever it comes."""
+    oracle = make_oracle("mixtral", tmp_path)
+    for completions in pool.run(serve_alternating, tmp_path, oracle.requests, size=3):
+        assert completions == oracle.completions
+
+
+def test_auto_follows_predictions_or_the_placement(tmp_path: Path) -> None:
+    """With recorded routing the least predicted time wins and the reason lists all; without, the placement's mode."""
+    save_checkpoint("olmoe", tmp_path)
+    placement = random_placement(3, 6, 4, seed=0, extra_slots=0, mode="coherent")
+    rule = choose_mode_rule("auto", placement)
+    assert rule.choose("decode", 8).mode == "coherent"
+    assert rule.choose("prefill", 8).mode == "dispatch-combine"
+    ids = np.random.default_rng(0).integers(0, 6, (64, 3, 1))
+    trace = RoutingTrace(topk_ids=ids, experts_per_layer=np.full(3, 6))
+    predictor = TracePredictor(trace, placement, None, StepShape(hidden_size=16, dtype_bytes=4, kv_dim=32))
+    choice = choose_mode_rule("auto", placement, predictor).choose("decode", 5)
+    seconds = {mode: predictor(mode, "decode", 5) for mode in MODES}
+    assert choice.mode == min(seconds, key=seconds.__getitem__)
+    assert all(mode in choice.reason for mode in MODES)
+    assert "coherent" not in choose_mode_rule("auto", placement, predictor).choose("prefill", 5).reason
+
+
+@pytest.mark.parametrize("find", [tiny_moe_path, tiny_moe_top2_path])
+def test_trained_checkpoints(pool: RankPool, find: Callable[[], Path]) -> None:
+    """The trained models on four ranks, in float64: same logits, same tokens."""
+    oracle = ask_plain_model(find(), new_tokens=3)
+    arguments = (oracle.path, oracle.sequences, oracle.prompt_lengths, oracle.requests, 1, [("coherent", False)])
+    for results in pool.run(serve, *arguments):
+        for logits, completions, _ in results:
+            for ours, plain in zip(logits, oracle.logits, strict=True):
+                np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5)  # gate weights are float32
+            assert completions == oracle.completions
+
+
+def test_arrivals_do_not_stop_what_runs() -> None:
+    """A request comes before every pass: the first one gets a token at least every other pass."""
+    engine = Engine(tiny_moe_path(), limits=EngineLimits(max_sequences=32))
+    engine.add_request(Request("first", (1, 2, 3), 10, stop_ids=()))
+    passes, done = 0, False
+    while not done:
+        engine.add_request(Request(f"later {passes}", (4, 5), 30, stop_ids=()))
+        done = "first" in [completion.request_id for completion in engine.step()]
+        passes += 1
+    assert passes <= 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_gpu_equals_the_plain_model(tmp_path: Path, family: str) -> None:
+    """The fixed-shape computation and the cache on CUDA, in float32."""
+    oracle = make_oracle(family, tmp_path)
+    group = RankGroup.from_environment(timeout=60, device="cuda:0")
+    engine = Engine(tmp_path, group=group, dtype=torch.float32)
+    logits = engine.score(oracle.sequences, prompt_lengths=oracle.prompt_lengths)
+    for ours, plain in zip(logits, oracle.logits, strict=True):
+        np.testing.assert_allclose(ours.cpu().numpy(), plain, rtol=0, atol=5e-3)
