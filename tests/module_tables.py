@@ -1,4 +1,4 @@
-"""The module tables of docs/architecture.md: the first sentence of every module's docstring.
+"""The module tables of docs/architecture.md: what every room is, and the first sentence of every module's docstring.
 
 python -m tests.module_tables writes them anew.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 FOLDERS = ("profiling", "placement", "runtime", "launch")
-_TABLE = re.compile(r"### (?P<folder>[a-z_/]+)\n\n\| module \| is \|\n\|---\|---\|\n(?:\|.*\n)*")
+_TABLE = re.compile(r"### (?P<folder>[a-z_/]+)\n\n(?:[^|#\n].*\n\n)?\| module \| is \|\n\|---\|---\|\n(?:\|.*\n)*")
 
 
 def packages() -> list[str]:
@@ -26,7 +26,9 @@ def packages() -> list[str]:
 def table(folder: str) -> str:
     """The table of a folder, heading included."""
     rows = "".join(f"| `{path.name}` | {first_sentence(path)} |\n" for path in _modules(folder))
-    return f"### {folder}\n\n| module | is |\n|---|---|\n{rows}"
+    package = ROOT / folder / "__init__.py"
+    room = first_sentence(package) if package.is_file() else ""
+    return f"### {folder}\n\n{room}{bool(room) * chr(10) * 2}| module | is |\n|---|---|\n{rows}"
 
 
 def first_sentence(path: Path) -> str:

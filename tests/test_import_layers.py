@@ -1,6 +1,7 @@
 """Imports go one way: between the four floors, and between the rooms of each (`rooms.toml`); torch and Ray stay put."""
 
 import ast
+import functools
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,13 @@ def modules(*folders: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def imports(path: str) -> Iterator[tuple[str, int]]:
+@functools.cache
+def imports(path: str) -> list[tuple[str, int]]:
     """Dotted names that a file imports, at its top or inside functions, with their lines."""
+    return list(_imports(path))
+
+
+def _imports(path: str) -> Iterator[tuple[str, int]]:
     for node in ast.walk(ast.parse((ROOT / path).read_text(), filename=path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -38,6 +44,7 @@ def test_imports_go_one_way(path: str) -> None:
     assert not wrong
 
 
+@functools.cache
 def room_of(module: str) -> str:
     """The room of a dotted name: the innermost folder it lies in, or the module beside the folders of a floor."""
     parts = module.removeprefix("moeplace.").split(".")
@@ -46,6 +53,7 @@ def room_of(module: str) -> str:
     return ".".join(parts)
 
 
+@functools.cache
 def rooms() -> dict[str, set[str]]:
     """Room -> rooms that it may import, from the table."""
     table = tomllib.loads((ROOT / "tests" / "rooms.toml").read_text())
@@ -58,6 +66,7 @@ def rooms() -> dict[str, set[str]]:
     return allowed
 
 
+@functools.cache
 def arrows() -> dict[tuple[str, str], list[str]]:
     """(room, imported room) -> the imports, `file:line name`."""
     found: dict[tuple[str, str], list[str]] = {}
