@@ -54,10 +54,12 @@ def test_standard_profiling_is_not_shadowed() -> None:
 
 
 def test_no_module_of_launch_hides_a_dependency() -> None:
-    """`python launch/x.py` puts `launch/` first on the path."""
+    """`python launch/x.py` puts `launch/` first on the path, and so does a script in any of its rooms."""
     names = [re.split(r"[<>=\[; ]", str(name))[0] for name in settings()["project"]["dependencies"]]  # type: ignore[attr-defined]
     taken = {name.lower().replace("-", "_") for name in names} | {"ray", "json"} | set(sys.stdlib_module_names)
-    assert not taken & {path.stem for path in (ROOT / "launch").iterdir()}
+    scripts = [path for path in (ROOT / "launch").rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    folders = {ROOT / "launch"} | {path.parent for path in scripts}
+    assert not taken & {path.stem for folder in folders for path in folder.iterdir()}
 
 
 def test_version_is_installed() -> None:

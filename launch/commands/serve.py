@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.replanning import add_replan_arguments, check_replan_arguments
-from moeplace.launch.serving.http import add_engine_arguments, add_front_arguments
+from moeplace.launch.serving.front import add_engine_arguments, add_front_arguments
 
 if TYPE_CHECKING:
     from moeplace.runtime.comm.group import RankGroup
@@ -79,7 +79,7 @@ def _serve_file(args: argparse.Namespace) -> int:
 
 
 def _answer_http(args: argparse.Namespace) -> int:
-    from moeplace.launch.serving.http import serve_http
+    from moeplace.launch.serving.front import serve_http
     from moeplace.profiling.errors import InputError
 
     if "RANK" in os.environ:
@@ -95,7 +95,7 @@ def _answer_http(args: argparse.Namespace) -> int:
 
 def _start_service(args: argparse.Namespace) -> "Service":
     """One rank in this process, or several in processes of their own."""
-    from moeplace.launch.serving.http import start_coordinator
+    from moeplace.launch.serving.front import start_coordinator
     from moeplace.runtime.comm.group import RankGroup
     from moeplace.runtime.service.local import LocalService
     from moeplace.runtime.service.spawner import LocalSpawner

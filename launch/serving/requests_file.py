@@ -1,13 +1,6 @@
-"""Serve a file of requests; every rank runs this.
-
-    torchrun --standalone --nproc-per-node 4 -m moeplace.launch.serving.requests_file MODEL \
-        --placement P --requests in.jsonl --out out.jsonl
-
-Without torchrun it is one rank. `moeplace serve` is the same command.
-"""
+"""Serve a file of requests; every rank runs this."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -159,9 +152,3 @@ def serve(engine: "Engine", requests: "Sequence[Request] | None") -> tuple["list
         "counters": engine.counters(),
     }
     return completions, report
-
-
-if __name__ == "__main__":
-    from moeplace.launch.cli import main
-
-    sys.exit(main(["serve", *sys.argv[1:]]))

@@ -173,7 +173,7 @@ def test_the_package_that_is_shipped() -> None:
     with packaged() as environment:
         code, info = map(Path, environment["py_modules"])
         assert (code / "launch" / "data" / "tiny-moe" / "config.json").is_file()
-        assert (code / "profiling" / "trace.py").is_file()
+        assert (code / "profiling" / "traces" / "trace.py").is_file()
         assert not list(code.rglob("__pycache__"))
         assert "Name: moeplace" in (info / "METADATA").read_text()
     assert not code.exists()

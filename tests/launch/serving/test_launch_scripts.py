@@ -73,7 +73,7 @@ def test_wrong_arguments_show_the_usage(script: str) -> None:
     """Exit code 2, and the comment on top of the script."""
     run = subprocess.run(["bash", ROOT / "launch" / "scripts" / script], capture_output=True, text=True, timeout=20)
     assert run.returncode == 2
-    assert f"launch/{script}" in run.stderr
+    assert f"launch/scripts/{script}" in run.stderr
     assert not re.search("^#", run.stderr, re.MULTILINE)
     assert "set -euo" not in run.stderr
 

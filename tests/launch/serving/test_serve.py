@@ -50,10 +50,10 @@ def test_requests_in_completions_out(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def torchrun(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """launch/serving/requests_file.py on two ranks."""
+    """launch/serve.py on two ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = [str(ROOT / "launch" / "serving" / "requests_file.py"), str(tiny_moe_path()), *arguments]
+    script = [str(ROOT / "launch" / "serve.py"), str(tiny_moe_path()), *arguments]
     return subprocess.run([*launcher, *script], capture_output=True, text=True, timeout=110, env=environment)
 
 
