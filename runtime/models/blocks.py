@@ -16,6 +16,11 @@ class ModelBlock:
         self._shared = getattr(mlp, "shared_experts", None) or getattr(mlp, "shared_expert", None)
         self._shared_gate = getattr(mlp, "shared_expert_gate", None)  # Qwen2-MoE weighs its shared expert
 
+    def modules(self) -> list[torch.nn.Module]:
+        """What is used of the layer; parameters elsewhere in it would be left out."""
+        used = [self._norm, self._router, self._shared, self._shared_gate]
+        return [module for module in used if module is not None]
+
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
         """See `MoeBlock`."""
         return self._norm(x)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from moeplace.profiling.errors import FormatError
+from moeplace.profiling.errors import FormatError, InputError
 from moeplace.runtime.models.blocks import ModelBlock
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.families import disk_to_module
@@ -69,6 +69,7 @@ class Decoder:
         self._eager = self.config._attn_implementation == "eager"
         self._windows = [_window(self.config, layer) for layer in range(self.num_layers)]
         self.blocks = [ModelBlock(self._layers[int(layer)]) for layer in checkpoint.layer_ids]
+        self._account_for_parameters(checkpoint)
 
     def _drop_experts(self, checkpoint: Checkpoint, layer: int) -> None:
         mlp = self._layers[layer].mlp
@@ -77,6 +78,24 @@ class Decoder:
                 f"{checkpoint.path} has experts in decoder layer {layer}, which its config.json makes dense"
             )
         mlp.experts = nn.Identity()
+
+    def _account_for_parameters(self, checkpoint: Checkpoint) -> None:
+        """Stop where a parameter of the model would be left out: its tokens would be wrong without a word."""
+        used: list[Any] = [self._model.model.embed_tokens, self._model.model.norm, self._model.lm_head]
+        for layer, module in enumerate(self._layers):
+            used += [module.input_layernorm, module.self_attn]
+            moe_layer = self.moe_index.get(layer)
+            used += (
+                [module.post_attention_layernorm, module.mlp] if moe_layer is None else self.blocks[moe_layer].modules()
+            )
+        known = {id(parameter) for module in used for parameter in (*module.parameters(), *module.buffers())}
+        left = [name for name, parameter in self._model.named_parameters() if id(parameter) not in known]
+        if left:
+            family = checkpoint.model_type
+            raise InputError(
+                f"family {family} is not supported (because the engine would leave out {len(left)} of its parameters, "
+                f"the first is {left[0]})"
+            )
 
     @property
     def max_positions(self) -> int:
