@@ -93,9 +93,10 @@ class Cluster:
             ("speed_of_rank", speed / speed.mean()),
             ("distance_RR", distance),
         ):
-            if array is not None:
-                array.flags.writeable = False
-            object.__setattr__(self, name, array)
+            own = None if array is None else array.copy()  # the caller's array stays writeable, and cannot change ours
+            if own is not None:
+                own.flags.writeable = False
+            object.__setattr__(self, name, own)
 
     @classmethod
     def uniform(

@@ -151,7 +151,7 @@ class Placement:
 
     def slots_on(self, rank: int) -> slice:
         """The slots of one rank, as a slice of a row of `slot_to_expert`."""
-        start = int(self.slots_of_rank[:rank].sum())
+        start = int(slot_starts(self.slots_of_rank)[rank])
         return slice(start, start + int(self.slots_of_rank[rank]))
 
     @cached_property
@@ -177,6 +177,27 @@ class Placement:
         return self.digest == other.digest
 
 
+def slot_starts(slots_of_rank: np.ndarray) -> np.ndarray:
+    """(R,) int64 first slot of each rank."""
+    sizes = np.asarray(slots_of_rank, dtype=np.int64)
+    return np.cumsum(sizes) - sizes
+
+
+def with_slots(placement: Placement, slots_of_rank: np.ndarray) -> Placement:
+    """The same experts on ranks with more slots (empty ones) or fewer (those cut off must be empty).
+
+    Raises:
+        InputError: an expert would have no slot.
+    """
+    rows = np.full((placement.num_layers, int(np.sum(slots_of_rank))), EMPTY_SLOT, np.int32)
+    for rank, (start, count) in enumerate(zip(slot_starts(slots_of_rank), slots_of_rank, strict=True)):
+        own = placement.slot_to_expert[:, placement.slots_on(rank)]
+        if (own[:, count:] != EMPTY_SLOT).any():
+            raise InputError(f"rank {rank} has experts beyond its first {count} slots")
+        rows[:, start : start + min(count, own.shape[1])] = own[:, :count]
+    return placement.replace(slot_to_expert=rows, slots_of_rank=np.asarray(slots_of_rank))
+
+
 def index_order(
     experts_per_layer: np.ndarray,
     slots_of_rank: np.ndarray,
@@ -193,13 +214,12 @@ def index_order(
     if experts.max() > total:
         layer = int(experts.argmax())
         raise InputError(f"MoE layer {layer} has {experts[layer]} experts, but there are only {total} slots")
-    index = np.arange(total)
+    index, starts = np.arange(total), slot_starts(slots_of_rank)
     # Spread evenly: with more slots than experts, every rank keeps its share of empty slots.
     rows = []
     for count in experts:
         share = _even_fill(int(count), np.asarray(slots_of_rank, dtype=np.int64))
         row = np.full(total, EMPTY_SLOT, dtype=np.int32)
-        starts = np.concatenate([[0], np.cumsum(slots_of_rank)[:-1]])
         filled = np.concatenate([start + index[:n] for start, n in zip(starts, share, strict=True)])
         row[filled] = np.arange(count)
         rows.append(row)

@@ -10,8 +10,9 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from moeplace.placement.cluster import Cluster
-from moeplace.placement.cost.evaluation import Evaluation, default_shape, evaluate
-from moeplace.placement.cost.seconds import Calibration, StepShape
+from moeplace.placement.cost.calibration import Calibration
+from moeplace.placement.cost.evaluation import Evaluation, evaluate
+from moeplace.placement.cost.steps import StepShape, default_shape
 from moeplace.placement.placement import MODES, Mode, Placement
 from moeplace.profiling.errors import InfeasibleError, InputError
 from moeplace.profiling.traces.kernels import count_load, count_transitions

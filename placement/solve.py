@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moeplace.placement.bounds.problem_bounds import held_imbalance, problem_bounds
+from moeplace.placement.bounds.problem import held_imbalance, problem_bounds
 from moeplace.placement.budget import Budget
 from moeplace.placement.objective import load_imbalance, measure
 from moeplace.placement.placement import Placement

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from moeplace.placement.cluster import Cluster, even_slots
+from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import require_same_model
-from moeplace.placement.cost.seconds import Calibration
 from moeplace.placement.placement import MODES, Mode, Placement, index_order
 from moeplace.placement.placement_file import load_placement
 from moeplace.profiling.errors import InputError, MoeplaceError

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from moeplace.launch.commands.bench_replay import add_shape_arguments
 
 if TYPE_CHECKING:
-    from moeplace.placement.cost.seconds import Calibration
+    from moeplace.placement.cost.calibration import Calibration
 
 HELP = "measure links and expert time on this cluster (run under torchrun)"
 

@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print, write."""
+    from moeplace.placement.cost.calibration import Calibration
     from moeplace.placement.cost.evaluation import cluster_of, evaluate
-    from moeplace.placement.cost.seconds import Calibration, StepShape
+    from moeplace.placement.cost.steps import StepShape
     from moeplace.placement.placement_file import load_placement
     from moeplace.profiling.files import require_folder_of, write_json
     from moeplace.profiling.traces.file import load_trace

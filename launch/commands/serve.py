@@ -106,7 +106,7 @@ def _start_service(args: argparse.Namespace) -> "Service":
 
 
 def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:
-    from moeplace.placement.cost.seconds import Calibration
+    from moeplace.placement.cost.calibration import Calibration
     from moeplace.placement.placement_file import load_placement
     from moeplace.profiling.traces.file import load_trace
 

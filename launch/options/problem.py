@@ -126,14 +126,15 @@ def build_cluster(args: argparse.Namespace, num_experts: int) -> Any:
 
 def load_calibration(args: argparse.Namespace) -> Any:
     """The calibration file, or nominal times."""
-    from moeplace.placement.cost.seconds import Calibration
+    from moeplace.placement.cost.calibration import Calibration
 
     return Calibration.load(args.calibration) if args.calibration else None
 
 
 def problem_options(args: argparse.Namespace, trace: Any, cluster: Any) -> dict[str, Any]:
     """Keyword arguments of `Problem.from_trace` that the flags state."""
-    from moeplace.placement.cost.seconds import Calibration, StepShape
+    from moeplace.placement.cost.calibration import Calibration
+    from moeplace.placement.cost.steps import StepShape
     from moeplace.placement.placement_file import load_placement
 
     hidden = trace.hidden_size if trace is not None and trace.hidden_size else StepShape().hidden_size

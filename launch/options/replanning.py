@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moeplace.placement.cost.seconds import Calibration, StepShape
+    from moeplace.placement.cost.calibration import Calibration
+    from moeplace.placement.cost.steps import StepShape
     from moeplace.placement.placement import Placement
     from moeplace.profiling.traces.trace import RoutingTrace
     from moeplace.runtime.replanning.controller import Controller
@@ -120,8 +121,8 @@ def build_controller(
     Raises:
         InputError: a value is out of range, a flag is given without --replan, or the log cannot be written.
     """
+    from moeplace.placement.cost.calibration import Calibration
     from moeplace.placement.cost.evaluation import cluster_of, evaluate
-    from moeplace.placement.cost.seconds import Calibration
     from moeplace.placement.replacement.review import DRIFT_TOKENS, ReviewSettings
     from moeplace.placement.replacement.rule import ReplacementRule
     from moeplace.profiling.errors import InputError

@@ -14,8 +14,9 @@ import numpy as np
 from moeplace.launch.quickstart.job import Job
 from moeplace.launch.reports.comparison import Run
 from moeplace.placement.cluster import Link
+from moeplace.placement.cost.calibration import Calibration, ExpertTime
 from moeplace.placement.cost.evaluation import Evaluation, evaluate
-from moeplace.placement.cost.seconds import Calibration, ExpertTime, StepShape
+from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import MoeplaceError
 from moeplace.profiling.traces.trace import RoutingTrace

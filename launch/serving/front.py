@@ -122,7 +122,8 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
 
 def _replan_options(args: argparse.Namespace) -> dict[str, Any]:
     """What re-placement needs to know beside the service; read before any rank starts."""
-    from moeplace.placement.cost.seconds import Calibration, StepShape
+    from moeplace.placement.cost.calibration import Calibration
+    from moeplace.placement.cost.steps import StepShape
     from moeplace.profiling.traces.file import load_trace
     from moeplace.runtime.models.checkpoint import Checkpoint
 

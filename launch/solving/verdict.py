@@ -1,7 +1,7 @@
 """What `moeplace stats` says once a cluster is named: verdict, tokens needed, what survives of a placement's gain."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.problem import add_cluster_arguments, build_cluster, load_calibration, split_sides
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from moeplace.placement.studies.carry_over import CarryOver
     from moeplace.placement.studies.held_out import Gain
     from moeplace.placement.studies.learning_curve import LearningCurve
-    from moeplace.placement.studies.verdict import Option, Verdict
+    from moeplace.placement.studies.verdict import Option, Terms, Verdict
     from moeplace.profiling.traces.trace import RoutingTrace
 
 _SHARES = {"verdict": 0.5, "curve": 0.3, "carry_over": 0.2}
@@ -56,11 +56,10 @@ def judge_trace(
     Raises:
         InputError: a value is out of range, or the cluster does not hold the experts.
     """
-    from moeplace.placement.cost.seconds import Calibration, StepShape
     from moeplace.placement.studies.carry_over import carry_over
     from moeplace.placement.studies.held_out import HeldOut
     from moeplace.placement.studies.learning_curve import learning_curve
-    from moeplace.placement.studies.verdict import Terms, judge
+    from moeplace.placement.studies.verdict import judge
     from moeplace.profiling.errors import InputError
     from moeplace.profiling.traces.sampling import sample_trace
 
@@ -68,38 +67,51 @@ def judge_trace(
         raise InputError(f"--tolerance ({args.tolerance:g}) must lie between 0 and 100 per cent")
     if not args.time_limit > 0:
         raise InputError(f"--time-limit ({args.time_limit:g} s) must be positive")
-    cluster = build_cluster(args, trace.num_experts)
-    shape = StepShape(args.batch, trace.hidden_size or StepShape().hidden_size, kv_dim=args.kv_dim)
-    calibration = load_calibration(args) or Calibration(cluster.intra, cluster.inter)
-    terms = Terms(cluster, shape, calibration, args.seed)
     wanted = ["verdict"] + ["curve"] * (not args.no_curve) + ["carry_over"] * (other is not None)
-    ends = [sum(_SHARES[name] for name in wanted[: n + 1]) for n in range(len(wanted))]
-
-    def part(name: str) -> dict[str, Any]:
-        """How long a part may search, and how it reports."""
-        start = ends[wanted.index(name)] - _SHARES[name]
-        seconds = args.time_limit * _SHARES[name]
-        return {
-            "time_limit": seconds,
-            "report": lambda share: report((start + share * _SHARES[name]) / ends[-1]),
-        }
-
+    shares = _Shares(wanted, args.time_limit, report)
+    terms = _terms(args, trace)
     sides = split_sides(trace, "train")
     train, held_out = sample_trace(sides.train, most_tokens=MOST_FITTED), HeldOut(sides.test, seed=args.seed)
-    verdict = judge(train, held_out, terms, **part("verdict"))
+    verdict = judge(train, held_out, terms, **shares.part("verdict"))
     document = {"verdict": _verdict(verdict, train, held_out, sides.name, args, terms)}
     mode = verdict.chosen.mode
     if "curve" in wanted:
         tolerance = args.tolerance / 100
-        curve = learning_curve(train, held_out, terms, mode=mode, tolerance=tolerance, **part("curve"))
+        curve = learning_curve(train, held_out, terms, mode=mode, tolerance=tolerance, **shares.part("curve"))
         document["curve"] = _curve(curve, mode)
     if other is not None:
         new = split_sides(other, "train")
         judges = HeldOut(new.test, seed=args.seed)
         new_train = sample_trace(new.train, most_tokens=MOST_FITTED)
-        carried = carry_over(train, new_train, judges, terms, mode=mode, **part("carry_over"))
+        carried = carry_over(train, new_train, judges, terms, mode=mode, **shares.part("carry_over"))
         document["carry_over"] = _carry_over(carried)
     return document
+
+
+class _Shares:
+    """How long each part may search, and how its progress adds up."""
+
+    def __init__(self, wanted: Sequence[str], time_limit: float, report: Callable[[float], None]) -> None:
+        self._wanted, self._time_limit, self._report = wanted, time_limit, report
+
+    def part(self, name: str) -> dict[str, Any]:
+        """`time_limit` and `report` of a part."""
+        before = self._wanted[: self._wanted.index(name)]
+        start, whole = (sum(_SHARES[each] for each in names) for names in (before, self._wanted))
+        return {
+            "time_limit": self._time_limit * _SHARES[name],
+            "report": lambda share: self._report((start + share * _SHARES[name]) / whole),
+        }
+
+
+def _terms(args: argparse.Namespace, trace: "RoutingTrace") -> "Terms":
+    from moeplace.placement.cost.calibration import Calibration
+    from moeplace.placement.cost.steps import StepShape
+    from moeplace.placement.studies.verdict import Terms
+
+    cluster = build_cluster(args, trace.num_experts)
+    shape = StepShape(args.batch, trace.hidden_size or StepShape().hidden_size, kv_dim=args.kv_dim)
+    return Terms(cluster, shape, load_calibration(args) or Calibration(cluster.intra, cluster.inter), args.seed)
 
 
 def describe_judgement(document: dict[str, Any]) -> Iterator[str]:

@@ -52,15 +52,6 @@ def slowest_with_replicas(load_E: np.ndarray, num_slots: int, speed_R: np.ndarra
     return float((sums / speeds[holders - 1]).max())
 
 
-def useful_slots_per_rank(num_experts: int, num_ranks: int) -> int:
-    """Slots per rank beyond which balance for a known load cannot improve: E/R for the experts, E/R for replicas.
-
-    Exact balance is always feasible with at most E/R extra experts per rank (MoonEP), so with this many slots the bound
-    on the busiest rank is the mean, and more slots buy robustness only.
-    """
-    return 2 * -(-num_experts // num_ranks)
-
-
 def least_imbalance(problem: Problem, layer: int, load_E: np.ndarray | None = None) -> float:
     """Lower bound on a layer's imbalance: max over ranks of load / speed, over (sum of loads) / (sum of speeds).
 

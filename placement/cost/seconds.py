@@ -1,4 +1,4 @@
-"""Predicted seconds of one step, from what an evaluation counted and what a calibration measured.
+"""Predicted seconds of one step, from what a replay counted and what a calibration measured.
 
     seconds = sum over layers of [ sum over exchanges of (latency + transfer) + expert time ] + the K/V exchange
 
@@ -10,139 +10,44 @@
 Shape letters: L MoE layers, R ranks, N nodes.
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self
-
 import numpy as np
 
-from moeplace.placement.cluster import INTER_NODE, INTRA_NODE, Cluster, Link
-from moeplace.profiling.errors import FormatError, InputError
-from moeplace.profiling.files import read_json, write_json
+from moeplace.placement.cluster import Cluster
+from moeplace.placement.cost.calibration import Calibration, ExpertTime
+from moeplace.placement.cost.gateways import through_gateways
+from moeplace.placement.cost.replay import Replay
+from moeplace.placement.cost.steps import StepShape
 
-CALIBRATION_FORMAT = "moeplace.calibration/1"
 
+def predict_step(counted: Replay, cluster: Cluster, shape: StepShape, calibration: Calibration) -> float:
+    """Seconds of one step of `shape.batch` tokens.
 
-@dataclass(frozen=True)
-class StepShape:
-    """Sizes of one step.
-
-    Attributes:
-        batch: tokens of one step over all ranks.
-        hidden_size: D, elements that travel per token copy.
-        dtype_bytes: bytes per element.
-        kv_dim: K/V elements per token and layer, which `coherent` exchanges once per step.
+    Args:
+        counted: with the batch of `shape`, the speeds of `cluster` and the expert time of `calibration`.
+        cluster: with calibrated links.
+        shape: sizes of a step.
+        calibration: times.
     """
-
-    batch: int = 256
-    hidden_size: int = 2048
-    dtype_bytes: int = 2
-    kv_dim: int = 576
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "hidden_size", "dtype_bytes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if self.kv_dim < 0:
-            raise InputError(f"kv_dim ({self.kv_dim}) must not be negative")
-
-
-@dataclass(frozen=True)
-class ExpertTime:
-    """Seconds a rank of speed 1 spends on one layer's experts: affine in its tokens and its activated experts."""
-
-    fixed: float = 10e-6
-    per_token: float = 45e-9
-    per_activated: float = 6e-6
-
-    def __post_init__(self) -> None:
-        for name in ("fixed", "per_token", "per_activated"):
-            if getattr(self, name) < 0:
-                raise InputError(f"expert time {name} ({getattr(self, name)} s) must not be negative")
+    coherent = counted.mode == "coherent"
+    hidden = shape.batch * shape.hidden_size * shape.dtype_bytes
+    latency, expert = collective_latency(cluster), calibration.expert
+    seconds = calibration.layer_overhead(counted.mode) * counted.num_layers
+    for layer in range(counted.num_layers):
+        seconds += latency * (1.0 + (counted.step_L4[layer, 3] if coherent else 1.0))
+        for copies_LRR in (counted.first_LRR, counted.second_LRR):
+            seconds += transfer_seconds(copies_LRR[layer], cluster, hidden)
+        seconds += expert.fixed + counted.step_L4[layer, 2]
+    if coherent and cluster.num_ranks > 1:
+        seconds += latency + _kv_seconds(counted.owned_LR.sum(axis=0), cluster, shape)
+    return float(seconds)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What was measured on a cluster, or the defaults of `cluster.py` and `ExpertTime`.
-
-    Attributes:
-        intra, inter: latency and bandwidth of both tiers.
-        expert: time of the expert computation.
-        other_seconds_per_layer: what a layer costs beside experts and exchanges, the same for every placement.
-        mode_seconds_per_layer: the same by mode, where it was measured by mode; a key is a mode, or a mode and its form
-            ("dispatch-combine node-aware"). Negative where work hides latency.
-        kv_exposed: seconds by which a `coherent` step takes longer per second that its K/V occupy links, when they
-            travel in pieces beside the layers; None = not measured: hidden as far as links have room.
-        conditions: where and how it was measured.
-    """
-
-    intra: Link = INTRA_NODE
-    inter: Link = INTER_NODE
-    expert: ExpertTime = ExpertTime()
-    other_seconds_per_layer: float = 0.0
-    mode_seconds_per_layer: dict[str, float] = field(default_factory=dict)
-    kv_exposed: float | None = None
-    conditions: dict[str, Any] = field(default_factory=dict)
-
-    def layer_overhead(self, label: str) -> float:
-        """Seconds of a layer beside experts and exchanges, in the mode (and form) `label`."""
-        return self.mode_seconds_per_layer.get(label, self.other_seconds_per_layer)
-
-    def apply(self, cluster: Cluster) -> Cluster:
-        """`cluster` with the measured links."""
-        return cluster.replace(intra=self.intra, inter=self.inter)
-
-    def save(self, path: str | Path) -> None:
-        """Write a calibration file, atomically."""
-        write_json(path, self.to_json())
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        links = {
-            tier: {
-                "latency": link.latency,
-                "bandwidth": link.bandwidth,
-                "node_bandwidth": link.node_bandwidth if np.isfinite(link.node_bandwidth) else None,
-            }
-            for tier, link in (("intra", self.intra), ("inter", self.inter))
-        }
-        expert = {name: getattr(self.expert, name) for name in ("fixed", "per_token", "per_activated")}
-        document: dict[str, Any] = {"format": CALIBRATION_FORMAT, **links, "expert": expert}
-        document["other_seconds_per_layer"] = self.other_seconds_per_layer
-        document["mode_seconds_per_layer"] = self.mode_seconds_per_layer
-        document["kv_exposed"] = self.kv_exposed
-        return {**document, "conditions": self.conditions}
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a calibration file.
-
-        Raises:
-            InputError: there is no such file or a value breaks a rule.
-            FormatError: it is not a calibration file.
-        """
-        document = read_json(path)
-        if not isinstance(document, dict) or document.get("format") != CALIBRATION_FORMAT:
-            raise FormatError(f"{path} is not a calibration file: it lacks the tag {CALIBRATION_FORMAT!r}")
-        try:
-            links = {}
-            for tier in ("intra", "inter"):
-                values = dict(document[tier])
-                values["node_bandwidth"] = values.get("node_bandwidth") or float("inf")
-                links[tier] = Link(**values)
-            exposed = document.get("kv_exposed")
-            return cls(
-                **links,
-                expert=ExpertTime(**document["expert"]),
-                other_seconds_per_layer=float(document.get("other_seconds_per_layer", 0.0)),
-                mode_seconds_per_layer={k: float(v) for k, v in document.get("mode_seconds_per_layer", {}).items()},
-                kv_exposed=None if exposed is None else float(exposed),
-                conditions=dict(document.get("conditions", {})),
-            )
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{path} is not a calibration file: {error}") from error
+def _kv_seconds(owned_R: np.ndarray, cluster: Cluster, shape: StepShape) -> float:
+    """The K/V of all tokens that a rank attends, to every other rank: once to each other node, forwarded inside it."""
+    wanted_RR = np.repeat(owned_R[:, None], cluster.num_ranks, axis=1)
+    entering_RN = np.repeat(owned_R[:, None], cluster.num_nodes, axis=1)
+    copies_RR = through_gateways(wanted_RR, entering_RN, cluster.node_of_rank)
+    return transfer_seconds(copies_RR, cluster, shape.batch * shape.kv_dim * shape.dtype_bytes)
 
 
 def transfer_seconds(copies_RR: np.ndarray, cluster: Cluster, bytes_per_copy: float) -> float:

@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from moeplace.placement.migration.relabel import check_origin
+from moeplace.placement.placement import slot_starts
 from moeplace.profiling.errors import InputError
 
 
@@ -99,7 +100,7 @@ class Layout:
         return node_U
 
     def _places(self, members: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        start_U = np.concatenate([[0], np.cumsum(self.places_of_member)[:-1]])
+        start_U = slot_starts(self.places_of_member)
         return np.concatenate([start_U[m] + np.arange(n) for m, n in zip(members, slots, strict=True)])
 
 

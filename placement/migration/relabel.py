@@ -14,7 +14,8 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from moeplace.placement.cluster import Cluster
-from moeplace.placement.placement import EMPTY_SLOT, Placement
+from moeplace.placement.placement import EMPTY_SLOT, Placement, slot_starts
+from moeplace.placement.symmetry import Symmetry
 from moeplace.profiling.errors import InputError
 
 ExpertBytes = np.ndarray | int | None
@@ -59,11 +60,11 @@ def relabel_to(
     new_LRE = _members(slots_LS, cluster.rank_of_slot, cluster.num_ranks, previous.num_experts)
     weight_LRE = old_LRE * bytes_per_expert(previous, expert_bytes)[:, None, :].astype(np.float64)
     common_LRR = np.matmul(weight_LRE, new_LRE.transpose(0, 2, 1).astype(np.float64))
-    groups = _Symmetry(cluster)
-    if per_layer:
-        bins_LR = np.stack([groups.best_bins(common_RR) for common_RR in common_LRR])
-    else:
-        bins_LR = np.tile(groups.best_bins(common_LRR.sum(axis=0)), (previous.num_layers, 1))
+    symmetry = Symmetry(cluster)
+    if not per_layer:
+        common_LRR = np.broadcast_to(common_LRR.sum(axis=0), common_LRR.shape)
+    tie = np.eye(cluster.num_ranks)  # among the most bytes, the least changed
+    bins_LR = np.stack([symmetry.best_names(common_RR * (len(tie) + 1) + tie) for common_RR in common_LRR])
     return _seat(previous, slots_LS, cluster, bins_LR, origin_R)
 
 
@@ -164,68 +165,6 @@ def bytes_per_expert(placement: Placement, expert_bytes: ExpertBytes) -> np.ndar
     return size_LE
 
 
-class _Symmetry:
-    """Which ranks of a cluster can be exchanged without changing what any placement costs."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-        self.ranks_of_node = [np.flatnonzero(cluster.node_of_rank == node) for node in range(cluster.num_nodes)]
-        self.node_class = [self._first_equal_node(node) for node in range(cluster.num_nodes)]
-        self.rank_class = [self._first_twin(rank) for rank in range(cluster.num_ranks)]
-
-    def best_bins(self, common_RR: np.ndarray) -> np.ndarray:
-        """(R,) the bin of each rank: most bytes in common, among those the least changed."""
-        ranks = len(common_RR)
-        value_RR = common_RR * (ranks + 1) + np.eye(ranks)  # a tie keeps the number
-        nodes = len(self.ranks_of_node)
-        inner = {
-            (i, j): self._within(value_RR, self.ranks_of_node[i], self.ranks_of_node[j])
-            for i in range(nodes)
-            for j in range(nodes)
-            if self.node_class[i] == self.node_class[j]
-        }
-        value_NN = np.full((nodes, nodes), -np.inf)
-        for pair, (value, _) in inner.items():
-            value_NN[pair] = value
-        bins_R = np.empty(ranks, np.int64)
-        for i, j in zip(*linear_sum_assignment(value_NN, maximize=True), strict=True):
-            bins_R[self.ranks_of_node[i]] = inner[int(i), int(j)][1]
-        return bins_R
-
-    def _within(self, value_RR: np.ndarray, ranks: np.ndarray, bins: np.ndarray) -> tuple[float, np.ndarray]:
-        """Best value and the bins of `ranks`, when the block of `bins` goes to their node."""
-        offset = int(ranks[0])
-        classes = np.array([self.rank_class[rank] for rank in ranks])
-        block = np.where(classes[:, None] == classes[None, :], value_RR[np.ix_(ranks, bins)], -np.inf)
-        rows, columns = linear_sum_assignment(block, maximize=True)
-        chosen = np.empty(len(ranks), np.int64)
-        chosen[ranks[rows] - offset] = bins[columns]
-        return float(block[rows, columns].sum()), chosen
-
-    def _first_twin(self, rank: int) -> int:
-        """The lowest rank of the node that may change places with `rank`."""
-        node = self.ranks_of_node[int(self.cluster.node_of_rank[rank])]
-        return next(int(other) for other in node if self._exchangeable(np.array([other]), np.array([rank])))
-
-    def _first_equal_node(self, node: int) -> int:
-        return next(
-            other
-            for other in range(node + 1)
-            if len(self.ranks_of_node[other]) == len(self.ranks_of_node[node])
-            and self._exchangeable(self.ranks_of_node[other], self.ranks_of_node[node])
-        )
-
-    def _exchangeable(self, ranks: np.ndarray, others: np.ndarray) -> bool:
-        cluster, order = self.cluster, np.arange(self.cluster.num_ranks)
-        order[ranks], order[others] = others, ranks
-        distance_RR = cluster.distance_RR
-        return (
-            np.array_equal(cluster.slots_of_rank[ranks], cluster.slots_of_rank[others])
-            and np.allclose(cluster.speed_of_rank[ranks], cluster.speed_of_rank[others])
-            and (distance_RR is None or np.allclose(distance_RR, distance_RR[np.ix_(order, order)], atol=0))
-        )
-
-
 def _members(slots_LS: np.ndarray, rank_of_slot: np.ndarray, ranks: int, experts: int) -> np.ndarray:
     """(L, R, E) bool: which experts each bin holds."""
     member_LRE = np.zeros((len(slots_LS), ranks, experts), bool)
@@ -238,7 +177,7 @@ def _seat(
     previous: Placement, slots_LS: np.ndarray, cluster: Cluster, bins_LR: np.ndarray, origin_R: np.ndarray
 ) -> np.ndarray:
     """Put each rank's bin into its slots: experts that stay keep theirs, the others fill the gaps in their order."""
-    start_R = np.concatenate([[0], np.cumsum(cluster.slots_of_rank)[:-1]])
+    start_R = slot_starts(cluster.slots_of_rank)
     seated = np.full_like(slots_LS, EMPTY_SLOT)
     for rank, (start, size) in enumerate(zip(start_R, cluster.slots_of_rank, strict=True)):
         old = int(origin_R[rank])

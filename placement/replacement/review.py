@@ -16,8 +16,9 @@ compared with, and three rules of its own:
 from dataclasses import dataclass, field, replace
 
 from moeplace.placement.cluster import Cluster
+from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import evaluate
-from moeplace.placement.cost.seconds import Calibration, StepShape
+from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.migration.plan import MigrationPlan, plan_migration
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem

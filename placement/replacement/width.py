@@ -51,24 +51,6 @@ def with_ranks(
     return placement.replace(slot_to_expert=np.hstack(parts), slots_of_rank=np.array(sizes), node_of_rank=nodes)
 
 
-def with_slots(placement: Placement, slots_of_rank: np.ndarray) -> Placement:
-    """The same experts on ranks with more slots (empty ones) or fewer (those cut off must be empty).
-
-    Raises:
-        InputError: an expert would have no slot.
-    """
-    rows = np.full((placement.num_layers, int(np.sum(slots_of_rank))), EMPTY_SLOT, np.int32)
-    start = 0
-    for rank, count in enumerate(np.asarray(slots_of_rank).tolist()):
-        own = placement.slot_to_expert[:, placement.slots_on(rank)]
-        if (own[:, count:] != EMPTY_SLOT).any():
-            raise InputError(f"rank {rank} has experts beyond its first {count} slots")
-        kept = min(count, own.shape[1])
-        rows[:, start : start + kept] = own[:, :kept]
-        start += count
-    return placement.replace(slot_to_expert=rows, slots_of_rank=np.asarray(slots_of_rank))
-
-
 def rebalance(placement: Placement, *, holders: Sequence[int], load: np.ndarray | None = None) -> Placement:
     """The experts on `holders` alone, as evenly as they divide, with the fewest fetched.
 

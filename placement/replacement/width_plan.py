@@ -10,8 +10,7 @@ import numpy as np
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.migration.plan import MigrationPlan, plan_migration
 from moeplace.placement.migration.relabel import ExpertBytes, least_bytes
-from moeplace.placement.placement import EMPTY_SLOT, Placement
-from moeplace.placement.replacement.width import with_slots
+from moeplace.placement.placement import EMPTY_SLOT, Placement, with_slots
 
 
 @dataclass(frozen=True, eq=False)

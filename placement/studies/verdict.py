@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moeplace.placement.cluster import Cluster, even_slots
-from moeplace.placement.cost.seconds import Calibration, StepShape
+from moeplace.placement.cost.calibration import Calibration
+from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.migration.plan import plan_migration
-from moeplace.placement.placement import EMPTY_SLOT, MODES, Mode, Placement, index_order
+from moeplace.placement.placement import MODES, Mode, Placement, index_order, with_slots
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Status
 from moeplace.placement.solve import solve
@@ -152,47 +153,93 @@ def judge(
         raise InputError(f"{terms.cluster.num_slots} slots per layer do not hold {train.num_experts} experts")
     plain = terms.plain_cluster(train.num_experts)
     clusters = [cluster for cluster in (plain, terms.wide_cluster(train.num_experts)) if cluster is not None]
-    base = {mode: held_out.seconds(*_baseline(terms, train, mode, clusters[0])) for mode in MODES}
-    baseline = min(MODES, key=lambda mode: base[mode][0])
-    options: list[Option] = []
+    ground = _Ground.of(train, held_out, terms, clusters[0])
     work = [(mode, cluster) for mode in MODES for cluster in clusters]
     weights = [_SEARCH_WEIGHTS[mode] * (1 + (cluster is not plain)) for mode, cluster in work]
-    found: Placement | None = None
-    plain_seconds: np.ndarray | None = None
+    options: list[Option] = []
+    without: _Judged | None = None
     for (mode, cluster), weight in zip(work, weights, strict=True):
-        is_first = cluster is clusters[0]
         problem = terms.problem(train, mode, cluster)
         result = solve(problem, time_limit=time_limit * weight / sum(weights), seed=terms.seed)
-        placement = result.placement if is_first or found is None else _better(problem, result.placement, found)
-        after = held_out.seconds(problem, placement)
-        figures = held_out.evaluate(problem, placement)
-        saved = base[baseline][0] - after[0]
-        move = _move_seconds(terms, train, problem, placement, clusters[0])
-        options.append(
-            Option(
-                mode=mode,
-                slots_per_rank=int(cluster.slots_of_rank.max()),
-                has_replicas=cluster.num_slots > train.num_experts,
-                index_order_seconds=float(base[mode][0]),
-                fitted_seconds=problem.evaluate(placement).predicted_seconds,
-                seconds=float(after[0]),
-                gain=gain(base[mode], after),
-                over_baseline=gain(base[baseline], after),
-                over_plain=None if is_first or plain_seconds is None else gain(plain_seconds, after),
-                ranks_per_token=figures.ranks_per_token,
-                imbalance=figures.imbalance_mean,
-                move_seconds=move,
-                payback_steps=move / saved if move is not None and saved > 0 else None,
-                extra_bytes=_extra_bytes(train, clusters[0], cluster),
-                status=result.status,
-                placement=placement,
-            )
-        )
-        found, plain_seconds = placement, after
+        if cluster is clusters[0]:
+            without = None
+        without = ground.judge(problem, result.placement, without)
+        options.append(ground.option(problem, result.status, without))
         report(len(options) / len(work))
     chosen = _choose(options)
     worth = chosen.over_baseline.is_beyond_noise and chosen.over_baseline.share >= WORTH_HAVING
-    return Verdict(tuple(options), baseline, chosen, worth, " ".join(_sentences(options, chosen, baseline, worth)))
+    sentences = _sentences(options, chosen, ground.baseline, worth)
+    return Verdict(tuple(options), ground.baseline, chosen, worth, " ".join(sentences))
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """A placement, its (1 + samples,) held-out seconds, and those of the one without replicas (None = it is that)."""
+
+    placement: Placement
+    seconds: np.ndarray
+    plain_seconds: np.ndarray | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Ground:
+    """What options are measured against.
+
+    Attributes:
+        train, held_out, terms: as `judge`.
+        plain: the cluster with each expert once.
+        before: (1 + samples,) seconds of index order on it, by mode.
+    """
+
+    train: RoutingTrace
+    held_out: HeldOut
+    terms: Terms
+    plain: Cluster
+    before: dict[Mode, np.ndarray]
+
+    @classmethod
+    def of(cls, train: RoutingTrace, held_out: HeldOut, terms: Terms, plain: Cluster) -> "_Ground":
+        """Replay index order in every mode."""
+        problems = {mode: terms.problem(train, mode, plain) for mode in MODES}
+        before = {mode: held_out.seconds(each, terms.index_order(each)) for mode, each in problems.items()}
+        return cls(train, held_out, terms, plain, before)
+
+    @property
+    def baseline(self) -> Mode:
+        """The mode that suits index order best."""
+        return min(MODES, key=lambda mode: float(self.before[mode][0]))
+
+    def judge(self, problem: Problem, placement: Placement, without: _Judged | None) -> _Judged:
+        """Replay a placement, or the one of this mode without replicas if that is better on the fitted tokens."""
+        if without is not None:
+            placement = _better(problem, placement, without.placement)
+        seconds = self.held_out.seconds(problem, placement)
+        return _Judged(placement, seconds, None if without is None else without.seconds)
+
+    def option(self, problem: Problem, status: Status, judged: _Judged) -> Option:
+        """The figures of a placement."""
+        before, placement, after = self.before[problem.mode], judged.placement, judged.seconds
+        figures = self.held_out.evaluate(problem, placement)
+        saved = float(self.before[self.baseline][0] - after[0])
+        move = _move_seconds(self.terms, self.train, problem, placement, self.plain)
+        return Option(
+            mode=problem.mode,
+            slots_per_rank=int(problem.cluster.slots_of_rank.max()),
+            has_replicas=problem.cluster.num_slots > self.train.num_experts,
+            index_order_seconds=float(before[0]),
+            fitted_seconds=problem.evaluate(placement).predicted_seconds,
+            seconds=float(after[0]),
+            gain=gain(before, after),
+            over_baseline=gain(self.before[self.baseline], after),
+            over_plain=None if judged.plain_seconds is None else gain(judged.plain_seconds, after),
+            ranks_per_token=figures.ranks_per_token,
+            imbalance=figures.imbalance_mean,
+            move_seconds=move,
+            payback_steps=move / saved if move is not None and saved > 0 else None,
+            extra_bytes=_extra_bytes(self.train, self.plain, problem.cluster),
+            status=status,
+            placement=placement,
+        )
 
 
 def _better(problem: Problem, placement: Placement, plain: Placement) -> Placement:
@@ -200,21 +247,10 @@ def _better(problem: Problem, placement: Placement, plain: Placement) -> Placeme
 
     A search for replicas that is cut short may not even find what each expert once achieves.
     """
-    slots = problem.cluster.slots_of_rank
-    if (plain.slots_of_rank > slots).any():
+    if (plain.slots_of_rank > problem.cluster.slots_of_rank).any():
         return placement
-    rows = np.full((plain.num_layers, problem.cluster.num_slots), EMPTY_SLOT)
-    starts, plain_starts = (np.concatenate([[0], np.cumsum(sizes)[:-1]]) for sizes in (slots, plain.slots_of_rank))
-    for rank, size in enumerate(plain.slots_of_rank.tolist()):
-        own = plain.slot_to_expert[:, plain_starts[rank] : plain_starts[rank] + size]
-        rows[:, starts[rank] : starts[rank] + size] = own
-    widened = problem.placement(rows)
+    widened = with_slots(plain, problem.cluster.slots_of_rank)
     return min((placement, widened), key=lambda choice: problem.evaluate(choice).predicted_seconds)
-
-
-def _baseline(terms: Terms, train: RoutingTrace, mode: Mode, cluster: Cluster) -> tuple[Problem, Placement]:
-    problem = terms.problem(train, mode, cluster)
-    return problem, terms.index_order(problem)
 
 
 def _choose(options: list[Option]) -> Option:

@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 from moeplace.placement.cluster import even_slots
+from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import require_same_model
-from moeplace.placement.cost.seconds import Calibration, StepShape
+from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.placement import Mode, Placement, index_order
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.traces.trace import RoutingTrace

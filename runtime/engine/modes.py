@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import cluster_of, evaluate
-from moeplace.placement.cost.seconds import Calibration, StepShape
+from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.placement import MODES, Mode, Placement
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace

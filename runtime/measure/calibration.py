@@ -19,7 +19,7 @@ import torch
 from scipy.optimize import nnls
 
 from moeplace.placement.cluster import INTER_NODE, INTRA_NODE, Cluster, Link
-from moeplace.placement.cost.seconds import Calibration, ExpertTime
+from moeplace.placement.cost.calibration import Calibration, ExpertTime
 from moeplace.placement.placement import MODES, Mode, Placement, index_order
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters

@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from moeplace.placement.cost.evaluation import step_of_token
+from moeplace.placement.cost.steps import step_of_token
 from moeplace.placement.placement import Mode, Placement
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace

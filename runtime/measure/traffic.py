@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moeplace.placement.cluster import Cluster
+from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.replica_choice import choose_ranks
 from moeplace.placement.cost.seconds import (
-    Calibration,
     collective_latency,
     expert_seconds,
     slowest_direction_seconds,

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import cluster_of
-from moeplace.placement.cost.seconds import Calibration
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import MoeplaceError
 from moeplace.profiling.traces.trace import RoutingTrace

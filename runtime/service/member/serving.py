@@ -12,8 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moeplace.placement.migration.file import plan_from_json
-from moeplace.placement.placement import EMPTY_SLOT, Placement
-from moeplace.placement.replacement.width import with_slots
+from moeplace.placement.placement import EMPTY_SLOT, Placement, with_slots
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.engine.engine import Engine, Stepped
 from moeplace.runtime.engine.requests import Request

@@ -15,7 +15,7 @@ import pytest
 
 from moeplace.launch.benches.replay import RunName
 from moeplace.launch.commands.bench_replay import format_report
-from moeplace.placement.cost.seconds import Calibration
+from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.placement import index_order
 from moeplace.placement.placement_file import save_placement
 from moeplace.profiling.errors import InputError

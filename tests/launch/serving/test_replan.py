@@ -12,7 +12,7 @@ import pytest
 
 from moeplace.launch.cli import FAILED, main
 from moeplace.launch.options.replanning import add_replan_arguments, build_controller, replan_window, replanning
-from moeplace.placement.cost.seconds import StepShape
+from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.synthetic.traces import planted

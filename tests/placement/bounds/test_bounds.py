@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeplace.placement.bounds.load import busiest_without_replicas, slowest_with_replicas, useful_slots_per_rank
-from moeplace.placement.bounds.problem_bounds import held_imbalance, layer_bounds, problem_bounds
+from moeplace.placement.bounds.layers import layer_bounds
+from moeplace.placement.bounds.load import busiest_without_replicas, slowest_with_replicas
+from moeplace.placement.bounds.problem import held_imbalance, problem_bounds
 from moeplace.placement.bounds.relaxation import Layout, connectivity_slope, linear_slope, lower_bound
 from moeplace.placement.bounds.traffic import (
     ksets_of,
@@ -21,7 +22,8 @@ from moeplace.placement.bounds.traffic import (
 )
 from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster, Link
-from moeplace.placement.cost.seconds import Calibration, ExpertTime, StepShape
+from moeplace.placement.cost.calibration import Calibration, ExpertTime
+from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.placement import MODES
 from moeplace.placement.problem import Problem
 from moeplace.placement.solvers.exact.viterbi import enumerate_states, solve_viterbi
@@ -94,7 +96,6 @@ def test_load_bounds_by_hand() -> None:
     assert busiest_without_replicas(np.array([5.0, 5, 5, 0]), np.array([2, 2])) == 10
     assert slowest_with_replicas(np.array([10.0, 1, 1]), 4, np.ones(2)) == 6
     assert slowest_with_replicas(np.array([10.0, 1, 1, 1]), 5, np.ones(4)) == 5
-    assert useful_slots_per_rank(64, 8) == 16
 
 
 @given(seed=st.integers(0, 10_000), skew=st.floats(0.0, 2.0))
@@ -203,7 +204,7 @@ def test_layer_bounds_are_trivial_where_the_mode_does_not_pay() -> None:
     """`allgather` bounds no traffic; one rank has d = 1."""
     problem = skewed_problem(2, mode="allgather")
     assert problem.trace is not None
-    assert (layer_bounds(problem, problem.trace, time_limit=1.0).d_L == 1).all()
+    assert (layer_bounds(problem, problem.trace, time_limit=1.0, caps_L=None).d_L == 1).all()
     assert problem_bounds(skewed_problem(2, ranks=1, slots=4), time_limit=1.0)["traffic"] == 1.0
 
 

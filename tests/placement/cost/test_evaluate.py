@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplace.placement.cluster import Cluster, Link
-from moeplace.placement.cost.evaluation import evaluate, step_of_token
+from moeplace.placement.cost.evaluation import evaluate
 from moeplace.placement.cost.replica_choice import NUM_ORDERS, preference_orders
+from moeplace.placement.cost.steps import step_of_token
 from moeplace.placement.objective import measure
 from moeplace.placement.placement import MODES, Mode, Placement, index_order
 from moeplace.placement.problem import Problem

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from moeplace.placement.cluster import Cluster, even_slots
 from moeplace.placement.migration.plan import apply_plan
 from moeplace.placement.migration.relabel import least_bytes, moves
-from moeplace.placement.placement import EMPTY_SLOT, Placement, index_order
+from moeplace.placement.placement import EMPTY_SLOT, Placement, index_order, with_slots
 from moeplace.placement.problem import Problem
-from moeplace.placement.replacement.width import adopt, rebalance, with_ranks, with_slots
+from moeplace.placement.replacement.width import adopt, rebalance, with_ranks
 from moeplace.placement.replacement.width_plan import plan_width
 from moeplace.profiling.errors import InputError
 from tests.runtime.placements import random_placement

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeplace.placement.bounds.problem_bounds import problem_bounds
+from moeplace.placement.bounds.problem import problem_bounds
 from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.evaluation import Evaluation

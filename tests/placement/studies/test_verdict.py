@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from moeplace.placement.cluster import Cluster, Link
-from moeplace.placement.cost.seconds import Calibration, StepShape
+from moeplace.placement.cost.calibration import Calibration
+from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.placement import MODES, Placement
 from moeplace.placement.solve import solve
 from moeplace.placement.studies.carry_over import carry_over

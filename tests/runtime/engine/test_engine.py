@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moeplace.placement.cost.seconds import StepShape
+from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.placement import MODES
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.comm.group import RankGroup

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeplace.placement.cluster import Cluster, Link
-from moeplace.placement.cost.seconds import Calibration, ExpertTime
+from moeplace.placement.cost.calibration import Calibration, ExpertTime
 from moeplace.placement.placement import Mode, Placement, index_order
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace

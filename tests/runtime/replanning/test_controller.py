@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from moeplace.placement.cluster import Cluster, Link
+from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import evaluate
-from moeplace.placement.cost.seconds import Calibration, StepShape
+from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.migration.plan import apply_plan
 from moeplace.placement.placement import Placement, index_order
 from moeplace.placement.replacement.review import Review, ReviewSettings, ReviewTask, review

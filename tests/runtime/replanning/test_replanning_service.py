@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from moeplace.placement.cluster import Link
+from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import cluster_of
-from moeplace.placement.cost.seconds import Calibration, StepShape
+from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.replacement.review import ReviewSettings
 from moeplace.placement.replacement.rule import ReplacementRule
 from moeplace.profiling.errors import FormatError, InputError
