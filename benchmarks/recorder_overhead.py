@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moeplace.profiling.recording.recorder import Recorder, load_model
+from moeplace.profiling.recording.checkpoint_profile import load_model
+from moeplace.profiling.recording.recorder import Recorder
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 
+from moeplace.profiling.recording.cache_names import cache_keyword, cache_of
 from moeplace.runtime.engine.engine import Engine, EngineLimits
 from moeplace.runtime.engine.requests import Request, RunningSequence
 
@@ -33,7 +34,8 @@ class Plain:
         self._model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
         self._ids, self._new = ids, new
         with torch.inference_mode():
-            self._cache = self._model(ids, use_cache=True).past_key_values
+            self._cache = cache_of(self._model(ids, use_cache=True))
+        self._keyword = cache_keyword(self._model.forward)
 
     @torch.inference_mode()
     def prefill(self) -> torch.Tensor:
@@ -41,7 +43,7 @@ class Plain:
 
     @torch.inference_mode()
     def decode(self) -> torch.Tensor:
-        return self._model(self._new, past_key_values=self._cache, use_cache=True).logits[:, 0]
+        return self._model(self._new, **{self._keyword: self._cache}, use_cache=True).logits[:, 0]
 
     def rewind(self) -> None:
         added = self._cache.get_seq_length() - self._ids.shape[1]

@@ -12,7 +12,7 @@ from moeplace.placement.placement import index_order
 from moeplace.placement.placement_file import save_placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.solve import solve
-from moeplace.profiling.recording.recorder import profile_checkpoint
+from moeplace.profiling.recording.checkpoint_profile import profile_checkpoint
 from moeplace.profiling.traces.file import load_trace
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,8 @@ def _work(tasks: Any, results: Any) -> None:
     import torch.distributed as dist
 
     faulthandler.enable(sys.stderr)
+    for announced in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):  # as pytest does in the parent
+        warnings.simplefilter("error", announced)
     torch.set_num_threads(1)
     results.put((0, -1, None, None))
     while True:

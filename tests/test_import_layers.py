@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("profiling", "placement", "runtime", "launch")
-TORCH_ALLOWED = ("runtime/", "launch/", "profiling/recording/recorder.py")
+TORCH_ALLOWED = ("runtime/", "launch/", "profiling/recording/")
 RAY_ALLOWED = ("launch/",)
 MOST_MODULES = 20
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moeplace.profiling.recording.recorder import profile_checkpoint
+    from moeplace.profiling.recording.checkpoint_profile import profile_checkpoint
 
     tokens = profile_checkpoint(
         args.model,

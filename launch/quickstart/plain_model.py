@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from moeplace.profiling.errors import InputError
+from moeplace.profiling.recording.cache_names import cache_keyword
+from moeplace.profiling.recording.checkpoint_profile import load_model
 from moeplace.profiling.recording.corpus import token_sequences
-from moeplace.profiling.recording.recorder import Recorder, load_model
+from moeplace.profiling.recording.recorder import Recorder
 
 _BATCH = 128
 
@@ -104,9 +106,10 @@ class PlainModel:
 
     def _complete(self, prompts: torch.Tensor) -> torch.Tensor:
         """(B, G) tokens of greatest logit, one after another with a K/V cache."""
+        name = cache_keyword(self._model.forward)
         output = self._model(input_ids=prompts, use_cache=True, logits_to_keep=1)
         added = [output.logits[:, -1].argmax(1)]
         while len(added) < self._new_tokens:
-            output = self._model(input_ids=added[-1][:, None], past_key_values=output.past_key_values, use_cache=True)
+            output = self._model(input_ids=added[-1][:, None], **{name: output[name]}, use_cache=True)
             added.append(output.logits[:, -1].argmax(1))
         return torch.stack(added, dim=1)

@@ -1,4 +1,4 @@
-"""Records the routing of a Hugging Face MoE model: a forward hook on every router. The one profiling module with torch.
+"""Records the routing of a Hugging Face MoE model: a forward hook on every router.
 
 The router modules of OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3 and GPT-OSS return the tuple
 (logits (T, E), weights (T, K), ids (T, K)). A hook keeps references only; after a pass, ids and weights are put into
@@ -8,9 +8,9 @@ have gathered, so a pass on a GPU is never waited for, and memory does not grow 
 Shape letters: T tokens of a pass, L MoE layers, E experts per layer, K top-k, D hidden size.
 """
 
+import inspect
 import re
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -18,10 +18,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from moeplace.profiling.errors import FormatError, InputError
-from moeplace.profiling.files import require_file
-from moeplace.profiling.recording.checkpoint_files import check_checkpoint
-from moeplace.profiling.recording.corpus import Tokenize, estimate_tokens, token_sequences
+from moeplace.profiling.errors import InputError
+from moeplace.profiling.recording.cache_names import cache_of
 from moeplace.profiling.recording.gate_accuracy import GateAccuracy
 from moeplace.profiling.traces.file import TraceWriter
 
@@ -191,19 +189,20 @@ class Recorder:
     def _before_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._outputs.clear()
         self._gate_input = None
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(_named(module, args, kwargs))
         self._cached = int(cache.get_seq_length()) if cache is not None else 0
 
     def _after_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        given = _named(module, args, kwargs)
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is None or len(self._outputs) != len(self._routers):
             raise InputError("a forward pass was recorded in part: it must have input_ids and run every MoE layer")
         rows, length = tokens.shape[:2]
         if self._cached == 0 or rows != len(self._rows_B):
             self._rows_B = self._next_sequence + np.arange(rows)
             self._next_sequence += rows
-        keep = _kept(kwargs.get("attention_mask"), length)
+        keep = _kept(given.get("attention_mask"), length)
         layers = range(len(self._routers))
         ids = torch.stack([self._outputs[i][0].to(self._id_dtype) for i in layers], dim=1)
         weights = torch.stack([self._outputs[i][1] for i in layers], dim=1)
@@ -266,6 +265,11 @@ class Recorder:
         return self._writer
 
 
+def _named(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a pass by name, those given by position too."""
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+
+
 def _kept(mask: Any, length: int) -> torch.Tensor | None:
     """(T,) bool, False for padding, where the mask is; None where there is no mask."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
@@ -279,148 +283,3 @@ def sort_by_weight(ids_TLK: np.ndarray, weights_TLK: np.ndarray) -> tuple[np.nda
         return ids_TLK, weights_TLK
     order = np.argsort(-weights_TLK, axis=2, kind="stable")
     return np.take_along_axis(ids_TLK, order, axis=2), np.take_along_axis(weights_TLK, order, axis=2)
-
-
-def load_model(folder: str | Path, *, device: str = "cpu") -> tuple[torch.nn.Module, Tokenize]:
-    """A checkpoint's model, in evaluation mode on `device`, and its tokenizer as a function.
-
-    Only local safetensors are read, no code of the checkpoint runs, and no parameter is left at random.
-
-    Raises:
-        InputError: there is no such folder, the model is dense, or there is no such device.
-        FormatError: files are missing, truncated, or of another model.
-    """
-    path = check_checkpoint(folder)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    local = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, **local)
-        with torch.device("meta"):
-            skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a foreign configuration can fail anywhere in transformers
-        raise FormatError(
-            f"{path / 'config.json'} does not describe a causal language model: {_line(error)}"
-        ) from error
-    if not find_routers(skeleton):
-        raise InputError(f"{path} is a dense model ({type(skeleton).__name__}): it has no MoE router to record")
-    try:
-        target = torch.device(device)
-        torch.empty(1, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {device!r} is not available: {_line(error)}") from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
-    except Exception as error:
-        raise FormatError(f"{path} has no readable tokenizer: {_line(error)}") from error
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, dtype="auto", output_loading_info=True, **local
-        )
-    except Exception as error:
-        raise FormatError(f"the weights of {path} do not fit its config.json: {_line(error)}") from error
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
-        raise FormatError(
-            f"the weights of {path} do not fit its config.json: {len(missing)} missing, first {missing[0]}"
-        )
-
-    def tokenize(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    return model.eval().to(target), tokenize
-
-
-def profile_checkpoint(
-    folder: str | Path,
-    texts: Sequence[str | Path],
-    out: str | Path,
-    *,
-    sequence_length: int = 128,
-    batch_size: int = 16,
-    max_tokens: int | None = None,
-    device: str = "cpu",
-    gate_accuracy: str | Path | None = None,
-    progress: bool = False,
-) -> int:
-    """Run a checkpoint over text files and record its routing; every file is one workload tag.
-
-    Args:
-        folder: checkpoint folder.
-        texts: text files.
-        out: trace file to write.
-        sequence_length: tokens per sequence; consecutive pieces of a file.
-        batch_size: sequences per forward pass.
-        max_tokens: tokens taken of each file at most.
-        device: torch device.
-        gate_accuracy: JSON file for the cross-layer gate accuracy, or None not to measure it.
-        progress: show a progress bar on standard error.
-
-    Returns:
-        Tokens recorded.
-
-    Raises:
-        InputError: an argument breaks a rule, or a text is missing or empty.
-        FormatError: the checkpoint is damaged or foreign.
-    """
-    for name, value, least in (("sequence length", sequence_length, 2), ("batch size", batch_size, 1)):
-        if value < least:
-            raise InputError(f"{name} ({value}) must be at least {least}")
-    if max_tokens is not None and max_tokens < 2:
-        raise InputError(f"max tokens ({max_tokens}) must be at least 2")
-    for text in texts:
-        if require_file(text).stat().st_size == 0:
-            raise InputError(f"text file {text} is empty: there is nothing to profile on")
-    model, tokenize = load_model(folder, device=device)
-    _check_length(model, folder, sequence_length)
-    names = [Path(text).stem for text in texts]
-    names = names if len(set(names)) == len(names) else [str(text) for text in texts]
-    measure = gate_accuracy is not None
-    from tqdm import tqdm
-
-    total = sum(estimate_tokens(text, tokenize, max_tokens) for text in texts)
-    with (
-        torch.inference_mode(),
-        Recorder(model, out, workload_names=names, name=Path(folder).resolve().name, gate_accuracy=measure) as recorder,
-        tqdm(total=total, unit="token", desc="profile", disable=not progress) as bar,
-    ):
-        for recorder.workload, text in enumerate(texts):
-            sequences = token_sequences(text, tokenize, length=sequence_length, max_tokens=max_tokens)
-            for batch in _batches(sequences, batch_size):
-                _check_vocabulary(model, folder, batch)
-                model(input_ids=torch.from_numpy(batch).to(device), use_cache=False, logits_to_keep=1)
-                bar.update(batch.size)
-    if gate_accuracy is not None and recorder.gate_accuracy is not None:
-        recorder.gate_accuracy.save(gate_accuracy, Path(folder).resolve().name)
-    return recorder.num_tokens
-
-
-def _batches(sequences: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Arrays (rows, length) of sequences of one length; the last sequence of a file may be shorter and goes alone."""
-    while batch := list(islice(sequences, size)):
-        if len(batch[-1]) != len(batch[0]):
-            if len(batch) > 1:
-                yield np.stack(batch[:-1])
-            yield batch[-1][None]
-        else:
-            yield np.stack(batch)
-
-
-def _check_length(model: Any, folder: str | Path, length: int) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
-        raise InputError(f"sequence length ({length}) must not exceed the {limit} positions of {folder}")
-
-
-def _check_vocabulary(model: Any, folder: str | Path, batch: np.ndarray) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    if batch.max() >= rows:
-        raise FormatError(f"the tokenizer of {folder} gives id {batch.max()}, the model has {rows} embeddings")
-
-
-def _line(error: Exception) -> str:
-    """First line of an error of a library, short."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text[:200]

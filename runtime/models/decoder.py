@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from moeplace.profiling.errors import FormatError, InputError
+from moeplace.profiling.recording.cache_names import cache_keyword
 from moeplace.runtime.models.blocks import ModelBlock
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.families import disk_to_module
@@ -68,6 +69,7 @@ class Decoder:
         self._model.model.rotary_emb = _rebuild_rotary(self._model.model.rotary_emb, self.config, self.device)
         self._eager = self.config._attn_implementation == "eager"
         self._windows = [_window(self.config, layer) for layer in range(self.num_layers)]
+        self._cache_keywords = [cache_keyword(layer.self_attn.forward) for layer in self._layers]
         self.blocks = [ModelBlock(self._layers[int(layer)]) for layer in checkpoint.layer_ids]
         self._account_for_parameters(checkpoint)
 
@@ -128,7 +130,7 @@ class Decoder:
             hidden_states=view.fold(module.input_layernorm(x)),
             position_embeddings=view.position_embeddings,
             attention_mask=view.mask(self._windows[layer], additive=self.dtype if self._eager else None),
-            past_key_values=view,
+            **{self._cache_keywords[layer]: view},
         )
         return x + view.unfold(out)
 

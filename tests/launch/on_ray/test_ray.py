@@ -27,6 +27,8 @@ from tests.shared_data import tiny_moe_path
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
 
+ROOT = Path(__file__).resolve().parents[3]
+FLOORS = ("profiling", "placement", "runtime", "launch")
 WAIT = 60.0
 QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
@@ -173,7 +175,8 @@ def test_the_package_that_is_shipped() -> None:
     with packaged() as environment:
         code, info = map(Path, environment["py_modules"])
         assert (code / "launch" / "data" / "tiny-moe" / "config.json").is_file()
-        assert (code / "profiling" / "traces" / "trace.py").is_file()
+        modules = {path.relative_to(ROOT) for floor in FLOORS for path in (ROOT / floor).rglob("*.py")}
+        assert {path.relative_to(code) for path in code.rglob("*.py")} == modules
         assert not list(code.rglob("__pycache__"))
         assert "Name: moeplace" in (info / "METADATA").read_text()
     assert not code.exists()

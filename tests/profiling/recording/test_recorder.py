@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moeplace.profiling.errors import FormatError, InputError
-from moeplace.profiling.recording.recorder import Recorder, load_model, profile_checkpoint
+from moeplace.profiling.recording.checkpoint_profile import load_model, profile_checkpoint
+from moeplace.profiling.recording.recorder import Recorder
 from moeplace.profiling.traces.file import load_trace
 from tests.profiling.models import CONFIGS, tiny_model
 from tests.shared_data import text_paths, tiny_moe_path
@@ -71,20 +72,26 @@ def test_expert_bytes_are_those_of_the_parameters(tmp_path: Path) -> None:
     assert (trace.expert_bytes == 3 * 32 * 16 * 4).all()
 
 
-def test_generation_continues_sequences_and_marks_decode(tmp_path: Path) -> None:
-    """With a KV cache, generated tokens get the next position of their own row and `is_decode`."""
-    model = tiny_model("olmoe")
-    prompt = torch.tensor([[5, 6, 7], [8, 9, 10]])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_generation_continues_sequences_and_marks_decode(family: str, dated_seed: int, tmp_path: Path) -> None:
+    """With a KV cache, generated tokens get the next position of their own row and `is_decode`, in every family."""
+    model = tiny_model(family)
+    rng = np.random.default_rng(dated_seed)
+    rows, length, added = (int(n) for n in rng.integers((1, 2, 2), (5, 8, 6)))
+    prompt = torch.from_numpy(rng.integers(1, 97, (rows, length)))
     with Recorder(model, tmp_path / "t"):
-        model.generate(prompt, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        model.generate(prompt, max_new_tokens=added, do_sample=False, eos_token_id=None)
         model(input_ids=prompt)
     trace = load_trace(tmp_path / "t")
     assert trace.sequence_ids is not None
     assert trace.positions is not None
     assert trace.is_decode is not None
-    assert trace.sequence_ids.tolist() == [0, 0, 0, 1, 1, 1, 0, 1, 0, 1, 2, 2, 2, 3, 3, 3]
-    assert trace.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 3, 4, 4, 0, 1, 2, 0, 1, 2]
-    assert trace.is_decode.tolist() == [False] * 6 + [True] * 4 + [False] * 6
+    steps = added - 1  # the last new token is never fed
+    first = np.repeat(range(rows), length)
+    assert trace.sequence_ids.tolist() == [*first, *np.tile(range(rows), steps), *(first + rows)]
+    at_start = np.tile(range(length), rows)
+    assert trace.positions.tolist() == [*at_start, *np.repeat(range(length, length + steps), rows), *at_start]
+    assert trace.is_decode.tolist() == [False] * rows * length + [True] * rows * steps + [False] * rows * length
 
 
 def test_padding_is_left_out(tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""Settings of the whole suite: hypothesis, threads, and the seed that changes with the date.
+
+A randomised test takes fixed seeds that never change, and beside them `dated_seed`: other instances every day, the same
+ones all day. `pytest --seed N` (or MOEPLACE_SEED=N) repeats a day's run; a failing test shows its N.
+"""
+
+import datetime
+import os
+import zlib
+
+import pytest
+from hypothesis import settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads spin against each other on a busy machine
+settings.register_profile("moeplace", deadline=None)  # the first call of a kernel compiles it
+settings.load_profile("moeplace")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--seed N`."""
+    today = int(datetime.datetime.now(datetime.UTC).strftime("%Y%m%d"))
+    default = int(os.environ.get("MOEPLACE_SEED") or today)
+    parser.addoption("--seed", type=int, default=default, help="seed of randomised tests (default: the date)")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """The seed of the run."""
+    return f"seed of randomised tests: {config.getoption('--seed')} (--seed or MOEPLACE_SEED repeats it)"
+
+
+@pytest.fixture
+def dated_seed(request: pytest.FixtureRequest) -> int:
+    """A seed that differs from test to test and from day to day."""
+    run = int(request.config.getoption("--seed"))
+    print(f"repeat with: --seed {run}")  # pytest shows it if the test fails
+    return zlib.crc32(f"{run} {request.node.nodeid}".encode())
