@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from moeplace.launch.tables import format_table
+from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.migration.relabel import moves
 from moeplace.placement.objective import load_imbalance
 from moeplace.placement.problem import Problem
 from moeplace.placement.solve import solve
+from moeplace.placement.solvers.lpt import solve_lpt
 from moeplace.placement.warm_up import warm_up
 from moeplace.profiling.synthetic import traces as synthetic
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -65,9 +67,6 @@ def on_loads() -> list[Row]:
     load_LE = zipf_loads()
     rows: list[Row] = []
     problem = Problem.from_load(load_LE, cluster)
-    from moeplace.placement.budget import Budget
-    from moeplace.placement.search.packing import solve_lpt
-
     seconds = []
     for _ in range(5):
         started = time.perf_counter()

@@ -14,8 +14,9 @@ from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
 from moeplace.placement.search.layout import load_limits, packed_start, to_slots
+from moeplace.placement.search.nets import layer_nets
 from moeplace.placement.search.packing import rebalance_layer
-from moeplace.placement.search.swaps import descend_within, layer_nets
+from moeplace.placement.search.swaps import descend_within
 from moeplace.profiling.errors import InfeasibleError
 
 

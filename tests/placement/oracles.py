@@ -41,6 +41,15 @@ def traffic_of(problem: Problem, evaluation: Evaluation) -> float:
     return evaluation.copies_per_token + problem.node_weight * evaluation.node_copies_per_token
 
 
+def chain_cost(rank_LS: np.ndarray, transitions_LSS: np.ndarray, cost_RR: np.ndarray) -> float:
+    """Tokens times cost over all boundaries, pair by pair."""
+    total = 0.0
+    for layer, flow_SS in enumerate(transitions_LSS):
+        for i, j in zip(*np.nonzero(flow_SS), strict=True):
+            total += float(flow_SS[i, j] * cost_RR[rank_LS[layer, i], rank_LS[layer + 1, j]])
+    return total
+
+
 def best_traffic(problem: Problem, caps_L: np.ndarray | None = None) -> float:
     """Least traffic over all placements whose layers keep their caps."""
     best = np.inf

@@ -19,11 +19,72 @@ An empty slot is an expert without tokens. The layer's load above the cap is pri
 Shape letters: L MoE layers, E experts, R ranks, S slots per layer.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 from scipy.optimize import linear_sum_assignment
 
 from moeplace.placement.search.annealing import COOLING_STEPS, accepts, overload_change, random_below
+
+OVERLOAD = 1e3
+"""Price of a token above the cap when runs are compared: any feasible run beats any other."""
+
+
+class Chain(NamedTuple):
+    """The objective of the module's docstring.
+
+    Attributes:
+        transitions_LSS: (L-1, S, S) float64 tokens between experts of consecutive layers.
+        cost_RR: (R, R) float64 cost of a token from rank to rank, zero diagonal.
+        load_LS: (L, S) float64 load of each expert, 0 of an empty slot.
+        limit_LR: (L, R) most load of each rank.
+        risk_LSS: (L, S, S) hedge, see `search.hedge`.
+    """
+
+    transitions_LSS: np.ndarray
+    cost_RR: np.ndarray
+    load_LS: np.ndarray
+    limit_LR: np.ndarray
+    risk_LSS: np.ndarray
+
+
+class Cooling(NamedTuple):
+    """Part of an annealing run.
+
+    Attributes:
+        hot, end: temperature of the first and of the last cooling step, in tokens.
+        first, until: the steps of this call, so that the caller can look at the clock in between.
+        proposals: number of swaps that all steps together try.
+    """
+
+    hot: float
+    end: float
+    first: int
+    until: int
+    proposals: int
+
+
+class _Held(NamedTuple):
+    """What ranks hold now: load (L, R), risk of each expert beside their members (L, S, R), their own (L, R)."""
+
+    load_LR: np.ndarray
+    risk_LSR: np.ndarray
+    risk_LR: np.ndarray
+
+
+def chain_value(rank_LS: np.ndarray, chain: Chain) -> float:
+    """What the chain search minimises: traffic and hedge, overload at a prohibitive price."""
+    total, ranks = 0.0, len(chain.cost_RR)
+    for layer, rank_S in enumerate(rank_LS):
+        load_R = np.bincount(rank_S, chain.load_LS[layer], minlength=ranks)
+        total += OVERLOAD * float(np.maximum(load_R - chain.limit_LR[layer], 0.0).sum())
+        on_SR = (rank_S[:, None] == np.arange(ranks)).astype(np.float64)
+        total += float((np.einsum("sr,st,tr->r", on_SR, chain.risk_LSS[layer], on_SR, optimize=True) ** 2).sum())
+        if layer + 1 < len(rank_LS):
+            flow_SS = chain.transitions_LSS[layer]
+            total += float((flow_SS * chain.cost_RR[np.ix_(rank_S, rank_LS[layer + 1])]).sum())
+    return total
 
 
 def descend_chain(
@@ -72,15 +133,6 @@ def assign(cost_SR: np.ndarray, rank_S: np.ndarray) -> np.ndarray:
     return new_S
 
 
-def chain_cost(rank_LS: np.ndarray, transitions_LSS: np.ndarray, cost_RR: np.ndarray) -> float:
-    """The objective: tokens times cost over all boundaries."""
-    total = 0.0
-    for layer, flow_SS in enumerate(transitions_LSS):
-        i, j = np.nonzero(flow_SS)
-        total += float((flow_SS[i, j] * cost_RR[rank_LS[layer, i], rank_LS[layer + 1, j]]).sum())
-    return total
-
-
 def attraction(rank_LS: np.ndarray, transitions_LSS: np.ndarray, cost_RR: np.ndarray) -> np.ndarray:
     """(L, S, R) table A of the module's docstring."""
     layers, slots = rank_LS.shape
@@ -94,43 +146,28 @@ def attraction(rank_LS: np.ndarray, transitions_LSS: np.ndarray, cost_RR: np.nda
 
 
 @njit(cache=True, nogil=True)
-def anneal_chain(  # type: ignore[no-untyped-def]
-    rank_LS, transitions_LSS, cost_RR, table_LSR, load_LS, limit_LR, risk_LSS, hot, end, first, until, proposals, stop,
-    state,
-):  # fmt: skip
+def anneal_chain(rank_LS, chain, table_LSR, cooling, stop, state):  # type: ignore[no-untyped-def]
     """Carry out the cooling steps first..until-1 of COOLING_STEPS in place; `until > COOLING_STEPS` ends with descent.
 
     Args:
         rank_LS: (L, S) int64.
-        transitions_LSS: (L-1, S, S) float64.
-        cost_RR: (R, R) float64, zero diagonal.
+        chain: the objective and its limits.
         table_LSR: (L, S, R) float64 from `attraction`, kept up to date.
-        load_LS: (L, S) load of each expert. limit_LR: (L, R) most load of each rank.
-        risk_LSS: (L, S, S) hedge, see `robust`.
-        hot, end: temperature of the first and of the last cooling step, in tokens.
-        first, until: the steps of this call, so that the caller can look at the clock in between.
-        proposals: number of swaps that all steps together try.
+        cooling: temperatures, steps and proposals of this call.
         stop: (1,) uint8, set from outside when time is up.
         state: (1,) uint64.
     """
     layers, slots = rank_LS.shape
-    num_ranks = len(cost_RR)
-    load_LR = np.zeros((layers, num_ranks))
-    risk_LSR = np.zeros((layers, slots, num_ranks))
-    risk_LR = np.zeros((layers, num_ranks))
-    for layer in range(layers):
-        for e in range(slots):
-            load_LR[layer, rank_LS[layer, e]] += load_LS[layer, e]
-            for f in range(slots):
-                risk_LSR[layer, e, rank_LS[layer, f]] += risk_LSS[layer, e, f]
-        for e in range(slots):
-            risk_LR[layer, rank_LS[layer, e]] += risk_LSR[layer, e, rank_LS[layer, e]]
-    for step in range(first, until):
+    held = _hold(rank_LS, chain)
+    load_LR, risk_LSR, risk_LR = held
+    transitions_LSS, cost_RR, load_LS, limit_LR, risk_LSS = chain
+    for step in range(cooling.first, cooling.until):
         last = step == COOLING_STEPS
         share = step / (COOLING_STEPS - 1.0)
-        temperature = 0.0 if last else hot * (end / hot) ** share
+        temperature = 0.0 if last else cooling.hot * (cooling.end / cooling.hot) ** share
         price = 1e6 if last else 4.0**share
-        count = max(proposals // 4, 40 * layers * slots) if last else proposals * 3 // (4 * COOLING_STEPS)
+        tries = cooling.proposals
+        count = max(tries // 4, 40 * layers * slots) if last else tries * 3 // (4 * COOLING_STEPS)
         for _ in range(count):
             if stop[0]:
                 break
@@ -140,9 +177,7 @@ def anneal_chain(  # type: ignore[no-untyped-def]
             if g == h:
                 continue
             delta = table_LSR[layer, a, h] - table_LSR[layer, a, g] + table_LSR[layer, b, g] - table_LSR[layer, b, h]
-            pair = risk_LSS[layer, a, a] + risk_LSS[layer, b, b] - 2.0 * risk_LSS[layer, a, b]
-            new_g = risk_LR[layer, g] + 2.0 * (risk_LSR[layer, b, g] - risk_LSR[layer, a, g]) + pair
-            new_h = risk_LR[layer, h] + 2.0 * (risk_LSR[layer, a, h] - risk_LSR[layer, b, h]) + pair
+            new_g, new_h = _risks_after(layer, a, b, g, h, risk_LSS, risk_LSR, risk_LR)
             delta += new_g * new_g + new_h * new_h - risk_LR[layer, g] ** 2 - risk_LR[layer, h] ** 2
             amount = load_LS[layer, a] - load_LS[layer, b]
             over = overload_change(load_LR[layer], limit_LR[layer], g, h, amount)
@@ -150,14 +185,39 @@ def anneal_chain(  # type: ignore[no-untyped-def]
                 continue
             if not accepts(delta + price * over, temperature, state):
                 continue
+            risk_LR[layer, g], risk_LR[layer, h] = new_g, new_h
             for e in range(slots):
                 shift = risk_LSS[layer, e, b] - risk_LSS[layer, e, a]
                 risk_LSR[layer, e, g] += shift
                 risk_LSR[layer, e, h] -= shift
-            risk_LR[layer, g], risk_LR[layer, h] = new_g, new_h
             _exchange(layer, a, b, rank_LS, transitions_LSS, cost_RR, table_LSR)
             load_LR[layer, g] -= amount
             load_LR[layer, h] += amount
+
+
+@njit(cache=True, nogil=True)
+def _hold(rank_LS, chain):  # type: ignore[no-untyped-def]
+    layers, slots = rank_LS.shape
+    num_ranks = len(chain.cost_RR)
+    load_LR, risk_LR = np.zeros((layers, num_ranks)), np.zeros((layers, num_ranks))
+    risk_LSR = np.zeros((layers, slots, num_ranks))
+    for layer in range(layers):
+        for e in range(slots):
+            load_LR[layer, rank_LS[layer, e]] += chain.load_LS[layer, e]
+            for f in range(slots):
+                risk_LSR[layer, e, rank_LS[layer, f]] += chain.risk_LSS[layer, e, f]
+        for e in range(slots):
+            risk_LR[layer, rank_LS[layer, e]] += risk_LSR[layer, e, rank_LS[layer, e]]
+    return _Held(load_LR, risk_LSR, risk_LR)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _risks_after(layer, a, b, g, h, risk_LSS, risk_LSR, risk_LR):  # type: ignore[no-untyped-def]
+    """Risk of ranks g and h after the swap."""
+    pair = risk_LSS[layer, a, a] + risk_LSS[layer, b, b] - 2.0 * risk_LSS[layer, a, b]
+    new_g = risk_LR[layer, g] + 2.0 * (risk_LSR[layer, b, g] - risk_LSR[layer, a, g]) + pair
+    new_h = risk_LR[layer, h] + 2.0 * (risk_LSR[layer, a, h] - risk_LSR[layer, b, h]) + pair
+    return new_g, new_h
 
 
 @njit(cache=True, nogil=True)

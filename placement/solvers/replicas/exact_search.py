@@ -13,7 +13,7 @@ from numba import njit
 
 from moeplace.placement.cost.replica_choice import preference_orders
 from moeplace.placement.search.annealing import next_random, random_below
-from moeplace.placement.search.swaps import LayerNets
+from moeplace.placement.search.nets import LayerNets
 from moeplace.placement.solvers.replicas.slot_moves import make_move, take_back
 from moeplace.placement.solvers.replicas.words import popcount
 

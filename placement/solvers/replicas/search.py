@@ -8,8 +8,8 @@ import numpy as np
 from moeplace.placement.cost.replica_choice import preference_orders
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
+from moeplace.placement.search.nets import LayerNets, layer_nets
 from moeplace.placement.search.packing import pack_slots
-from moeplace.placement.search.swaps import LayerNets, layer_nets
 from moeplace.placement.solvers.replicas.bit_search import anneal_bits
 from moeplace.placement.solvers.replicas.exact_search import (
     anneal_replicas,

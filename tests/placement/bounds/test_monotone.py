@@ -13,9 +13,10 @@ from moeplace.placement.cost.replica_choice import preference_orders
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.layout import UNLIMITED, padded_transitions
-from moeplace.placement.search.swaps import anneal_layer, layer_nets
+from moeplace.placement.search.nets import layer_nets
+from moeplace.placement.search.swaps import anneal_layer
 from moeplace.placement.solve import solve
-from moeplace.placement.solvers.chain.search import anneal_chain, attraction
+from moeplace.placement.solvers.chain.search import Chain, Cooling, anneal_chain, attraction
 from moeplace.placement.solvers.replicas.bit_search import anneal_bits
 from moeplace.placement.solvers.replicas.exact_search import anneal_replicas, node_masks
 from moeplace.placement.solvers.replicas.token_bits import token_bits
@@ -130,10 +131,9 @@ def endless(kernel: str, problem: Problem, flag: np.ndarray) -> np.ndarray:
         )  # fmt: skip
     else:
         rank_LS, flow_LSS = np.tile(np.arange(12) % 3, (2, 1)), padded_transitions(problem)
-        anneal_chain(
-            rank_LS, flow_LSS, cluster.cost_RR, attraction(rank_LS, flow_LSS, cluster.cost_RR), np.ones((2, 12)),
-            np.full((2, 3), np.inf), np.zeros((2, 12, 12)), 5.0, 0.1, 0, 121, 10**18, flag, state,
-        )  # fmt: skip
+        chain = Chain(flow_LSS, cluster.cost_RR, np.ones((2, 12)), np.full((2, 3), np.inf), np.zeros((2, 12, 12)))
+        table_LSR = attraction(rank_LS, flow_LSS, cluster.cost_RR)
+        anneal_chain(rank_LS, chain, table_LSR, Cooling(5.0, 0.1, 0, 121, 10**18), flag, state)
         return rank_LS[0]
     return row_S
 

@@ -12,7 +12,7 @@ from moeplace.placement.cost.replica_choice import NUM_ORDERS, preference_orders
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.layout import UNLIMITED
-from moeplace.placement.search.swaps import layer_nets
+from moeplace.placement.search.nets import layer_nets
 from moeplace.placement.solve import solve
 from moeplace.placement.solvers.layer.search import Effort, LayerSearch
 from moeplace.placement.solvers.replicas.bit_search import anneal_bits

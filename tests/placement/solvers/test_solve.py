@@ -12,14 +12,15 @@ from moeplace.placement.placement import MODES, Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.layout import padded_transitions
+from moeplace.placement.search.nets import connectivity, layer_nets
 from moeplace.placement.search.packing import pack, pack_with_replicas, rebalance_layer
-from moeplace.placement.search.swaps import anneal_layer, connectivity, descend_within, layer_nets
+from moeplace.placement.search.swaps import anneal_layer, descend_within
 from moeplace.placement.solve import solve
-from moeplace.placement.solvers.chain.search import anneal_chain, attraction, chain_cost, descend_chain
+from moeplace.placement.solvers.chain.search import Chain, Cooling, anneal_chain, attraction, descend_chain
 from moeplace.profiling.errors import InfeasibleError, InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_problem, skewed_trace
-from tests.placement.oracles import best_traffic, traffic_of
+from tests.placement.oracles import best_traffic, chain_cost, traffic_of
 
 GO_ON = np.zeros(1, np.uint8)
 """A flag that never stops a kernel."""
@@ -71,10 +72,9 @@ def test_chain_keeps_exact_account(seed):
     assert chain_cost(rank_LS, flow, cost_RR) <= before
     table = attraction(rank_LS, flow, cost_RR)
     limits, loads = np.full((4, 3), np.inf), problem.load_LE.copy()
-    anneal_chain(
-        rank_LS, flow, cost_RR, table, loads, limits, np.zeros((4, 6, 6)), 5.0, 0.1, 0, 121, 3000, GO_ON,
-        seed_state(np.random.default_rng(seed)),
-    )  # fmt: skip
+    chain = Chain(flow, cost_RR, loads, limits, np.zeros((4, 6, 6)))
+    state = seed_state(np.random.default_rng(seed))
+    anneal_chain(rank_LS, chain, table, Cooling(5.0, 0.1, 0, 121, 3000), GO_ON, state)
     np.testing.assert_allclose(table, attraction(rank_LS, flow, cost_RR))
     assert (np.sort(rank_LS, axis=1) == np.repeat(np.arange(3), 2)).all()
 

@@ -1,0 +1,96 @@
+"""Restarts of the chain search within a time: coherent mode, one expert per token, one slot per expert.
+
+The work of a run follows from the time it is given; a run that finds itself slower than planned tries fewer swaps per
+temperature, so that it still cools down to the end.
+
+Shape letters: L MoE layers, R ranks, S slots per layer.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from moeplace.placement.budget import Budget
+from moeplace.placement.problem import Problem
+from moeplace.placement.search.annealing import COOLING_STEPS, seed_state
+from moeplace.placement.search.hedge import risk_matrix
+from moeplace.placement.search.layout import load_limits, packed_start, padded_load, padded_transitions, to_slots
+from moeplace.placement.solvers.chain.search import (
+    Chain,
+    Cooling,
+    anneal_chain,
+    attraction,
+    chain_value,
+    descend_chain,
+)
+from moeplace.profiling.parallel import workers
+
+HEDGE = 0.002
+ROUNDS = 2
+"""Restarts of the chain search, one after another on every thread."""
+_CHUNK = COOLING_STEPS // 20
+
+
+def search_chain(problem: Problem, budget: Budget, cap: float | None, seconds: float) -> tuple[np.ndarray, bool]:
+    """(slots (L, S) of the best restart by train cost, whether the clock cut one short)."""
+    starts = [packed_start(problem, layer) for layer in range(problem.num_layers)]
+    chain = _chain_of(problem, starts, cap)
+    start_LS = np.stack(starts)
+    slots, ranks = problem.cluster.num_slots, problem.num_ranks
+    descend_chain(start_LS, chain.transitions_LSS, chain.cost_RR, np.zeros((problem.num_layers, slots, ranks)))
+    hot = 6.0 * problem.load_LE.sum() / (problem.num_layers * slots) / 15
+    proposals = int(1.8 * seconds / ROUNDS / (60e-9 + 1.5e-9 * slots))
+    deadline = min(budget.elapsed + seconds, budget.time_limit)
+
+    def one(run: int, stop: np.ndarray) -> tuple[float, np.ndarray, bool]:
+        rank_LS = start_LS.copy()
+        seconds_left = (deadline - budget.elapsed) / (ROUNDS - run // workers())
+        cut = _one_run(rank_LS, chain, hot, proposals, seconds_left, run, budget, stop)
+        return chain_value(rank_LS, chain), rank_LS, cut
+
+    runs = range(ROUNDS * workers())
+    with budget.alarm(deadline - budget.elapsed) as stop, ThreadPoolExecutor(workers()) as pool:
+        found = list(pool.map(one, runs, [stop] * len(runs)))
+    rank_LS = min(found, key=lambda triple: triple[0])[1]
+    rows = [to_slots(r, int(e)) for r, e in zip(rank_LS, problem.experts_per_layer, strict=True)]
+    return np.stack(rows), any(cut for _, _, cut in found)
+
+
+def _chain_of(problem: Problem, starts: list[np.ndarray], cap: float | None) -> Chain:
+    trace = problem.trace
+    assert trace is not None
+    hedge = HEDGE if cap else 0.0
+    return Chain(
+        transitions_LSS=padded_transitions(problem),
+        cost_RR=np.ascontiguousarray(problem.cluster.cost_RR),
+        load_LS=np.stack([padded_load(problem, layer) for layer in range(problem.num_layers)]),
+        limit_LR=np.stack([load_limits(problem, layer, start_S, cap) for layer, start_S in enumerate(starts)]),
+        risk_LSS=np.stack([
+            risk_matrix(trace, trace.layer(layer), start_S, hedge) for layer, start_S in enumerate(starts)
+        ]),
+    )  # fmt: skip
+
+
+def _one_run(
+    rank_LS: np.ndarray, chain: Chain, hot: float, proposals: int, seconds: float, run: int, budget: Budget,
+    stop: np.ndarray,
+) -> bool:  # fmt: skip
+    """Anneal `rank_LS` in place from hot to cold within `seconds`; returns whether the clock cut the work short."""
+    state = seed_state(budget.rng(run))
+    table_LSR = attraction(rank_LS, chain.transitions_LSS, chain.cost_RR)
+    begun, cut = budget.elapsed, False
+    ends = begun + seconds
+    first, tries = 0, proposals
+    while first <= COOLING_STEPS:
+        cooling = Cooling(hot, max(hot / 100, 0.5), first, min(first + _CHUNK, COOLING_STEPS + 1), tries)
+        anneal_chain(rank_LS, chain, table_LSR, cooling, stop, state)
+        first += _CHUNK
+        # The closing descent tries a quarter of all proposals, as much as seven chunks. Cooler chunks are faster,
+        # so what the last one took is measured anew each time.
+        needed = 0.6 * (budget.elapsed - begun) / tries * proposals * ((COOLING_STEPS - first) / _CHUNK + 7)
+        left = max(ends - budget.elapsed, 0.0)
+        tries = int(proposals * min(1.0, max(left / needed, 0.01))) if needed > 0 else proposals
+        cut |= tries < proposals
+        begun = budget.elapsed
+        budget.report(first / COOLING_STEPS)
+    return cut
