@@ -16,7 +16,7 @@ from pathlib import Path
 from moeplace.launch.benches.elastic import elastic_bench, require_undisturbed
 from moeplace.launch.benches.elastic_load import ElasticJob
 from moeplace.launch.quickstart.run import shipped
-from moeplace.placement.placement import MODES
+from moeplace.placement.modes import MODES
 from moeplace.profiling.errors import MoeplaceError
 
 

@@ -19,7 +19,8 @@ import torch
 import transformers
 
 from moeplace.profiling.recording.cache_names import cache_keyword, cache_of
-from moeplace.runtime.engine.engine import Engine, EngineLimits
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request, RunningSequence
 
 SHAPES = ((1, 128), (8, 128), (32, 64))

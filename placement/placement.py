@@ -7,14 +7,12 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 
+from moeplace.placement.modes import MODES, Mode
 from moeplace.profiling.errors import InputError
-
-Mode = Literal["dispatch-combine", "coherent", "allgather"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 
 EMPTY_SLOT = -1
 

@@ -13,7 +13,8 @@ from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import Evaluation, evaluate
 from moeplace.placement.cost.steps import StepShape, default_shape
-from moeplace.placement.placement import MODES, Mode, Placement
+from moeplace.placement.modes import MODES, Mode
+from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InfeasibleError, InputError
 from moeplace.profiling.traces.kernels import count_load, count_transitions
 from moeplace.profiling.traces.trace import RoutingTrace

@@ -15,7 +15,8 @@ from moeplace.launch.benches.elastic_driver import ElasticDriver
 from moeplace.launch.benches.elastic_load import ElasticJob
 from moeplace.launch.progress import progress
 from moeplace.profiling.errors import MoeplaceError
-from moeplace.runtime.engine.engine import Engine, EngineLimits
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.service.api import ServiceEvent, ServiceOptions
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
 from moeplace.runtime.service.spawner import LocalSpawner

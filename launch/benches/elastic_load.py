@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from moeplace.placement.placement import EMPTY_SLOT, Mode, Placement
+from moeplace.placement.modes import Mode
+from moeplace.placement.placement import EMPTY_SLOT, Placement
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.sampling import GREEDY, SamplingParameters

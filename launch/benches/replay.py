@@ -15,7 +15,8 @@ import torch
 from moeplace.placement.cluster import Cluster, even_slots
 from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import require_same_model
-from moeplace.placement.placement import MODES, Mode, Placement, index_order
+from moeplace.placement.modes import MODES, Mode
+from moeplace.placement.placement import Placement, index_order
 from moeplace.placement.placement_file import load_placement
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.traces.file import load_trace

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from moeplace.placement.modes import MODES
+
 HELP = "change the ranks and the placement of a running service and compare all tokens"
 COLUMNS = ("requests", "lost", "changed", "median_step_seconds", "worst_step_ratio", "worst_step_ratio_quiet",
            "throughput_ratio", "seconds_from_kill_to_token", "bytes_moved", "bytes_lower_bound")  # fmt: skip
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="ranks killed, and replaced by new ones (0)")
     parser.add_argument("--share", type=float, default=0.25, metavar="X", help="of all slots, changed each time (0.25)")
     parser.add_argument("--batch", type=int, default=32, metavar="B", help="sequences in flight (32)")
-    parser.add_argument("--mode", choices=("dispatch-combine", "coherent", "allgather"), default="dispatch-combine")
+    parser.add_argument("--mode", choices=MODES, default="dispatch-combine")
     parser.add_argument(
         "--bytes-per-step", type=int, default=1 << 16, metavar="N", help="that a rank sends between steps (65536)"
     )

@@ -4,6 +4,7 @@ import argparse
 
 from moeplace.launch.options.problem import SPLITS, index_order_like
 from moeplace.launch.tables import format_table
+from moeplace.placement.modes import MODES
 
 HELP = "what a placement costs on a trace, beside index order"
 
@@ -13,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", metavar="T", help="routing trace")
     parser.add_argument("placement", metavar="P", help="placement file")
     parser.add_argument("--split", choices=SPLITS, default="test", help="tokens to judge by (default: %(default)s)")
-    parser.add_argument("--mode", choices=("dispatch-combine", "coherent", "allgather"), help="default: its own")
+    parser.add_argument("--mode", choices=MODES, help="default: its own")
     parser.add_argument("--batch", type=int, default=256, help="tokens of one step (default: %(default)s)")
     parser.add_argument(
         "--kv-dim", type=int, default=576, help="K/V elements per token and layer (default %(default)s)"

@@ -109,18 +109,20 @@ def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:
     from moeplace.placement.cost.calibration import Calibration
     from moeplace.placement.placement_file import load_placement
     from moeplace.profiling.traces.file import load_trace
+    from moeplace.runtime.engine.modes import RecordedRouting
 
+    calibration = Calibration.load(args.calibration) if args.calibration else None
     return {
         "placement": load_placement(args.placement) if args.placement else None,
-        "routing": load_trace(args.trace) if args.trace else None,
-        "calibration": Calibration.load(args.calibration) if args.calibration else None,
+        "recorded": RecordedRouting(load_trace(args.trace), calibration) if args.trace else None,
     }
 
 
 def _make_engine(args: argparse.Namespace, group: "RankGroup", inputs: dict[str, Any]) -> "Engine":
     import torch
 
-    from moeplace.runtime.engine.engine import Engine, EngineLimits
+    from moeplace.runtime.engine.engine import Engine
+    from moeplace.runtime.engine.limits import EngineLimits
 
     limits = EngineLimits(max_sequences=args.max_sequences, max_length=args.max_length, kv_bytes=args.kv_bytes)
     return Engine(

@@ -14,11 +14,11 @@ from moeplace.launch.options.problem import (
 )
 from moeplace.launch.progress import progress
 from moeplace.launch.tables import format_table
+from moeplace.placement.modes import MODES
 
 HELP = "find a placement for a trace, with a proven bound"
 WORTH_HAVING = 0.02
 """Predicted gain below which a placement is not worth its trouble."""
-_MODES = ("dispatch-combine", "coherent", "allgather")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.split_by != "sequence":
         _report_tags(args, trace)
     sides = split_sides(trace, args.fit, mix_text=args.mix, seed=args.seed)
-    modes = _MODES if args.mode == "auto" else (args.mode,)
+    modes = MODES if args.mode == "auto" else (args.mode,)
     results = []
     for mode in modes:
         with progress(f"solving for {mode}") as report:

@@ -4,6 +4,8 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+from moeplace.placement.modes import MODES
+
 SPLITS = ("all", "train", "test")
 
 
@@ -21,7 +23,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
 def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     """Mode, objective, constraints and budget."""
     parser.add_argument(
-        "--mode", choices=("dispatch-combine", "coherent", "allgather", "auto"), default="dispatch-combine",
+        "--mode", choices=(*MODES, "auto"), default="dispatch-combine",
         help="execution mode to solve for; auto solves all and says which to run (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--objective", choices=("seconds", "traffic"), default="seconds", help="default: %(default)s")

@@ -46,12 +46,12 @@ def _timed_exchange(group: RankGroup, *, rows: int, width: int) -> float:
 
 
 def _timed_experts(engine: Engine, *, tokens: int, activated: int) -> float:
-    store, decoder = engine.executor.runtime.experts, engine.executor.decoder
+    computation, decoder = engine.executor.runtime.computation, engine.executor.decoder
     x = torch.randn(tokens, decoder.hidden_size, dtype=decoder.dtype, device=decoder.device)
     slots = (torch.arange(tokens, device=decoder.device) % activated)[:, None]
     weights = torch.ones(tokens, 1, dtype=decoder.dtype, device=decoder.device)
     with torch.inference_mode():
-        return _median_seconds(lambda: store.compute(0, x, slots, weights))
+        return _median_seconds(lambda: computation.compute(0, x, slots, weights))
 
 
 def _median_seconds(action: Callable[[], object]) -> float:

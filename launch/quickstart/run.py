@@ -29,7 +29,8 @@ from moeplace.launch.quickstart.results import Results
 from moeplace.launch.reports.comparison import AS_FAST, text_table, verdict
 from moeplace.launch.reports.report import Report, write_report
 from moeplace.placement.cluster import Cluster, even_slots
-from moeplace.placement.placement import Mode, Placement, index_order
+from moeplace.placement.modes import Mode
+from moeplace.placement.placement import Placement, index_order
 from moeplace.placement.placement_file import load_placement, save_placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import SolveResult

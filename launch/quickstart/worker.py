@@ -23,7 +23,8 @@ from moeplace.placement.placement_file import load_placement
 from moeplace.profiling.errors import MoeplaceError
 from moeplace.profiling.files import write_json
 from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.engine.engine import Engine, EngineLimits
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.kv.cache import kv_bytes_per_position
 

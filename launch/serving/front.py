@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.replanning import replan_window
+from moeplace.placement.modes import MODES
 
 if TYPE_CHECKING:
     from moeplace.runtime.service.api import Service, ServiceOptions, Spawner
     from moeplace.runtime.service.coordinator.coordinator import Coordinator
 
-MODES = ("auto", "dispatch-combine", "coherent", "allgather")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
     """What the ranks serve, and how."""
     parser.add_argument("--placement", metavar="P", help="placement file (default: experts in index order)")
-    parser.add_argument("--mode", choices=MODES, default="auto", help="execution mode (default: auto)")
+    parser.add_argument("--mode", choices=("auto", *MODES), default="auto", help="execution mode (default: auto)")
     parser.add_argument(
         "--trace", metavar="T", help="recorded routing, from which auto predicts every mode, and --replan the promise"
     )
@@ -176,7 +176,7 @@ def start_coordinator(args: argparse.Namespace, spawner: "Spawner", *, host: str
 
 
 def _service_options(args: argparse.Namespace) -> "ServiceOptions":
-    from moeplace.runtime.engine.engine import EngineLimits
+    from moeplace.runtime.engine.limits import EngineLimits
     from moeplace.runtime.service.api import ServiceOptions
 
     return ServiceOptions(

@@ -13,7 +13,8 @@ from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.replay import Replay, replay
 from moeplace.placement.cost.seconds import predict_step
 from moeplace.placement.cost.steps import StepShape, default_shape
-from moeplace.placement.placement import Mode, Placement
+from moeplace.placement.modes import Mode
+from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 

@@ -20,7 +20,8 @@ from moeplace.placement.cost.gateways import through_gateways
 from moeplace.placement.cost.layer_counts import LayerCounts, Routed, Sites, Work, count_layer
 from moeplace.placement.cost.replica_choice import choose_ranks
 from moeplace.placement.cost.steps import cut_lanes
-from moeplace.placement.placement import Mode, Placement
+from moeplace.placement.modes import Mode
+from moeplace.placement.placement import Placement
 from moeplace.profiling.traces.trace import RoutingTrace
 
 

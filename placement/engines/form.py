@@ -9,7 +9,8 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from moeplace.placement.placement import EMPTY_SLOT, Mode, Placement
+from moeplace.placement.modes import Mode
+from moeplace.placement.placement import EMPTY_SLOT, Placement
 from moeplace.profiling.errors import FormatError, InputError
 
 

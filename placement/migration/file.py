@@ -9,7 +9,7 @@ import numpy as np
 from moeplace.placement.migration.copies import CHECKPOINT
 from moeplace.placement.migration.layout import Layout
 from moeplace.placement.migration.plan import MigrationPlan, Transfer
-from moeplace.placement.placement import MODES
+from moeplace.placement.modes import MODES
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import atomic_write, read_json
 

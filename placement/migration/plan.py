@@ -20,7 +20,8 @@ from moeplace.placement.migration.cost import CHECKPOINT_BANDWIDTH, CopyCost
 from moeplace.placement.migration.layout import Layout, default_origin
 from moeplace.placement.migration.relabel import ExpertBytes, bytes_per_expert, least_bytes
 from moeplace.placement.migration.rounds import Scheduled, schedule_rounds
-from moeplace.placement.placement import EMPTY_SLOT, Mode, Placement
+from moeplace.placement.modes import Mode
+from moeplace.placement.placement import EMPTY_SLOT, Placement
 from moeplace.profiling.errors import InputError
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moeplace.placement.placement import Mode
+from moeplace.placement.modes import Mode
 from moeplace.placement.solve import solve
 from moeplace.placement.studies.held_out import Gain, HeldOut, gain, ratio
 from moeplace.placement.studies.verdict import WORTH_HAVING, Terms

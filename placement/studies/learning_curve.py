@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplace.placement.placement import Mode
+from moeplace.placement.modes import Mode
 from moeplace.placement.solve import solve
 from moeplace.placement.studies.held_out import Gain, HeldOut, gain
 from moeplace.placement.studies.verdict import Terms

@@ -13,7 +13,8 @@ from moeplace.placement.cluster import Cluster, even_slots
 from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.migration.plan import plan_migration
-from moeplace.placement.placement import MODES, Mode, Placement, index_order, with_slots
+from moeplace.placement.modes import MODES, Mode
+from moeplace.placement.placement import Placement, index_order, with_slots
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Status
 from moeplace.placement.solve import solve

@@ -6,10 +6,12 @@ under a new prefix, and several can be alive at once.
 Shape letters: R ranks.
 """
 
+import atexit
 import hashlib
 import logging
 import os
-import re
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,12 +22,15 @@ import torch
 import torch.distributed as dist
 
 from moeplace.profiling.errors import InputError
+from moeplace.runtime.comm.agreement import Agreement
+from moeplace.runtime.comm.backend import first_sentence, make_process_group, tells_of_lost_peer
 from moeplace.runtime.counters import OUTSIDE, TIERS, Counters
-from moeplace.runtime.errors import DisagreementError, PeerLostError
+from moeplace.runtime.errors import PeerLostError
 
 logger = logging.getLogger(__name__)
 
-_GAVE_UP = "gave up: "
+_OPEN: "weakref.WeakSet[RankGroup]" = weakref.WeakSet()
+"""Groups of this process that nobody has closed."""
 
 
 class PendingExchange:
@@ -89,17 +94,18 @@ class RankGroup:
             raise InputError(f"there are {size} ranks, but node_of_rank lists {len(self.node_of_rank)}")
         self.observer: Callable[[str], None] = _ignore
         self._store = store
+        self._agreement = Agreement(store, rank=rank, size=size, guard=self._guard)
+        self._derived: Counter[str] = Counter()
         self._layer, self._mode = OUTSIDE, ""
-        self._agreements = 0
         self._node_group: RankGroup | None = None
         self._background: RankGroup | None = None
-        self._ranks = list(range(size))
         on_node = self.node_of_rank == self.node_of_rank[rank]
         tier = np.where(on_node, 1, 2)
         tier[rank] = 0
         self._tier_of_peer: list[str] = [TIERS[t] for t in tier]
         with self._guard("connecting"):
-            self._group = _make_process_group(store, rank, size, timeout, self.device)
+            self._group = make_process_group(store, rank, size, timeout, self.device)
+        _OPEN.add(self)
         gloo = self.device.type == "cpu"
         self.short_messages = gloo if short_messages is None else short_messages and gloo
 
@@ -131,16 +137,7 @@ class RankGroup:
         if np.array_equal(node_of_rank, self.node_of_rank):
             return self
         digest = hashlib.sha256(np.asarray(node_of_rank, dtype=np.int64).tobytes()).hexdigest()[:12]
-        return RankGroup(
-            dist.PrefixStore(f"nodes-{digest}", self._store),
-            rank=self.rank,
-            size=self.size,
-            timeout=self.timeout,
-            node_of_rank=node_of_rank,
-            device=self.device,
-            counters=self.counters,
-            short_messages=self.short_messages,
-        )
+        return self._derive(f"nodes-{digest}", list(range(self.size)), node_of_rank)
 
     @property
     def num_nodes(self) -> int:
@@ -155,32 +152,33 @@ class RankGroup:
         """The group of this rank's node, made on first use (every rank of the node must then ask for it)."""
         if self._node_group is None:
             mates = self.node_ranks
-            self._node_group = RankGroup(
-                dist.PrefixStore(f"node{self.node_of_rank[self.rank]}", self._store),
-                rank=mates.index(self.rank),
-                size=len(mates),
-                timeout=self.timeout,
-                device=self.device,
-                counters=self.counters,
-                short_messages=self.short_messages,
-            )
+            prefix = f"node{self.node_of_rank[self.rank]}"
+            self._node_group = self._derive(prefix, mates, np.zeros(len(mates), np.int64))
         return self._node_group
 
     def background(self) -> "RankGroup":
         """A second group of the same ranks, made on first use: its collectives may be under way beside this one's."""
         if self._background is None:
-            self._background = RankGroup(
-                dist.PrefixStore("background", self._store),
-                rank=self.rank,
-                size=self.size,
-                timeout=self.timeout,
-                node_of_rank=self.node_of_rank,
-                device=self.device,
-                counters=self.counters,
-                short_messages=self.short_messages,
-            )
+            self._background = self._derive("background", list(range(self.size)), self.node_of_rank)
             self._background.observer = self.observer
         return self._background
+
+    def _derive(self, prefix: str, ranks: list[int], node_of_rank: np.ndarray) -> "RankGroup":
+        """A group of some of the ranks on the same store; all of them must ask for it, in the same order.
+
+        The k-th group of a prefix has a prefix of its own: what the first one wrote there is of no use to the second.
+        """
+        self._derived[prefix] += 1
+        return RankGroup(
+            dist.PrefixStore(f"{prefix}/{self._derived[prefix]}", self._store),
+            rank=ranks.index(self.rank),
+            size=len(ranks),
+            timeout=self.timeout,
+            node_of_rank=node_of_rank,
+            device=self.device,
+            counters=self.counters,
+            short_messages=self.short_messages,
+        )
 
     @contextmanager
     def layer(self, layer: int, *, mode: str) -> Iterator[None]:
@@ -198,8 +196,9 @@ class RankGroup:
     def close(self) -> None:
         """Leave: the threads of the group, and of those made from it, end. No collective may be on its way.
 
-        A process that ends while its groups are alive may be aborted by their threads.
+        What nobody closes is closed when Python ends: threads that outlive it would abort the process.
         """
+        _OPEN.discard(self)
         for group in (self._node_group, self._background):
             if group is not None:
                 group.close()
@@ -213,38 +212,11 @@ class RankGroup:
             DisagreementError: some rank has another value, or gave up; every rank raises it.
             PeerLostError: a rank did not report in time.
         """
-        if self.size == 1:
-            return
-        mine = "\n".join(f"{name}={value}" for name, value in items.items())
-        self._agreements += 1  # a key of its own per agreement: stores keep what was written
-        self._store.set(f"agree/{self._agreements}/{self.rank}", mine)
-        for peer in self._ranks:
-            key = f"agree/{self._agreements}/{peer}"
-            with self._guard(f"waiting for rank {peer}"):
-                self._store.wait([key], timedelta(seconds=self.timeout))
-                theirs = self._store.get(key).decode()
-            if theirs.startswith(_GAVE_UP):
-                raise DisagreementError(f"rank {peer} {theirs}")
-            if theirs != mine:
-                self._raise_difference(peer, mine, theirs)
-        # Who agrees for the k-th time has read all of the time before.
-        self._store.delete_key(f"agree/{self._agreements - 1}/{self.rank}")
-
-    def _raise_difference(self, peer: int, mine: str, theirs: str) -> None:
-        for ours, other in zip(mine.split("\n"), theirs.split("\n"), strict=False):
-            if ours != other:
-                name, value = ours.split("=", 1)
-                other_value = other.split("=", 1)[-1]
-                raise DisagreementError(
-                    f"ranks {min(self.rank, peer)} and {max(self.rank, peer)} disagree about the {name}: "
-                    f"{value} on rank {self.rank}, {other_value} on rank {peer}; all ranks must be given the same"
-                )
-        raise DisagreementError(f"ranks {self.rank} and {peer} compare different things")
+        self._agreement.reach(items, timeout=self.timeout)
 
     def give_up(self, reason: str) -> None:
         """Tell ranks that wait in `agree` that this one will not come."""
-        if self.size > 1:
-            self._store.set(f"agree/{self._agreements + 1}/{self.rank}", _GAVE_UP + " ".join(reason.split()))
+        self._agreement.give_up(reason)
 
     def all_to_all(
         self,
@@ -356,34 +328,22 @@ class RankGroup:
     def _guard(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, dist.DistError) as error:
-            if "invalid tensor" in str(error) or "splits" in str(error):
-                raise  # a defect of ours, not a lost peer
+        except RuntimeError as error:
+            if not tells_of_lost_peer(error):
+                raise
             place = f"MoE layer {self._layer}" if self._layer != OUTSIDE else "no MoE layer"
             logger.debug("rank %d: %s failed", self.rank, doing, exc_info=True)
             raise PeerLostError(
                 f"rank {self.rank} of {self.size} lost a peer during {doing} ({place}): "
-                f"{_first_sentence(str(error))} (timeout {self.timeout:g} s)"
+                f"{first_sentence(str(error))} (timeout {self.timeout:g} s)"
             ) from error
+
+
+@atexit.register
+def _close_all() -> None:
+    for group in list(_OPEN):
+        group.close()
 
 
 def _ignore(kind: str) -> None:
     """What observes collectives by default."""
-
-
-def _first_sentence(text: str) -> str:
-    """gloo's message without the source file in front and the advice behind."""
-    text = re.sub(r"^\[[^\]]*\]\s*", "", " ".join(text.split()))
-    return text.split(". ")[0][:160]
-
-
-def _make_process_group(
-    store: dist.Store, rank: int, size: int, timeout: float, device: torch.device
-) -> "dist.ProcessGroup":
-    limit = timedelta(seconds=timeout)
-    if device.type == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = limit
-        torch.cuda.set_device(device)
-        return dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
-    return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, limit)

@@ -9,70 +9,31 @@ there are any, else one token for every running sequence; after a prefill, a tok
 """
 
 import json
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from moeplace.placement.cluster import even_slots
-from moeplace.placement.cost.calibration import Calibration
-from moeplace.placement.cost.evaluation import require_same_model
-from moeplace.placement.cost.steps import StepShape
-from moeplace.placement.placement import Mode, Placement, index_order
-from moeplace.profiling.errors import InputError, MoeplaceError
-from moeplace.profiling.traces.trace import RoutingTrace
+from moeplace.placement.modes import Mode
+from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.engine.executor import Executor, by_home, load_experts
+from moeplace.runtime.engine.construction import EngineChoices, EngineParts, prepare_engine
+from moeplace.runtime.engine.executor import Executor, by_home
+from moeplace.runtime.engine.limits import DEFAULT_LIMITS, EngineLimits
 from moeplace.runtime.engine.load_window import LoadWindow
-from moeplace.runtime.engine.modes import ModeRule, Phase, TracePredictor, choose_mode_rule
-from moeplace.runtime.engine.requests import Completion, Request, RunningSequence, Scheduler
+from moeplace.runtime.engine.loading import load_experts
+from moeplace.runtime.engine.modes import ModeChooser, ModeRule, Phase, RecordedRouting
+from moeplace.runtime.engine.requests import Completion, Request, RunningSequence
 from moeplace.runtime.engine.sampling import sample
-from moeplace.runtime.exchange.coherent import CapacityRule
+from moeplace.runtime.engine.scheduler import Scheduler
+from moeplace.runtime.engine.scoring import Scorer
 from moeplace.runtime.exchange.dispatcher import TokenRows
-from moeplace.runtime.kv.cache import KvCache, kv_bytes_per_position
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.decoder import Decoder
 
-logger = logging.getLogger(__name__)
-
 LOCAL_TIMEOUT = 60.0
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """How much an engine holds at once.
-
-    Attributes:
-        max_sequences: sequences in flight over all ranks.
-        max_length: positions of a sequence, prompt and completion together; None = the model's, at most 2048.
-        kv_bytes: K/V memory of a rank; lowers `max_sequences` where it does not suffice. None = no limit.
-        max_prefill_tokens: prompt tokens of one pass (a longer prompt has a pass of its own).
-        staging_rows: experts, of whatever layers, that a rank holds beyond its slots while they arrive.
-        recent_ids: tokens of all ranks whose routed ids are kept, beside the loads (`window.recent`).
-        rank_sequences: sequences in flight per rank, where the number of ranks may change; None = a share of
-            `max_sequences` (all of them where K/V are on every rank).
-    """
-
-    max_sequences: int = 64
-    max_length: int | None = None
-    kv_bytes: int | None = None
-    max_prefill_tokens: int = 8192
-    staging_rows: int = 0
-    recent_ids: int = 0
-    rank_sequences: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_sequences", "max_prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} ({getattr(self, name)}) must be at least 1")
-
-
-DEFAULT_LIMITS = EngineLimits()
 
 
 class Stepped(NamedTuple):
@@ -107,30 +68,24 @@ class Engine:
         checkpoint: str | Path | Checkpoint,
         placement: Placement | None = None,
         *,
-        mode: str = "auto",
+        mode: str | ModeRule = "auto",
         group: RankGroup | None = None,
         dtype: torch.dtype | None = None,
         limits: EngineLimits = DEFAULT_LIMITS,
         node_aware: bool | None = None,
-        capacity: CapacityRule | None = None,
-        routing: RoutingTrace | None = None,
-        calibration: Calibration | None = None,
-        modes: ModeRule | None = None,
+        recorded: RecordedRouting | None = None,
         decoder: Decoder | None = None,
     ) -> None:
         """Open the checkpoint, agree with the other ranks, and read this rank's share.
 
         Args:
             placement: None = experts in index order.
-            mode: auto, dispatch-combine, coherent or allgather.
+            mode: auto, dispatch-combine, coherent, allgather, or a rule of one's own that chooses alike on every rank.
             group: None = this process alone.
             dtype: None = the checkpoint's.
             node_aware: dispatch-combine sends one copy per node, forwarded inside it, as `evaluate` prices it; None =
                 where tokens have several experts (and there are several nodes).
-            capacity: room in messages of the coherent mode; None = the whole batch.
-            routing: recorded routing, from which `auto` predicts every mode; None = `auto` follows the placement.
-            calibration: measured links and expert time for those predictions.
-            modes: a rule of one's own instead of `mode`; it must choose alike on every rank.
+            recorded: routing from which `auto` predicts every mode; None = `auto` follows the placement.
             decoder: that of the checkpoint, read already; its number type counts, not `dtype`.
 
         Raises:
@@ -140,44 +95,43 @@ class Engine:
         """
         if group is None:
             group = RankGroup(dist.HashStore(), rank=0, size=1, timeout=LOCAL_TIMEOUT)
+        choices = EngineChoices(mode, dtype, limits, node_aware, recorded)
         try:
-            self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-            placement = _checked_placement(self.checkpoint, placement, group.size)
-            if decoder is None:
-                decoder = Decoder(self.checkpoint, dtype=dtype, device=group.device)
-            predictor = _make_predictor(routing, placement, calibration, decoder) if mode == "auto" else None
-            if node_aware is None:
-                node_aware = int(self.checkpoint.config.get("num_experts_per_tok") or 1) > 1
-            self._modes = choose_mode_rule(mode, placement, predictor) if modes is None else modes
-            rows, positions = _cache_size(limits, decoder, group.size, replicated=self._modes.may_be_coherent)
-        except MoeplaceError as error:
-            group.give_up(str(error))
+            parts = prepare_engine(
+                checkpoint, placement, choices, decoder=decoder, size=group.size, device=group.device
+            )
+        except BaseException as error:  # whatever it is, the others must hear of it
+            group.give_up(str(error) or type(error).__name__)
             raise
-        self._agreed = {
-            "checkpoint": self.checkpoint.fingerprint,
-            "mode": f"{mode}{' node-aware' if node_aware else ''}",
-            "recorded routing": "none" if routing is None else f"{routing.num_tokens} tokens",
-            "number type": str(decoder.dtype),
-            "limits": str(limits),
-        }
-        self.agree(group, placement)
-        self.group = group.with_nodes(placement.node_of_rank)
-        experts = load_experts(self.checkpoint, decoder, placement, self.group, staging_rows=limits.staging_rows)
-        self.window = LoadWindow(self.checkpoint.num_layers, placement.num_experts, keep=limits.recent_ids)
-        self.executor = Executor(
+        self.checkpoint, self.limits = parts.checkpoint, limits
+        self._agreed, self._modes = parts.agreed, ModeChooser(parts.modes)
+        self.agree(group, parts.placement)
+        self.group = group.with_nodes(parts.placement.node_of_rank)
+        try:
+            self.executor = self._make_executor(parts)
+        except BaseException:
+            self.group.close()  # the others must not wait in a collective for a rank that never comes
+            group.close()
+            raise
+        self.window = self.executor.window
+        self.scheduler = self._make_scheduler()
+        self.stop_ids = frozenset(self.checkpoint.stop_ids)
+
+    def _make_executor(self, parts: EngineParts) -> Executor:
+        placement, decoder = parts.placement, parts.decoder
+        experts = load_experts(
+            parts.checkpoint, decoder, placement, self.group.rank, staging_rows=self.limits.staging_rows
+        )
+        window = LoadWindow(parts.checkpoint.num_layers, placement.num_experts, keep=self.limits.recent_ids)
+        return Executor(
             decoder,
             experts,
-            KvCache(decoder, rows=rows, positions=positions),
+            parts.make_cache(),
             self.group,
             placement,
-            window=self.window,
-            node_aware=node_aware,
-            capacity=capacity,
+            window=window,
+            node_aware=parts.node_aware,
         )
-        self._max_prefill_tokens = limits.max_prefill_tokens
-        self.scheduler = self._make_scheduler()
-        self.stop_ids = self.checkpoint.stop_ids
-        self._last_choice: dict[Phase, str] = {}
 
     def agree(self, group: RankGroup, placement: Placement) -> None:
         """Compare with the other ranks of a group what must be the same on all.
@@ -192,8 +146,8 @@ class Engine:
             num_ranks=self.group.size,
             rows=self.executor.cache.rows,
             positions=self.executor.cache.positions,
-            replicated=self._modes.may_be_coherent,
-            max_prefill_tokens=self._max_prefill_tokens,
+            replicated=self._modes.rule.may_be_coherent,
+            max_prefill_tokens=self.limits.max_prefill_tokens,
         )
 
     @property
@@ -236,7 +190,7 @@ class Engine:
 
     def check_request(self, request: Request) -> None:
         """Whether a request can be queued; raises as `add_request`."""
-        self._check_tokens(request.request_id, request.token_ids)
+        request.require_tokens(self.executor.decoder.vocabulary)
         self.scheduler.check(request)
 
     def step(self) -> list[Completion]:
@@ -302,35 +256,19 @@ class Engine:
             (length, V) per sequence, on every rank.
         """
         lengths = [len(s) for s in sequences] if prompt_lengths is None else list(prompt_lengths)
-        results: list[torch.Tensor] = []
-        pending = list(zip(sequences, lengths, strict=True))
-        while pending:
-            placed: list[tuple[RunningSequence, int]] = []
-            while pending and (sequence := self._place_forced(pending[0][0], len(results) + len(placed))) is not None:
-                placed.append((sequence, pending.pop(0)[1]))
-            if not placed:
-                raise InputError("no row of the K/V cache is free for scoring; finish running requests first")
-            results += self._score_placed(placed)
-        return results
+        return Scorer(self.executor, self.scheduler, self.group, self._choose).score(sequences, lengths)
+
+    def flush_counts(self) -> None:
+        """Bring counts that wait on a GPU to the counters."""
+        self.executor.runtime.computation.flush_counts()
 
     def counters(self) -> dict[str, Any]:
         """The totals of this rank since the last reset, as data."""
-        self.executor.runtime.experts.flush_counts()
+        self.flush_counts()
         return {**self.group.counters.snapshot(), "placement_version": self.executor.version}
 
-    def total_load(self) -> np.ndarray:
-        """(L, E) routed assignments of all ranks since the window's last reset: a collective."""
-        load = torch.as_tensor(self.window.load, device=self.group.device).clone()
-        if self.group.size > 1:
-            self.group.all_reduce(load, kind="load")
-        return load.cpu().numpy()
-
     def _choose(self, phase: Phase, num_tokens: int) -> Mode:
-        choice = self._modes.choose(phase, num_tokens)
-        if self._last_choice.get(phase) != choice.mode and self.group.rank == 0:
-            logger.info("%s runs in mode %s: %s", phase, choice.mode, choice.reason)
-        self._last_choice[phase] = choice.mode
-        return choice.mode
+        return self._modes.choose(phase, num_tokens, self.group)
 
     @torch.inference_mode()
     def _sample(self, rows: TokenRows, ordered: list[RunningSequence], note: int) -> tuple[list[int], int]:
@@ -357,93 +295,6 @@ class Engine:
                 self.scheduler.release(sequence)
                 finished.append(Completion(sequence.request.request_id, sequence.added, reason))
         return finished
-
-    def _check_tokens(self, name: str, token_ids: Sequence[int]) -> None:
-        vocabulary = self.executor.decoder.vocabulary
-        wrong = next((token for token in token_ids if not 0 <= token < vocabulary), None)
-        if wrong is not None:
-            raise InputError(f"request {name!r} has the token id {wrong}, which must lie in 0..{vocabulary - 1}")
-
-    def _place_forced(self, token_ids: Sequence[int], index: int) -> RunningSequence | None:
-        if len(token_ids) > self.scheduler.positions:
-            raise InputError(
-                f"sequence {index} has {len(token_ids)} tokens, but the K/V cache holds at most "
-                f"{self.scheduler.positions} per sequence"
-            )
-        request = Request(f"score {index}", tuple(token_ids))
-        self._check_tokens(request.request_id, request.token_ids)
-        return self.scheduler.place(request)
-
-    def _score_placed(self, placed: list[tuple[RunningSequence, int]]) -> list[torch.Tensor]:
-        sequences, lengths = [s for s, _ in placed], [length for _, length in placed]
-        mode = self._choose("prefill", sum(lengths))
-        rows = self.executor.prefill(sequences, mode, lengths=lengths)
-        logits = self._gather_logits(rows, sum(lengths))
-        length_of = dict(zip(map(id, sequences), lengths, strict=True))
-        ordered = by_home(sequences)
-        blocks = logits.split([length_of[id(sequence)] for sequence in ordered])
-        parts = {id(sequence): [block] for sequence, block in zip(ordered, blocks, strict=True)}
-        while active := [s for s in ordered if s.cached < len(s.token_ids)]:
-            rows = self.executor.decode(active, self._choose("decode", len(active)))
-            for sequence, row in zip(active, self._gather_logits(rows, len(active)), strict=True):
-                parts[id(sequence)].append(row[None])
-        for sequence in sequences:
-            self.scheduler.release(sequence)
-        return [torch.cat(parts[id(sequence)]) for sequence in sequences]
-
-    @torch.inference_mode()
-    def _gather_logits(self, rows: TokenRows, num_tokens: int) -> torch.Tensor:
-        """(num_tokens, V): every token's logits come from one rank, the others add zero."""
-        decoder = self.executor.decoder
-        logits = torch.zeros(num_tokens, decoder.vocabulary, dtype=decoder.dtype, device=decoder.device)
-        logits[rows.token] = decoder.logits(rows.x)
-        if self.group.size > 1:
-            self.group.all_reduce(logits, kind="logits")
-        return logits
-
-
-def _checked_placement(checkpoint: Checkpoint, placement: Placement | None, size: int) -> Placement:
-    if placement is None:
-        slots = even_slots(int(checkpoint.experts_per_layer.max()), size)
-        return index_order(
-            checkpoint.experts_per_layer,
-            slots,
-            np.zeros(size, dtype=np.int64),
-            layer_ids=checkpoint.layer_ids,
-            num_hidden_layers=checkpoint.num_hidden_layers,
-        )
-    if placement.num_ranks != size:
-        raise InputError(f"the placement is for {placement.num_ranks} ranks, but {size} are running")
-    checkpoint.check_placement(placement)
-    return placement
-
-
-def _make_predictor(
-    routing: RoutingTrace | None, placement: Placement, calibration: Calibration | None, decoder: Decoder
-) -> TracePredictor | None:
-    if routing is None:
-        return None
-    require_same_model(routing, placement)
-    kv_dim = kv_bytes_per_position(decoder) // (decoder.num_layers * decoder.dtype.itemsize)
-    shape = StepShape(hidden_size=decoder.hidden_size, dtype_bytes=decoder.dtype.itemsize, kv_dim=kv_dim)
-    return TracePredictor(routing, placement, calibration, shape)
-
-
-def _cache_size(limits: EngineLimits, decoder: Decoder, ranks: int, *, replicated: bool) -> tuple[int, int]:
-    """Rows per rank and positions per row of the K/V cache."""
-    positions = min(decoder.max_positions, 2048) if limits.max_length is None else limits.max_length
-    if not 1 <= positions <= decoder.max_positions:
-        raise InputError(f"max_length ({positions}) must lie in 1..{decoder.max_positions}, the model's own limit")
-    rows = limits.max_sequences if replicated else limits.rank_sequences or -(-limits.max_sequences // ranks)
-    if limits.kv_bytes is not None:
-        row_bytes = kv_bytes_per_position(decoder) * positions
-        rows = min(rows, limits.kv_bytes // row_bytes)
-        if rows < 1:
-            raise InputError(
-                f"the K/V budget ({limits.kv_bytes} bytes) must hold at least one sequence of {positions} positions, "
-                f"which takes {row_bytes} bytes"
-            )
-    return rows, positions
 
 
 def _last_positions(rows: TokenRows, ordered: list[RunningSequence]) -> TokenRows:

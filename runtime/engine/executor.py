@@ -10,20 +10,20 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from moeplace.placement.placement import Mode, Placement
+from moeplace.placement.modes import Mode
+from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.engine.requests import RunningSequence
-from moeplace.runtime.exchange.allgather import AllGatherDispatcher
-from moeplace.runtime.exchange.coherent import CapacityRule, CoherentDispatcher
-from moeplace.runtime.exchange.dispatch_combine import DispatchCombineDispatcher
-from moeplace.runtime.exchange.dispatcher import LocalDispatcher, MoeRuntime, Step, TokenDispatcher, TokenRows
+from moeplace.runtime.exchange.dispatcher import MoeRuntime, Step, TokenDispatcher, TokenRows
+from moeplace.runtime.exchange.factory import make_dispatcher
 from moeplace.runtime.exchange.kv_ledger import KvLedger
 from moeplace.runtime.exchange.slot_tables import SlotTables
-from moeplace.runtime.experts.store import ExpertStore, ExpertWeights
-from moeplace.runtime.kv.cache import DecodeView, KvCache, PrefillView
-from moeplace.runtime.kv.exchange import share_kv
-from moeplace.runtime.models.checkpoint import Checkpoint
+from moeplace.runtime.experts.computation import ExpertComputation
+from moeplace.runtime.experts.store import ExpertStore
+from moeplace.runtime.kv.cache import KvCache
+from moeplace.runtime.kv.hand_over import KvPlaces, give_kv, hand_over, keep_shared
+from moeplace.runtime.kv.views import DecodeView, PrefillView
 from moeplace.runtime.models.decoder import AttentionView, Decoder
 from moeplace.runtime.models.families import activation_of
 
@@ -38,6 +38,7 @@ class Executor:
         group: the ranks.
         placement: what is where.
         version: how often the placement has changed.
+        window: routing seen by this rank.
     """
 
     def __init__(
@@ -48,13 +49,14 @@ class Executor:
         group: RankGroup,
         placement: Placement,
         *,
-        window: LoadWindow | None,
+        window: LoadWindow,
         node_aware: bool,
-        capacity: CapacityRule | None,
     ) -> None:
         self.decoder, self.cache, self.group = decoder, cache, group
-        self._node_aware, self._capacity, self._window = node_aware, capacity, window
-        self._experts = experts
+        self._node_aware, self.window, self._experts = node_aware, window, experts
+        self._computation = ExpertComputation(
+            experts, counters=group.counters, activation=activation_of(decoder.config)
+        )
         self.version = 0
         self.install(placement, version=0)
 
@@ -67,7 +69,7 @@ class Executor:
         self.placement = placement
         self.version = self.version + 1 if version is None else version
         tables = SlotTables.from_placement(placement, rank=self.group.rank, device=self.group.device)
-        self.runtime = MoeRuntime(tables, self._experts, self.group.counters, self._window)
+        self.runtime = MoeRuntime(tables, self._experts, self._computation, self.group.counters, self.window)
         self._dispatchers: dict[Mode, TokenDispatcher] = {}
 
     def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:
@@ -123,7 +125,9 @@ class Executor:
         self._note_pass(ordered, [1] * len(ordered))
         rows = self._run(mode, rows, make_view, step)
         if step.ledger is not None:
-            self._keep_shared(ordered, step.ledger)
+            rows_B, positions_B = [s.row for s in ordered], [s.cached for s in ordered]
+            places = KvPlaces.of(rows_B, positions_B, self.decoder.device)
+            keep_shared(self.cache, self.group, places, step.ledger)
         for sequence in ordered:
             sequence.cached += 1
             if coherent or self.group.size == 1:
@@ -132,9 +136,9 @@ class Executor:
 
     def _note_pass(self, ordered: Sequence[RunningSequence], lengths: Sequence[int]) -> None:
         """Tell the window whose tokens the pass serves, in their order."""
-        if self._window is not None and self._window.recent is not None:
+        if self.window.recent is not None:
             names = [crc32(sequence.request.request_id.encode()) for sequence in ordered]  # alike on all ranks
-            self._window.recent.begin_pass(np.repeat(np.array(names, np.int64), lengths))
+            self.window.recent.begin_pass(np.repeat(np.array(names, np.int64), lengths))
 
     def _start(self, ids: list[int], first: int) -> TokenRows:
         device = self.decoder.device
@@ -166,17 +170,8 @@ class Executor:
 
     def _dispatcher(self, mode: Mode) -> TokenDispatcher:
         if mode not in self._dispatchers:
-            self._dispatchers[mode] = self._make_dispatcher(mode)
+            self._dispatchers[mode] = make_dispatcher(mode, self.runtime, self.group, node_aware=self._node_aware)
         return self._dispatchers[mode]
-
-    def _make_dispatcher(self, mode: Mode) -> TokenDispatcher:
-        if self.group.size == 1:
-            return LocalDispatcher(self.runtime)
-        if mode == "coherent":
-            return CoherentDispatcher(self.runtime, self.group, capacity=self._capacity)
-        if mode == "allgather":
-            return AllGatherDispatcher(self.runtime, self.group)
-        return DispatchCombineDispatcher(self.runtime, self.group, node_aware=self._node_aware)
 
     def _decode_views(
         self, ordered: Sequence[RunningSequence], step: Step
@@ -206,21 +201,11 @@ class Executor:
 
     def _hand_over(self, ordered: Sequence[RunningSequence]) -> None:
         """Give K/V that exist at home only to all ranks: once after a prefill, or after passes in another mode."""
-        behind = [sequence for sequence in ordered if sequence.replicated < sequence.cached]
-        if not behind:
-            return
-        pairs = [(s, position) for s in behind for position in range(s.replicated, s.cached)]
-        device = self.decoder.device
-        row = torch.tensor([sequence.row for sequence, _ in pairs], device=device)
-        position = torch.tensor([position for _, position in pairs], device=device)
-        home = torch.tensor([sequence.home for sequence, _ in pairs], device=device)
-        mine = (home == self.group.rank).nonzero().squeeze(1)
-        ledger = KvLedger()
-        for layer in range(self.decoder.num_layers):
-            ledger.add(layer, mine, self.cache.read(layer, row[mine], position[mine]))
-        counts = torch.bincount(home, minlength=self.group.size) * self.decoder.num_layers
-        ledger.announce(counts.tolist())
-        self._write_shared(ledger, row, position)
+        pairs = [(s, position) for s in ordered for position in range(s.replicated, s.cached)]
+        if pairs:
+            device = self.decoder.device
+            places = KvPlaces.of([s.row for s, _ in pairs], [position for _, position in pairs], device)
+            hand_over(self.cache, self.group, places, torch.tensor([s.home for s, _ in pairs], device=device))
 
     def give_kv(
         self, sequences: Sequence[RunningSequence], replicated: Sequence[int], receivers: Sequence[int]
@@ -232,72 +217,18 @@ class Executor:
             replicated: of each, the first positions to give.
             receivers: who gets them.
         """
-        group, layers = self.group, range(self.decoder.num_layers)
-        pairs: list[tuple[list[int], list[int]]] = [([], []) for _ in range(group.size)]  # rows, positions by home
+        pairs: list[tuple[list[int], list[int]]] = [([], []) for _ in range(self.group.size)]  # by home
         for sequence, count in zip(sequences, replicated, strict=True):
             rows, positions = pairs[sequence.home]
             rows += [sequence.row] * count
             positions += range(count)
-        device, width = self.decoder.device, self.cache.row_width
-        places = [(torch.tensor(r, device=device), torch.tensor(p, device=device)) for r, p in pairs]
-        sizes = [len(rows) * len(layers) for rows, _ in pairs]
-        row, position = places[group.rank]
-        own = [self.cache.read(layer, row, position) for layer in layers] if sizes[group.rank] else []
-        kv = torch.cat(own) if own else torch.empty(0, width, dtype=self.decoder.dtype, device=device)
-        others = [rank for rank in receivers if rank != group.rank]
-        outgoing = [sizes[group.rank] if rank in others else 0 for rank in range(group.size)]
-        mine = group.rank in receivers
-        incoming = [sizes[rank] if mine and rank != group.rank else 0 for rank in range(group.size)]
-        got = kv.new_empty(sum(incoming), width)
-        group.all_to_all(got, torch.cat([kv] * len(others)) if others else kv[:0], incoming, outgoing, kind="kv")
-        for (row, position), block in zip(places, got.split(incoming), strict=True):
-            for layer, part in zip(layers, block.split(len(row)) if len(block) else (), strict=False):
-                self.cache.write(layer, row, position, part)
-
-    def _keep_shared(self, ordered: Sequence[RunningSequence], ledger: KvLedger) -> None:
-        device = self.decoder.device
-        row = torch.tensor([sequence.row for sequence in ordered], device=device)
-        position = torch.tensor([sequence.cached for sequence in ordered], device=device)
-        self._write_shared(ledger, row, position)
-
-    def _write_shared(self, ledger: KvLedger, row: torch.Tensor, position: torch.Tensor) -> None:
-        shared = share_kv(self.group, ledger)
-        order = shared.layer.argsort(stable=True)
-        counts = torch.bincount(shared.layer, minlength=self.decoder.num_layers).tolist()
-        for layer, index in enumerate(order.split(counts)):
-            token = shared.token[index]
-            self.cache.write(layer, row[token], position[token], shared.kv[index])
+        places_R = [KvPlaces.of(rows, positions, self.decoder.device) for rows, positions in pairs]
+        give_kv(self.cache, self.group, places_R, receivers)
 
 
 def by_home(sequences: Sequence[RunningSequence]) -> list[RunningSequence]:
     """Sequences in the order in which a pass numbers them: by home, then as given."""
     return sorted(sequences, key=lambda sequence: sequence.home)
-
-
-def load_experts(
-    checkpoint: Checkpoint, decoder: Decoder, placement: Placement, group: RankGroup, *, staging_rows: int
-) -> ExpertStore:
-    """Read the experts that `placement` gives to this rank, and no others."""
-    here = placement.slots_on(group.rank)
-    slots = here.stop - here.start
-    hidden, expert_hidden = checkpoint.expert_shape()
-    bias = "gate_up_bias" in checkpoint.expert(0, 0)
-
-    def room(rows: int) -> ExpertWeights:
-        return ExpertWeights.empty(rows, hidden, expert_hidden, bias=bias, dtype=decoder.dtype, device=decoder.device)
-
-    store = ExpertStore(
-        [room(slots) for _ in range(checkpoint.num_layers)],
-        slots=slots,
-        counters=group.counters,
-        activation=activation_of(decoder.config),
-        staging=room(staging_rows),
-    )
-    for layer, experts in enumerate(np.asarray(placement.slot_to_expert)[:, here]):
-        for slot, expert in enumerate(experts):
-            if expert >= 0:
-                store.load(layer, slot, int(expert), checkpoint.expert(layer, int(expert)))
-    return store
 
 
 def _pick(embeddings: Any, token: torch.Tensor) -> Any:

@@ -3,16 +3,23 @@
 The modes are fixed by the user, taken from the placement file, or chosen per phase and batch size from predictions.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import torch
+
 from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import cluster_of, evaluate
 from moeplace.placement.cost.steps import StepShape
-from moeplace.placement.placement import MODES, Mode, Placement
+from moeplace.placement.modes import MODES, Mode
+from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
+from moeplace.runtime.comm.group import RankGroup
+
+logger = logging.getLogger(__name__)
 
 PREDICTION_TOKENS = 8192
 """Tokens of a trace that a prediction replays: enough for a mean, little enough to do while serving."""
@@ -20,6 +27,19 @@ PREDICTION_TOKENS = 8192
 Phase = Literal["prefill", "decode"]
 Predictor = Callable[[Mode, Phase, int], float]
 """(mode, phase, tokens of the batch) -> predicted seconds of the pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedRouting:
+    """What `auto` predicts from.
+
+    Attributes:
+        trace: recorded routing, like that to expect.
+        calibration: measured links and expert time; None = nominal ones.
+    """
+
+    trace: RoutingTrace
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +51,7 @@ class ModeChoice:
 
 
 class ModeRule(Protocol):
-    """How modes are chosen; must give the same answer on every rank."""
+    """How modes are chosen. All but `PredictedMode` must give the same answer on every rank."""
 
     def choose(self, phase: Phase, num_tokens: int) -> ModeChoice:
         """The mode of a pass over `num_tokens` tokens."""
@@ -61,7 +81,7 @@ class FixedMode:
 
 @dataclass(frozen=True)
 class PredictedMode:
-    """The mode of least predicted seconds."""
+    """The mode of least predicted seconds: of floats, in which ranks may differ, so that one of them must decide."""
 
     predict: Predictor
 
@@ -83,33 +103,67 @@ class TracePredictor:
     """A `Predictor` that replays recorded routing through the cost model, once per mode and power of two of tokens.
 
     Attributes:
-        trace: routing to expect.
+        recorded: routing to expect.
         placement: the placement in force.
-        calibration: measured links and expert time; None = nominal ones.
         shape: hidden size, number type and K/V width of the model.
     """
 
-    trace: RoutingTrace
+    recorded: RecordedRouting
     placement: Placement
-    calibration: Calibration | None
     shape: StepShape
     _known: dict[tuple[Mode, int], float] = field(default_factory=dict)
 
     def __call__(self, mode: Mode, phase: Phase, num_tokens: int) -> float:
         """Predicted seconds of the MoE layers of a pass."""
-        batch = 1 << max(num_tokens - 1, 0).bit_length()
+        batch = batch_class(num_tokens)
         if (mode, batch) not in self._known:
-            cluster = cluster_of(self.placement)
+            cluster, calibration = cluster_of(self.placement), self.recorded.calibration
             evaluation = evaluate(
-                self.trace.select(slice(0, PREDICTION_TOKENS)),
+                self.recorded.trace.select(slice(0, PREDICTION_TOKENS)),
                 self.placement,
                 mode=mode,
-                cluster=cluster if self.calibration is None else self.calibration.apply(cluster),
+                cluster=cluster if calibration is None else calibration.apply(cluster),
                 shape=StepShape(batch, self.shape.hidden_size, self.shape.dtype_bytes, self.shape.kv_dim),
-                calibration=self.calibration,
+                calibration=calibration,
             )
             self._known[mode, batch] = evaluation.predicted_seconds
         return self._known[mode, batch]
+
+
+def batch_class(num_tokens: int) -> int:
+    """The power of two that stands for a batch in predictions."""
+    return 1 << max(num_tokens - 1, 0).bit_length()
+
+
+class ModeChooser:
+    """A rule as the ranks of a group carry it out, all of them alike; rank 0 tells the log."""
+
+    def __init__(self, rule: ModeRule) -> None:
+        self.rule = rule
+        self._decided: dict[tuple[Phase, int], Mode] = {}
+        self._last: dict[Phase, Mode] = {}
+
+    def choose(self, phase: Phase, num_tokens: int, group: RankGroup) -> Mode:
+        """The mode of a pass. Predictions are rank 0's: the first time for a batch of a class, a small collective."""
+        if not isinstance(self.rule, PredictedMode) or group.size == 1:
+            return self._tell(phase, self.rule.choose(phase, num_tokens), group)
+        key = phase, batch_class(num_tokens)
+        if key not in self._decided:
+            self._decided[key] = self._decide(phase, num_tokens, group)
+        return self._decided[key]
+
+    def _decide(self, phase: Phase, num_tokens: int, group: RankGroup) -> Mode:
+        number = torch.zeros(1, dtype=torch.int64, device=group.device)
+        if group.rank == 0:
+            number[0] = MODES.index(self._tell(phase, self.rule.choose(phase, num_tokens), group))
+        group.broadcast(number, root=0, kind="mode")
+        return MODES[int(number.item())]
+
+    def _tell(self, phase: Phase, choice: ModeChoice, group: RankGroup) -> Mode:
+        if self._last.get(phase) != choice.mode and group.rank == 0:
+            logger.info("%s runs in mode %s: %s", phase, choice.mode, choice.reason)
+        self._last[phase] = choice.mode
+        return choice.mode
 
 
 def choose_mode_rule(mode: str, placement: Placement, predictor: Predictor | None = None) -> ModeRule:

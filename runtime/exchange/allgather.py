@@ -28,7 +28,7 @@ class AllGatherDispatcher:
         with self.group.layer(layer, mode="allgather"):
             everyone = self._gather(home, width)
             local = runtime.tables.local_slots(everyone.slots)
-            partial = runtime.experts.compute(layer, everyone.hidden, local, everyone.weights)
+            partial = runtime.computation.compute(layer, everyone.hidden, local, everyone.weights)
             routed = self._reduce(partial, width)[:tokens]
         runtime.counters.copies_sent += tokens * (self.group.size - 1)
         return TokenRows(add_outputs(rows.x, routed, block.shared(hidden)), rows.token)

@@ -39,24 +39,6 @@ class BatchCapacity:
         return step.num_tokens
 
 
-class ExpectedCapacity:
-    """Room for the expected traffic and some deviations more; the rest takes an extra round.
-
-    Attributes:
-        share_LRR: (L, R, R) expected share of the batch that goes from one rank to another in a layer.
-        deviations: standard deviations of a Poisson count to allow for.
-    """
-
-    def __init__(self, share_LRR: torch.Tensor, *, deviations: float) -> None:
-        self.share_LRR = share_LRR.tolist()
-        self.deviations = deviations
-
-    def rows(self, layer: int, source: int, target: int, step: Step) -> int:
-        """See `CapacityRule`."""
-        expected = self.share_LRR[layer][source][target] * step.num_tokens
-        return min(int(expected + self.deviations * expected**0.5) + 1, step.num_tokens)
-
-
 class CoherentDispatcher:
     """One all-to-all per MoE layer; a second one in layers where some token has experts on several ranks."""
 
@@ -95,7 +77,7 @@ class CoherentDispatcher:
         weights = torch.cat([weights_MK[stays], layout.view(arrived, "weights")])
         hidden = torch.cat([hidden_M[stays], block.normalise(layout.view(arrived, "x"))])
         before = torch.cat([torch.full_like(token[: len(token) - len(arrived)], rank), received.source()])
-        partial = runtime.experts.compute(layer, hidden, runtime.tables.local_slots(slots), weights)
+        partial = runtime.computation.compute(layer, hidden, runtime.tables.local_slots(slots), weights)
         if not received.flags & SPREAD:
             runtime.counters.single_exchange += 1
             return TokenRows(add_outputs(x, partial, block.shared(hidden)), token)

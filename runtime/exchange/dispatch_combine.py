@@ -156,7 +156,7 @@ class DispatchCombineDispatcher:
         """Partial sums of own and of received rows, in one pass over the experts: their weights are read once."""
         rows = here.followed_by(others)
         local = self.runtime.tables.local_slots(rows.slots)
-        sums = self.runtime.experts.compute(layer, rows.hidden, local, rows.weights)
+        sums = self.runtime.computation.compute(layer, rows.hidden, local, rows.weights)
         own, foreign = sums.split([len(here.slots), len(others.slots)])
         return own, foreign
 

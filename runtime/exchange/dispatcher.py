@@ -1,7 +1,7 @@
-"""The MoE layer as the exchange modes see it, and the dispatcher of a single rank: the oracle of the others.
+"""The MoE layer as the exchange modes see it, and what a mode is: a `TokenDispatcher`.
 
 A dispatcher takes the tokens of one rank after attention through one MoE layer. It knows where experts are and moves
-rows; norm, router and shared experts are a `MoeBlock`, the routed experts an `ExpertStore`. Neither needs a model.
+rows; norm, router and shared experts are a `MoeBlock`, the routed experts an `ExpertComputation`: no model is needed.
 
 Shape letters: M tokens on this rank, D hidden size, K top-k, R ranks.
 """
@@ -16,6 +16,7 @@ from moeplace.runtime.counters import Counters
 from moeplace.runtime.exchange.kv_ledger import KvLedger
 from moeplace.runtime.exchange.replica_choice import choose_slots
 from moeplace.runtime.exchange.slot_tables import SlotTables
+from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.store import ExpertStore
 
 
@@ -83,12 +84,14 @@ class MoeRuntime:
     Attributes:
         tables: the placement.
         experts: the weights of this rank.
+        computation: with those.
         counters: what is counted.
         window: routing seen; None = not recorded.
     """
 
     tables: SlotTables
     experts: ExpertStore
+    computation: ExpertComputation
     counters: Counters
     window: RoutingSink | None = None
 
@@ -111,22 +114,6 @@ class TokenDispatcher(Protocol):
 
         All ranks of the group call it together, also those without tokens.
         """
-
-
-class LocalDispatcher:
-    """All experts on one rank: no communication."""
-
-    def __init__(self, runtime: MoeRuntime) -> None:
-        self.runtime = runtime
-
-    def forward(self, layer: int, block: MoeBlock, rows: TokenRows, step: Step) -> TokenRows:
-        """See `TokenDispatcher`."""
-        runtime = self.runtime
-        hidden = block.normalise(rows.x)
-        slots, weights = runtime.choose(layer, block, hidden, rows.token)
-        routed = runtime.experts.compute(layer, hidden, runtime.tables.local_slots(slots), weights)
-        runtime.counters.layer_passes["local"] += 1
-        return TokenRows(add_outputs(rows.x, routed, block.shared(hidden)), rows.token)
 
 
 def add_outputs(x: torch.Tensor, routed: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:

@@ -20,9 +20,11 @@ from scipy.optimize import nnls
 
 from moeplace.placement.cluster import INTER_NODE, INTRA_NODE, Cluster, Link
 from moeplace.placement.cost.calibration import Calibration, ExpertTime
-from moeplace.placement.placement import MODES, Mode, Placement, index_order
+from moeplace.placement.modes import MODES, Mode
+from moeplace.placement.placement import Placement, index_order
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
+from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.measure.replay import RecordedSteps, Replay, ReplayShape, ReplayTensors
 from moeplace.runtime.measure.traffic import (
@@ -184,7 +186,7 @@ def _everyones(group: RankGroup, value: float) -> list[float]:
 def _measure_experts(group: RankGroup, shape: ReplayShape, tensors: ReplayTensors, num_experts: int) -> ExpertTime:
     """Time of one layer's experts, over tokens and activated experts."""
     slots = -(-num_experts // group.size)
-    store = ExpertStore([tensors.weights], slots=slots, counters=Counters())
+    computation = ExpertComputation(ExpertStore([tensors.weights], slots=slots), counters=Counters())
     per_rank = max(shape.batch // group.size, 4)
     cases = [(tokens, count) for tokens in (per_rank // 4, per_rank, 4 * per_rank) for count in {1, slots // 2, slots}]
     cases = [(tokens, count) for tokens, count in cases if tokens >= count >= 1]
@@ -195,7 +197,7 @@ def _measure_experts(group: RankGroup, shape: ReplayShape, tensors: ReplayTensor
         weights = torch.ones(tokens, 1, dtype=shape.dtype, device=group.device)
 
         def compute(x: torch.Tensor = x, slots: torch.Tensor = chosen, weights: torch.Tensor = weights) -> None:
-            store.compute(0, x, slots, weights)
+            computation.compute(0, x, slots, weights)
 
         seconds.append(_median_over_ranks(group, compute))
     return fit_expert_time([tokens for tokens, _ in cases], [count for _, count in cases], seconds)

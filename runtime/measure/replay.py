@@ -19,18 +19,19 @@ import numpy as np
 import torch
 
 from moeplace.placement.cost.steps import step_of_token
-from moeplace.placement.placement import Mode, Placement
+from moeplace.placement.modes import Mode
+from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.exchange.allgather import AllGatherDispatcher
-from moeplace.runtime.exchange.coherent import CoherentDispatcher
-from moeplace.runtime.exchange.dispatch_combine import DispatchCombineDispatcher
-from moeplace.runtime.exchange.dispatcher import LocalDispatcher, MoeRuntime, Step, TokenDispatcher, TokenRows
+from moeplace.runtime.exchange.dispatcher import MoeRuntime, Step, TokenRows
+from moeplace.runtime.exchange.factory import make_dispatcher
 from moeplace.runtime.exchange.kv_ledger import KvLedger
 from moeplace.runtime.exchange.rows import RowLayout
 from moeplace.runtime.exchange.slot_tables import SlotTables
-from moeplace.runtime.experts.store import ExpertStore, ExpertWeights
+from moeplace.runtime.experts.computation import ExpertComputation
+from moeplace.runtime.experts.store import ExpertStore
+from moeplace.runtime.experts.weights import ExpertWeights
 from moeplace.runtime.kv.exchange import SharedKv
 from moeplace.runtime.kv.stream import KvStream
 from moeplace.runtime.measure.traffic import WireSizes, even_homes
@@ -166,6 +167,7 @@ class Replay:
         mode: how tokens travel.
         node_aware: dispatch-combine sends one copy per node.
         kv_pieces: pieces of the K/V exchange in coherent mode, 0 = K/V stay where they are (to time the rest).
+        cache: (L, B, c) K/V that this rank holds.
     """
 
     def __init__(
@@ -187,7 +189,8 @@ class Replay:
         self.steps, self._tensors = steps, tensors
         self._group = group
         device = group.device
-        self._dispatcher = self._make_dispatcher(_make_runtime(placement, group, tensors, steps.num_layers))
+        runtime = _make_runtime(placement, group, tensors, steps.num_layers)
+        self._dispatcher = make_dispatcher(mode, runtime, group, node_aware=self.node_aware)
         self._homes = even_homes(shape.batch, group.size)
         start = sum(self._homes[: group.rank])
         self._home_token = torch.arange(start, start + self._homes[group.rank], device=device)
@@ -195,21 +198,12 @@ class Replay:
         self._kv_columns: slice | torch.Tensor = slice(shape.kv_dim)
         if shape.kv_dim > shape.hidden:
             self._kv_columns = torch.arange(shape.kv_dim, device=device) % shape.hidden
-        self._cache = torch.zeros(steps.num_layers, shape.batch, shape.kv_dim, dtype=shape.dtype, device=device)
+        self.cache = torch.zeros(steps.num_layers, shape.batch, shape.kv_dim, dtype=shape.dtype, device=device)
         self._stream = (
             KvStream(group, steps.num_layers, pieces=self.kv_pieces, keep=self._keep)
             if mode == "coherent" and group.size > 1 and self.kv_pieces
             else None
         )
-
-    def _make_dispatcher(self, runtime: MoeRuntime) -> TokenDispatcher:
-        if self._group.size == 1:
-            return LocalDispatcher(runtime)
-        if self.mode == "coherent":
-            return CoherentDispatcher(runtime, self._group)
-        if self.mode == "allgather":
-            return AllGatherDispatcher(runtime, self._group)
-        return DispatchCombineDispatcher(runtime, self._group, node_aware=self.node_aware)
 
     @torch.inference_mode()
     def step(self, index: int) -> TokenRows:
@@ -221,7 +215,7 @@ class Replay:
             if self._stream is not None:
                 ledger = self._stream.ledger(index, layer, ledger)
             kv = rows.x[:, self._kv_columns]
-            self._cache[layer, rows.token] = kv
+            self.cache[layer, rows.token] = kv
             if ledger is not None:
                 ledger.add(layer, rows.token, kv)
             block = TableBlock(ids_LBK[layer], self._weights_BK)
@@ -256,16 +250,12 @@ class Replay:
         self._group.all_reduce(all_BD, kind="outputs")
         return all_BD
 
-    def kv_checksums(self) -> torch.Tensor:
-        """(L, B) float64 sums of the K/V that this rank holds: equal on all ranks after a coherent step."""
-        return self._cache.double().sum(2)
-
     def _ids(self, index: int) -> torch.Tensor:
         """(L, B, K) ids of a step on the device."""
         return torch.as_tensor(self.steps.ids_SLBK[index % self.steps.num_steps], device=self._group.device)
 
     def _keep(self, _step: int, shared: SharedKv) -> None:
-        self._cache[shared.layer, shared.token] = shared.kv
+        self.cache[shared.layer, shared.token] = shared.kv
 
     def _send_names_home(self, rows: TokenRows) -> None:
         """The next token of each sequence is chosen where the last layer left it; its id goes to all ranks."""
@@ -283,8 +273,9 @@ def _make_runtime(placement: Placement, group: RankGroup, tensors: ReplayTensors
     """This rank's part of a placement; its slots point to the experts that all layers share."""
     here = placement.slots_on(group.rank)
     slots = here.stop - here.start
-    store = ExpertStore([tensors.weights] * num_layers, slots=slots, counters=group.counters)
+    store = ExpertStore([tensors.weights] * num_layers, slots=slots)
     for layer, row in enumerate(placement.slot_to_expert[:, here].tolist()):
         spare = iter(sorted(set(range(len(tensors.weights.gate_up))) - set(row)))  # for empty slots, never used
         store.commit(layer, {slot: expert if expert >= 0 else next(spare) for slot, expert in enumerate(row)})
-    return MoeRuntime(SlotTables.from_placement(placement, rank=group.rank, device=group.device), store, group.counters)
+    tables = SlotTables.from_placement(placement, rank=group.rank, device=group.device)
+    return MoeRuntime(tables, store, ExpertComputation(store, counters=group.counters), group.counters)

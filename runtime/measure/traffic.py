@@ -20,7 +20,8 @@ from moeplace.placement.cost.seconds import (
     slowest_direction_seconds,
     transfer_seconds,
 )
-from moeplace.placement.placement import Mode, Placement
+from moeplace.placement.modes import Mode
+from moeplace.placement.placement import Placement
 from moeplace.runtime.kv.exchange import relay_links
 
 

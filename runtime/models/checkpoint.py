@@ -26,7 +26,7 @@ from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import read_json
 from moeplace.profiling.recording.checkpoint_files import check_checkpoint
-from moeplace.runtime.experts.store import Part
+from moeplace.runtime.experts.weights import Part
 
 _INDEX = "model.safetensors.index.json"
 _EXPERT = re.compile(

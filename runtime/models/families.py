@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from moeplace.runtime.experts.store import Activation, gated_silu
+from moeplace.runtime.experts.weights import Activation, gated_silu
 
 
 def disk_to_module(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, Self
 
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError
-from moeplace.runtime.engine.engine import EngineLimits
+from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
 
 FinishReason = Literal["stop", "length", "cancelled", "failed"]

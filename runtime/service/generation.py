@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from moeplace.placement.placement import Mode
+from moeplace.placement.modes import Mode
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.errors import PeerLostError

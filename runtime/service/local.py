@@ -257,7 +257,7 @@ class LocalService:
         engine, scheduler, counters = self._engine, self._engine.scheduler, self._status.counters
         now = time.monotonic()
         if now - self._counted_at > _COUNTERS_EVERY or scheduler.is_idle:
-            engine.executor.runtime.experts.flush_counts()
+            engine.flush_counts()
             counters, self._counted_at = engine.group.counters.totals(), now
         progress = None if self._migration is None else self._migration.progress
         self._status = replace(

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from moeplace.runtime.engine.requests import Request, RunningSequence, Scheduler
+from moeplace.runtime.engine.requests import Request, RunningSequence
+from moeplace.runtime.engine.scheduler import Scheduler
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from moeplace.placement.placement import Placement
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.exchange.dispatcher import MoeRuntime, Step, TokenDispatcher, TokenRows
 from moeplace.runtime.exchange.slot_tables import SlotTables
-from moeplace.runtime.experts.store import ExpertStore, ExpertWeights
+from moeplace.runtime.experts.computation import ExpertComputation
+from moeplace.runtime.experts.store import ExpertStore
+from moeplace.runtime.experts.weights import ExpertWeights
 
 HIDDEN, EXPERT_HIDDEN = 6, 5
 
@@ -81,14 +83,14 @@ class ToyModel:
             ExpertWeights.empty(slots, HIDDEN, EXPERT_HIDDEN, bias=False, dtype=torch.float64, device=device)
             for _ in range(self.num_layers)
         ]
-        store = ExpertStore(weights, slots=slots, counters=counters)
+        store = ExpertStore(weights, slots=slots)
         for layer in range(self.num_layers):
             for slot, expert in enumerate(placement.slot_to_expert[layer, placement.slots_on(rank)]):
                 if expert >= 0:
                     gate_up, down = self.expert_parts(layer, int(expert))
                     store.write(layer, slot, "gate_up", gate_up)
                     store.write(layer, slot, "down", down)
-        return MoeRuntime(tables, store, counters)
+        return MoeRuntime(tables, store, ExpertComputation(store, counters=counters), counters)
 
     def block(self, layer: int) -> ToyBlock:
         """One MoE layer; every other one has shared experts."""

@@ -9,7 +9,7 @@ every generation that somebody may still be in to the newest.
 
 from collections.abc import Mapping
 
-from moeplace.placement.placement import Mode
+from moeplace.placement.modes import Mode
 from moeplace.runtime.service.command_log import CommandLog
 from moeplace.runtime.service.generation import Generation
 from moeplace.runtime.service.store import ServiceStore

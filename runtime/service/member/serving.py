@@ -267,7 +267,7 @@ class Serving:
             return
         self._last_counters = now
         engine = self.engine
-        engine.executor.runtime.experts.flush_counts()
+        engine.flush_counts()
         counters = engine.group.counters
         tokens = [counters.tokens[layer] for layer in range(engine.checkpoint.num_layers)]
         self._store.report(

@@ -19,7 +19,8 @@ from moeplace.launch.on_ray.cluster import packaged
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.traces.file import save_trace
 from moeplace.profiling.traces.trace import RoutingTrace
-from moeplace.runtime.engine.engine import Engine, EngineLimits
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.service.api import ServiceOptions, TokenEvent
 from tests.shared_data import tiny_moe_path

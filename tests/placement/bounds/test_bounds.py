@@ -24,7 +24,7 @@ from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster, Link
 from moeplace.placement.cost.calibration import Calibration, ExpertTime
 from moeplace.placement.cost.steps import StepShape
-from moeplace.placement.placement import MODES
+from moeplace.placement.modes import MODES
 from moeplace.placement.problem import Problem
 from moeplace.placement.solvers.exact.viterbi import enumerate_states, solve_viterbi
 from moeplace.profiling.traces.trace import RoutingTrace

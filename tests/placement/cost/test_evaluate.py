@@ -9,8 +9,9 @@ from moeplace.placement.cluster import Cluster, Link
 from moeplace.placement.cost.evaluation import evaluate
 from moeplace.placement.cost.replica_choice import NUM_ORDERS, preference_orders
 from moeplace.placement.cost.steps import step_of_token
+from moeplace.placement.modes import MODES, Mode
 from moeplace.placement.objective import measure
-from moeplace.placement.placement import MODES, Mode, Placement, index_order
+from moeplace.placement.placement import Placement, index_order
 from moeplace.placement.problem import Problem
 from moeplace.placement.solve import solve
 from moeplace.profiling.errors import InputError

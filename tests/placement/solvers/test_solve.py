@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.migration.relabel import moves
+from moeplace.placement.modes import MODES
 from moeplace.placement.objective import load_imbalance
-from moeplace.placement.placement import MODES, Placement
+from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.layout import padded_transitions

@@ -8,7 +8,8 @@ import pytest
 from moeplace.placement.cluster import Cluster, Link
 from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.steps import StepShape
-from moeplace.placement.placement import MODES, Placement
+from moeplace.placement.modes import MODES
+from moeplace.placement.placement import Placement
 from moeplace.placement.solve import solve
 from moeplace.placement.studies.carry_over import carry_over
 from moeplace.placement.studies.held_out import Gain, HeldOut, gain, ratio

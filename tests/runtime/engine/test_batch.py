@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moeplace.profiling.errors import InputError
-from moeplace.runtime.engine.requests import Request, Scheduler
+from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.sampling import SamplingParameters, sample
+from moeplace.runtime.engine.scheduler import Scheduler
 
 
 def make_scheduler(**changes: int) -> Scheduler:

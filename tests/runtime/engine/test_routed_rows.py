@@ -7,7 +7,8 @@ import pytest
 
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.traces.trace import RoutingTrace
-from moeplace.runtime.engine.engine import Engine, EngineLimits
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.routing_window import RecentRows, RoutedRows, join_rows
 from tests.profiling.builders import random_ids

@@ -5,14 +5,10 @@ import torch
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.counters import Counters
-from moeplace.runtime.experts.store import (
-    ExpertStore,
-    ExpertWeights,
-    gated_silu,
-    grouped_linear,
-    looped_linear,
-    padded_linear,
-)
+from moeplace.runtime.experts.computation import ExpertComputation
+from moeplace.runtime.experts.grouped import grouped_linear, looped_linear, padded_linear
+from moeplace.runtime.experts.store import ExpertStore
+from moeplace.runtime.experts.weights import ExpertWeights, gated_silu
 
 LAYERS, SLOTS, STAGING, HIDDEN, EXPERT_HIDDEN = 2, 4, 2, 8, 6
 
@@ -25,7 +21,7 @@ def make_store(dtype: torch.dtype, *, bias: bool, device: str = "cpu") -> Expert
         for tensor in layer.parts().values():
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
         weights.append(layer)
-    return ExpertStore(weights, slots=SLOTS, counters=Counters())
+    return ExpertStore(weights, slots=SLOTS)
 
 
 def compute_slowly(
@@ -57,7 +53,8 @@ def check_computation(device: str, dtype: torch.dtype, tolerance: float) -> None
         slots = torch.randint(low, SLOTS, (rows, top_k), generator=generator).clamp(min=-1).to(device)
         weights = torch.rand(rows, top_k, generator=generator).to(device, dtype)
         expected = compute_slowly(store, 1, x, slots, weights)
-        for method in (store.compute, store._compute_all):
+        computation = ExpertComputation(store, counters=Counters())
+        for method in (computation.compute, computation._compute_all):
             torch.testing.assert_close(method(1, x, slots, weights), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -96,13 +93,12 @@ def test_few_rows_of_a_16_bit_type_give_the_same(counts: tuple[int, ...]) -> Non
 def test_commit_changes_slots_and_no_storage() -> None:
     """Staging rows become slots; the rows they replace become staging."""
     store = make_store(torch.float32, bias=False)
-    assert store.free_rows(0) == [4, 5]
+    assert store.row_of_slot[0].tolist() == [0, 1, 2, 3]
     store.write(0, 4, "down", torch.ones(HIDDEN, EXPERT_HIDDEN))
     before = store.read(0, 1)["down"].clone()
     store.commit(0, {1: 4})
     assert (store.read(0, 1)["down"] == 1).all()
-    assert store.free_rows(0) == [1, 5]
-    assert store.free_rows(1) == [4, 5]
+    assert store.row_of_slot.tolist() == [[0, 4, 2, 3], [0, 1, 2, 3]]
     store.commit(0, {1: 1})
     torch.testing.assert_close(store.read(0, 1)["down"], before)
 
@@ -115,13 +111,13 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(InputError, match=r"down of an expert has shape \(2, 2\), not \(8, 6\)"):
         store.write(0, 0, "down", torch.ones(2, 2))
     with pytest.raises(InputError, match="at least its 9 slots"):
-        ExpertStore(store.weights, slots=9, counters=Counters())
+        ExpertStore(store.weights, slots=9)
 
 
 def test_counts() -> None:
     """Assignments and activated experts per layer."""
     counters = Counters()
-    store = ExpertStore(make_store(torch.float32, bias=False).weights, slots=SLOTS, counters=counters)
+    computation = ExpertComputation(make_store(torch.float32, bias=False), counters=counters)
     slots = torch.tensor([[0, 1], [0, -1], [0, 3]])
-    store.compute(1, torch.zeros(3, HIDDEN), slots, torch.ones(3, 2))
+    computation.compute(1, torch.zeros(3, HIDDEN), slots, torch.ones(3, 2))
     assert (counters.tokens[1], counters.activated[1], counters.tokens[0]) == (5, 3, 0)

@@ -16,7 +16,8 @@ from moeplace.placement.migration.plan import MigrationPlan, plan_migration
 from moeplace.placement.placement import EMPTY_SLOT, Placement
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.engine.engine import Engine, EngineLimits
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.errors import DisagreementError, MigrationError
 from moeplace.runtime.experts.row_contents import checksum
 from moeplace.runtime.migration.live import LiveMigration, MigrationProgress

@@ -15,7 +15,8 @@ from moeplace.placement.replacement.review import ReviewSettings
 from moeplace.placement.replacement.rule import ReplacementRule
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.traces.trace import RoutingTrace
-from moeplace.runtime.engine.engine import Engine, EngineLimits
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.routing_window import RecentRows, join_rows
 from moeplace.runtime.replanning.controller import Controller, ControllerSettings

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moeplace.profiling.errors import InputError
-from moeplace.runtime.engine.engine import Engine, EngineLimits
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.errors import DisagreementError, PeerLostError
 from moeplace.runtime.exchange.coherent import CoherentDispatcher

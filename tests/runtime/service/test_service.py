@@ -13,7 +13,8 @@ import torch
 
 from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError, MoeplaceError
-from moeplace.runtime.engine.engine import Engine, EngineLimits
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.sampling import SamplingParameters
 from moeplace.runtime.service.api import ServiceOptions, TokenEvent

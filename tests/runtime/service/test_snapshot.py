@@ -3,7 +3,8 @@
 import json
 from dataclasses import replace
 
-from moeplace.runtime.engine.requests import Request, Scheduler
+from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.engine.scheduler import Scheduler
 from moeplace.runtime.service.snapshot import HeldSequence, Snapshot, continue_from, take_snapshot_of
 
 

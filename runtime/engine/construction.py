@@ -1,0 +1,146 @@
+"""What an engine is made of, worked out before ranks talk: every input is checked here, and nothing is sent.
+
+The experts are not read yet: whether the ranks agree comes first.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moeplace.placement.cluster import even_slots
+from moeplace.placement.cost.evaluation import require_same_model
+from moeplace.placement.cost.steps import StepShape
+from moeplace.placement.placement import Placement, index_order
+from moeplace.profiling.errors import InputError
+from moeplace.runtime.engine.limits import EngineLimits
+from moeplace.runtime.engine.modes import ModeRule, RecordedRouting, TracePredictor, choose_mode_rule
+from moeplace.runtime.kv.cache import KvCache, kv_bytes_per_position
+from moeplace.runtime.models.checkpoint import Checkpoint
+from moeplace.runtime.models.decoder import Decoder
+
+
+@dataclass(frozen=True, eq=False)
+class EngineParts:
+    """See the module.
+
+    Attributes:
+        checkpoint: what is served.
+        placement: what is where.
+        decoder: the model without routed experts.
+        modes: how modes are chosen.
+        node_aware: whether dispatch-combine sends one copy per node.
+        cache_rows: rows per rank of the K/V cache.
+        cache_positions: positions of each.
+        agreed: what must be the same on all ranks, beside the placement.
+    """
+
+    checkpoint: Checkpoint
+    placement: Placement
+    decoder: Decoder
+    modes: ModeRule
+    node_aware: bool
+    cache_rows: int
+    cache_positions: int
+    agreed: dict[str, str]
+
+    def make_cache(self) -> KvCache:
+        """Room for keys and values."""
+        return KvCache(self.decoder, rows=self.cache_rows, positions=self.cache_positions)
+
+
+@dataclass(frozen=True, eq=False)
+class EngineChoices:
+    """What a caller wants of an engine; see `Engine`."""
+
+    mode: str | ModeRule
+    dtype: torch.dtype | None
+    limits: EngineLimits
+    node_aware: bool | None
+    recorded: RecordedRouting | None
+
+
+def prepare_engine(
+    checkpoint: str | Path | Checkpoint,
+    placement: Placement | None,
+    choices: EngineChoices,
+    *,
+    decoder: Decoder | None,
+    size: int,
+    device: torch.device,
+) -> EngineParts:
+    """Check the inputs of a rank and open the checkpoint.
+
+    Raises:
+        InputError: the model is dense, or the placement is for another model or number of ranks.
+        FormatError: the checkpoint is incomplete or foreign.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(checkpoint)
+    placement = _checked_placement(checkpoint, placement, size)
+    if decoder is None:
+        decoder = Decoder(checkpoint, dtype=choices.dtype, device=device)
+    node_aware = choices.node_aware
+    if node_aware is None:
+        node_aware = int(checkpoint.config.get("num_experts_per_tok") or 1) > 1
+    modes = _mode_rule(choices, placement, decoder)
+    rows, positions = _cache_size(choices.limits, decoder, size, replicated=modes.may_be_coherent)
+    name = choices.mode if isinstance(choices.mode, str) else "a rule"
+    agreed = {
+        "checkpoint": checkpoint.fingerprint,
+        "mode": f"{name}{' node-aware' if node_aware else ''}",
+        "recorded routing": "none" if choices.recorded is None else f"{choices.recorded.trace.num_tokens} tokens",
+        "number type": str(decoder.dtype),
+        "limits": str(choices.limits),
+    }
+    return EngineParts(checkpoint, placement, decoder, modes, node_aware, rows, positions, agreed)
+
+
+def _mode_rule(choices: EngineChoices, placement: Placement, decoder: Decoder) -> ModeRule:
+    if not isinstance(choices.mode, str):
+        return choices.mode
+    predictor = None
+    if choices.mode == "auto" and choices.recorded is not None:
+        predictor = _make_predictor(choices.recorded, placement, decoder)
+    return choose_mode_rule(choices.mode, placement, predictor)
+
+
+def _checked_placement(checkpoint: Checkpoint, placement: Placement | None, size: int) -> Placement:
+    if placement is None:
+        slots = even_slots(int(checkpoint.experts_per_layer.max()), size)
+        return index_order(
+            checkpoint.experts_per_layer,
+            slots,
+            np.zeros(size, dtype=np.int64),
+            layer_ids=checkpoint.layer_ids,
+            num_hidden_layers=checkpoint.num_hidden_layers,
+        )
+    if placement.num_ranks != size:
+        raise InputError(f"the placement is for {placement.num_ranks} ranks, but {size} are running")
+    checkpoint.check_placement(placement)
+    return placement
+
+
+def _make_predictor(recorded: RecordedRouting, placement: Placement, decoder: Decoder) -> TracePredictor:
+    require_same_model(recorded.trace, placement)
+    kv_dim = kv_bytes_per_position(decoder) // (decoder.num_layers * decoder.dtype.itemsize)
+    shape = StepShape(hidden_size=decoder.hidden_size, dtype_bytes=decoder.dtype.itemsize, kv_dim=kv_dim)
+    return TracePredictor(recorded, placement, shape)
+
+
+def _cache_size(limits: EngineLimits, decoder: Decoder, ranks: int, *, replicated: bool) -> tuple[int, int]:
+    """Rows per rank and positions per row of the K/V cache."""
+    positions = min(decoder.max_positions, 2048) if limits.max_length is None else limits.max_length
+    if not 1 <= positions <= decoder.max_positions:
+        raise InputError(f"max_length ({positions}) must lie in 1..{decoder.max_positions}, the model's own limit")
+    rows = limits.max_sequences if replicated else limits.rank_sequences or -(-limits.max_sequences // ranks)
+    if limits.kv_bytes is not None:
+        row_bytes = kv_bytes_per_position(decoder) * positions
+        rows = min(rows, limits.kv_bytes // row_bytes)
+        if rows < 1:
+            raise InputError(
+                f"the K/V budget ({limits.kv_bytes} bytes) must hold at least one sequence of {positions} positions, "
+                f"which takes {row_bytes} bytes"
+            )
+    return rows, positions

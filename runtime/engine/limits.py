@@ -1,0 +1,37 @@
+"""EngineLimits: how much an engine holds at once."""
+
+from dataclasses import dataclass
+
+from moeplace.profiling.errors import InputError
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much an engine holds at once.
+
+    Attributes:
+        max_sequences: sequences in flight over all ranks.
+        max_length: positions of a sequence, prompt and completion together; None = the model's, at most 2048.
+        kv_bytes: K/V memory of a rank; lowers `max_sequences` where it does not suffice. None = no limit.
+        max_prefill_tokens: prompt tokens of one pass (a longer prompt has a pass of its own).
+        staging_rows: experts, of whatever layers, that a rank holds beyond its slots while they arrive.
+        recent_ids: tokens of all ranks whose routed ids are kept, beside the loads (`window.recent`).
+        rank_sequences: sequences in flight per rank, where the number of ranks may change; None = a share of
+            `max_sequences` (all of them where K/V are on every rank).
+    """
+
+    max_sequences: int = 64
+    max_length: int | None = None
+    kv_bytes: int | None = None
+    max_prefill_tokens: int = 8192
+    staging_rows: int = 0
+    recent_ids: int = 0
+    rank_sequences: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "max_prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} ({getattr(self, name)}) must be at least 1")
+
+
+DEFAULT_LIMITS = EngineLimits()

@@ -1,0 +1,118 @@
+"""Scheduler: continuous batching over the rows of a K/V cache.
+
+Every rank runs the same scheduler on the same requests, so that all know which sequences a step serves and where.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+
+from moeplace.profiling.errors import InputError
+from moeplace.runtime.engine.requests import Request, RunningSequence
+
+
+class Scheduler:
+    """Which sequences run, where they live, and who waits.
+
+    Attributes:
+        waiting: requests without a place, first come first served.
+        running: sequences with a place, in the order of admission.
+        replicated: whether a sequence takes its row of the K/V cache on all ranks.
+        kept_free: rows that `admit` leaves for a check of the ranks.
+        owes_token: whether the last pass was a prefill: running sequences get a token before the next one, so that
+            arrivals, however many, do not stop them.
+    """
+
+    def __init__(self, *, num_ranks: int, rows: int, positions: int, replicated: bool, max_prefill_tokens: int) -> None:
+        """`rows` cache rows of `positions` on every rank; with `replicated` a sequence takes its row on all ranks."""
+        self.num_ranks, self.rows, self.positions, self.replicated = num_ranks, rows, positions, replicated
+        self.max_prefill_tokens = max_prefill_tokens
+        self.owes_token = False
+        self.waiting: deque[Request] = deque()
+        self._added: dict[str, tuple[int, ...]] = {}  # of waiting requests that ran before
+        self.running: list[RunningSequence] = []
+        pools = 1 if replicated else num_ranks
+        self._free = [list(range(rows)) for _ in range(pools)]
+        self.kept_free = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises as `check`."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Whether a request can be queued.
+
+        Raises:
+            InputError: it can never fit, or its name is in use.
+        """
+        request.require_fit(positions=self.positions)
+        taken = {r.request_id for r in self.waiting} | {s.request.request_id for s in self.running}
+        if request.request_id in taken:
+            raise InputError(f"request {request.request_id!r} is already in flight; names must be unique")
+
+    def resume(self, request: Request, added: Sequence[int]) -> None:
+        """Queue, behind the others, a request that has got tokens already."""
+        self.waiting.append(request)
+        self._added[request.request_id] = tuple(added)
+
+    def added(self, request: Request) -> tuple[int, ...]:
+        """Tokens that a waiting request has got already."""
+        return self._added.get(request.request_id, ())
+
+    def seat(self, sequence: RunningSequence) -> None:
+        """Take over a sequence that has a home and a row, which must be free."""
+        pool = self._pool(sequence.home)
+        pool.remove(sequence.row)
+        heapq.heapify(pool)
+        self.running.append(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request, wherever it is; an unknown one is ignored."""
+        self.waiting = deque(request for request in self.waiting if request.request_id != request_id)
+        self._added.pop(request_id, None)
+        for sequence in [s for s in self.running if s.request.request_id == request_id]:
+            self.release(sequence)
+
+    def admit(self) -> list[RunningSequence]:
+        """Give waiting requests a place: in order, while rows and the prefill limit of a pass allow (at least one)."""
+        admitted: list[RunningSequence] = []
+        tokens = 0
+        while self.waiting and sum(map(len, self._free)) > self.kept_free:
+            request = self.waiting[0]
+            tokens += len(request.token_ids) + len(self.added(request))
+            if admitted and tokens > self.max_prefill_tokens:
+                break
+            sequence = self.place(request)
+            if sequence is None:
+                break
+            admitted.append(sequence)
+            self.waiting.popleft()
+            self._added.pop(request.request_id, None)
+        return admitted
+
+    def place(self, request: Request) -> RunningSequence | None:
+        """A sequence at the home with the fewest sequences (the lowest of equals); None = no row is free."""
+        load = [0] * self.num_ranks
+        for sequence in self.running:
+            load[sequence.home] += 1
+        homes = [home for home in range(self.num_ranks) if self._pool(home)]
+        if not homes:
+            return None
+        home = min(homes, key=load.__getitem__)
+        known = [*request.token_ids, *self.added(request)]
+        sequence = RunningSequence(request, home, heapq.heappop(self._pool(home)), known)
+        self.running.append(sequence)
+        return sequence
+
+    def release(self, sequence: RunningSequence) -> None:
+        """Take a sequence's place back."""
+        self.running.remove(sequence)
+        heapq.heappush(self._pool(sequence.home), sequence.row)
+
+    def _pool(self, home: int) -> list[int]:
+        return self._free[0 if len(self._free) == 1 else home]
