@@ -79,7 +79,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         module.add_arguments(sub)
         sub.add_argument("--verbose", action="store_true", help="say more on standard error")
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
-        sub.set_defaults(run=module.run)
+        sub.set_defaults(run=module.run, argv=tuple(arguments))
     return parser
 
 

@@ -320,6 +320,7 @@ class _Bench:
         """What the figures depend on."""
         shape, options = self.options.shape, self.options
         return {
+            "benchmark": "replay",
             "trace": options.trace,
             "split": options.split,
             "layers": self.steps.num_layers,

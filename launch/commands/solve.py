@@ -1,7 +1,8 @@
 """`moeplace solve`: find a placement, prove how good it is, judge it on held-out sequences."""
 
 import argparse
-from typing import Any
+import shlex
+from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.problem import (
     add_cluster_arguments,
@@ -16,9 +17,10 @@ from moeplace.launch.progress import progress
 from moeplace.launch.tables import format_table
 from moeplace.placement.modes import MODES
 
+if TYPE_CHECKING:
+    from moeplace.launch.solving.modes import ModeOutcome
+
 HELP = "find a placement for a trace, with a proven bound"
-WORTH_HAVING = 0.02
-"""Predicted gain below which a placement is not worth its trouble."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", default="auto", help="one of the solvers that `moeplace compare` lists")
     add_cluster_arguments(parser)
     add_problem_arguments(parser)
+    parser.set_defaults(argv=())  # the words of the command line, for the placement file
 
 
 def run(args: argparse.Namespace) -> int:
     """Solve, print, write."""
+    from moeplace.launch.solving.modes import choose, mode_table, verdict
     from moeplace.profiling.errors import FormatError
     from moeplace.profiling.files import require_folder_of
     from moeplace.profiling.traces.file import load_trace
@@ -45,20 +49,31 @@ def run(args: argparse.Namespace) -> int:
     if args.split_by != "sequence":
         _report_tags(args, trace)
     sides = split_sides(trace, args.fit, mix_text=args.mix, seed=args.seed)
-    modes = MODES if args.mode == "auto" else (args.mode,)
-    results = []
-    for mode in modes:
-        with progress(f"solving for {mode}") as report:
-            results.append(_solve_side(args, sides.train, mode, args.time_limit / len(modes), report))
-    problem, result = min(results, key=lambda pair: pair[1].values["seconds"])
-    held_out = problem.evaluate(result.placement, sides.test)
-    baseline = problem.evaluate(index_order_like(result.placement), sides.test)
-    if len(modes) > 1:
-        _print_verdict(results, sides, problem.mode)
+    outcomes = _solve_modes(args, sides)
+    chosen = choose(outcomes)
+    if len(outcomes) > 1:
+        links = "calibrated" if args.calibration else "nominal"
+        print(f"{mode_table(outcomes)}\n{verdict(outcomes, chosen, links=links)}")
+        each = args.time_limit / len(outcomes)
+        print(f"  (the limit of {args.time_limit:g} s was shared by {len(outcomes)} modes, {each:.3g} s each)\n")
+    problem, result, held_out, baseline = chosen.problem, chosen.result, chosen.solved, chosen.baseline
     _print_result(problem, result, held_out, baseline, sides.name)
     evidence = {"split": sides.name, **held_out_figures(held_out), "index_order": held_out_figures(baseline)}
     _write(args, result, evidence)
     return 0
+
+
+def _solve_modes(args: argparse.Namespace, sides: Any) -> "list[ModeOutcome]":
+    """The mode that was asked for, or all of them with equal shares of the time."""
+    from moeplace.launch.solving.modes import ModeOutcome
+
+    modes, outcomes = MODES if args.mode == "auto" else (args.mode,), []
+    for mode in modes:
+        with progress(f"solving for {mode}") as report:
+            problem, result = _solve_side(args, sides.train, mode, args.time_limit / len(modes), report)
+        judged = (problem.evaluate(p, sides.test) for p in (result.placement, index_order_like(result.placement)))
+        outcomes.append(ModeOutcome(problem, result, *judged))
+    return outcomes
 
 
 def _solve_side(args: argparse.Namespace, train: Any, mode: str, seconds: float, report: Any) -> tuple[Any, Any]:
@@ -97,23 +112,6 @@ def _pair(base: Any, ours: Any) -> list[float]:
     return [value for name in names for value in (getattr(base, name), getattr(ours, name))]
 
 
-def _print_verdict(results: list[tuple[Any, Any]], sides: Any, chosen: str) -> None:
-    """One row per mode on the judging side, and whether the mode chosen on the fitted side is worth a placement."""
-    rows, ours, reference = [], 0.0, float("inf")
-    for problem, result in results:
-        solved = problem.evaluate(result.placement, sides.test).predicted_seconds
-        base = problem.evaluate(index_order_like(result.placement), sides.test).predicted_seconds
-        rows.append([problem.mode, base * 1e3, solved * 1e3, base / solved])
-        reference = min(reference, base)
-        ours = solved if problem.mode == chosen else ours
-    print(format_table(["mode", "index order, ms/step", "solved, ms/step", "speedup"], rows))
-    gain = reference / ours - 1
-    if gain < WORTH_HAVING:
-        print(f"verdict: a placement for {chosen} gains {gain:.1%} over the best mode in index order: leave it alone\n")
-    else:
-        print(f"verdict: run {chosen} with this placement: {gain:.1%} faster than the best mode in index order\n")
-
-
 def _print_result(problem: Any, result: Any, held_out: Any, baseline: Any, split: str) -> None:
     rows = []
     for name, label in (
@@ -128,7 +126,7 @@ def _print_result(problem: Any, result: Any, held_out: Any, baseline: Any, split
     rows.append(["predicted ms/step", baseline.predicted_seconds * 1e3, held_out.predicted_seconds * 1e3])
     print(format_table([f"{problem.mode}, {split} tokens", "index order", "solved"], rows))
     print(
-        f"\n{result.solver}: {result.status}, {result.objective_name} {result.objective:.6g} on the fitted tokens, "
+        f"\nsolver {result.solver}: {result.status}, {result.objective_name} {result.objective:.6g} on fitted tokens, "
         f"proven >= {result.lower_bound:.6g} (gap {result.gap:.1%}), {result.seconds:.1f} s, seed {result.seed}"
     )
     for name, bound in result.bounds.items():
@@ -146,11 +144,12 @@ def _write(args: argparse.Namespace, result: Any, evidence: dict[str, Any]) -> N
     from moeplace.placement.placement_file import save_placement
     from moeplace.profiling.files import write_json
 
+    solver = {**result.summary(), "max_imbalance": args.max_imbalance, "command": shlex.join(["moeplace", *args.argv])}
     if args.out:
-        save_placement(args.out, result.placement, solver=result.summary(), evidence=evidence)
+        save_placement(args.out, result.placement, solver=solver, evidence=evidence)
         print(f"wrote {args.out}")
     if args.json:
-        write_json(args.json, {"solver": result.summary(), "evidence": evidence, "digest": result.placement.digest})
+        write_json(args.json, {"solver": solver, "evidence": evidence, "digest": result.placement.digest})
 
 
 def _solve_loads(args: argparse.Namespace, no_trace: Exception) -> int:
@@ -183,6 +182,6 @@ def _solve_loads(args: argparse.Namespace, no_trace: Exception) -> int:
     rows = [["imbalance, mean", base.mean(), ours.mean()], ["imbalance, worst layer", base.max(), ours.max()]]
     print(format_table(["loads (fitted)", "index order", "solved"], rows))
     print("  note: loads alone say nothing of where tokens go: optimising traffic needs a routing trace")
-    print(f"\n{result.solver}: {result.status}, proven >= {result.lower_bound:.6g} (gap {result.gap:.2%})")
+    print(f"\nsolver {result.solver}: {result.status}, proven >= {result.lower_bound:.6g} (gap {result.gap:.2%})")
     _write(args, result, {"split": "all", "imbalance_mean": float(ours.mean()), "imbalance_worst": float(ours.max())})
     return 0

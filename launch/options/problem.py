@@ -24,7 +24,8 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     """Mode, objective, constraints and budget."""
     parser.add_argument(
         "--mode", choices=(*MODES, "auto"), default="dispatch-combine",
-        help="execution mode to solve for; auto solves all and says which to run (default: %(default)s)",
+        help="execution mode to solve for; auto: solve for each of them, sharing the time limit, and say which to run "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--objective", choices=("seconds", "traffic"), default="seconds", help="default: %(default)s")
     parser.add_argument("--max-imbalance", type=float, metavar="X", help="hard cap on a layer's training imbalance")

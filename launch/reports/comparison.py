@@ -13,7 +13,11 @@ from moeplace.profiling.errors import FormatError
 AS_FAST = 0.95
 """Runs that reach this share of the greatest speed count as fast: on shared machines less is noise."""
 
-_SAVINGS = (("collectives_per_layer", "collectives"), ("copies_per_token", "token copies across ranks"))
+_SAVINGS = (
+    ("collectives_per_layer", "collectives"),
+    ("copies_per_token", "token copies across ranks"),
+    ("bytes_inter_node", "bytes between nodes"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Figure:
         scale: multiplies the value before it is shown.
         lower_is_better: which way is good.
         charted: whether it is worth a bar chart.
+        tile: whether it stands in large on top of the page.
     """
 
     key: str
@@ -35,6 +40,7 @@ class Figure:
     scale: float = 1.0
     lower_is_better: bool = True
     charted: bool = False
+    tile: bool = False
 
     def text(self, value: float | None) -> str:
         """The value as it is shown; "-" where it is unknown."""
@@ -42,12 +48,14 @@ class Figure:
 
 
 FIGURES = (
-    Figure("collectives_per_layer", "collectives per MoE layer", 2),
-    Figure("copies_per_token", "token copies across ranks, per token", 2, charted=True),
-    Figure("bytes_per_token", "KiB across ranks, per token", 2, scale=1 / 1024),
-    Figure("imbalance", "imbalance (busiest rank / mean)", 2, charted=True),
+    Figure("collectives_per_layer", "collectives per MoE layer", 2, tile=True),
+    Figure("copies_per_token", "token copies across ranks, per token", 2, charted=True, tile=True),
+    Figure("bytes_per_token", "KiB across ranks, per token", 2, scale=1 / 1024, tile=True),
+    Figure("bytes_inter_node", "MiB between nodes, per step", 3, scale=1 / 2**20, charted=True, tile=True),
+    Figure("bytes_intra_node", "MiB inside nodes, per step", 3, scale=1 / 2**20),
+    Figure("imbalance", "imbalance (busiest rank / mean)", 2, charted=True, tile=True),
     Figure("seconds_per_step", "milliseconds per decode step", 1, scale=1e3),
-    Figure("tokens_per_second", "tokens per second", 0, lower_is_better=False, charted=True),
+    Figure("tokens_per_second", "tokens per second", 0, lower_is_better=False, charted=True, tile=True),
 )
 
 
@@ -128,7 +136,21 @@ def best_run(runs: Sequence[Run]) -> Run:
     fastest = max(run.figures.get("tokens_per_second", 0.0) for run in runs)
     fast = [run for run in runs if run.figures.get("tokens_per_second", 0.0) >= AS_FAST * fastest]
     unknown = float("inf")
-    return min(fast, key=lambda r: (r.figures.get("copies_per_token", unknown), r.figures.get("imbalance", unknown)))
+    least = ("copies_per_token", "bytes_inter_node", "bytes_per_token", "imbalance", "seconds_per_step")
+    return min(fast, key=lambda run: tuple(run.figures.get(name, unknown) for name in least))
+
+
+def gains(runs: Sequence[Run]) -> str:
+    """How much of the best run's speed comes from its mode and how much from its placement, where runs tell both."""
+    first, best = runs[0], best_run(runs)
+    between = [run for run in runs if (run.placement, run.mode) == (first.placement, best.mode)]
+    speeds = [run.figures.get("tokens_per_second", 0.0) for run in (first, *between[:1], best)]
+    if len(speeds) < 3 or not all(speeds) or best.mode == first.mode or best.placement == first.placement:
+        return ""
+    return (
+        f"Of the gain in speed, the mode makes {speeds[1] / speeds[0]:.2f} times, "
+        f"the placement {speeds[2] / speeds[1]:.2f} times."
+    )
 
 
 def verdict(runs: Sequence[Run]) -> str:

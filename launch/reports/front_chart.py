@@ -7,9 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from moeplace.launch.reports.charts import WIDTH
 from moeplace.launch.reports.scatter import pareto_front, round_ticks
-from moeplace.launch.reports.svg import element, number, picture, text
+from moeplace.launch.reports.svg import WIDTH, element, number, picture, text
 from moeplace.profiling.errors import FormatError
 
 _HEIGHT, _LEFT, _TOP, _BOTTOM, _RIGHT = 250.0, 40.0, 12.0, 40.0, 12.0

@@ -33,7 +33,7 @@ margin:0 0 4px;font-size:14px;border-left:3px solid var(--good);padding-left:10p
 .tile b s{font-size:17px;color:var(--soft);text-decoration:none;font-weight:400}
 .tile span{color:var(--soft);font-size:13px;line-height:1.35;display:block}
 .tile em{font-style:normal;font-weight:600;color:var(--good)}.tile em.bad{color:var(--bad)}
-.row+.row,.scroll+.key{margin-top:22px}
+.row+.row,.scroll+.key,.scroll+.row,.row+.key{margin-top:22px}
 .row{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:22px 28px}
 figure{margin:0;min-width:0}
 figcaption{font-size:13px;color:var(--soft);margin-top:4px}
@@ -43,10 +43,11 @@ svg.chart{display:block;width:100%;height:auto;overflow:visible}
 .row svg.chart{max-width:440px}
 svg text{font:11px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--ink)}
 svg text.muted{fill:var(--soft)}svg text.label{font-size:12px}svg text.value{font-size:12px;font-weight:600}
-.div .l0{fill:var(--d0)}.div .l1{fill:var(--d1)}.div .l2{fill:var(--d2)}.div .l3{fill:var(--d3)}.div .l4{fill:var(--d4)}
-.div .l5{fill:var(--d5)}.div .l6{fill:var(--d6)}
-.seq .l0{fill:var(--s0)}.seq .l1{fill:var(--s1)}.seq .l2{fill:var(--s2)}.seq .l3{fill:var(--s3)}.seq .l4{fill:var(--s4)}
-.seq .l5{fill:var(--s5)}.seq .l6{fill:var(--s6)}.seq .l7{fill:var(--s7)}
+.pixels{image-rendering:pixelated}.pixels.dark{display:none}
+@media(prefers-color-scheme:dark){.pixels.dark{display:inline}.pixels.light{display:none}}
+.hover{fill:transparent}.hover:hover{stroke:var(--ink);stroke-width:1.2}
+details{margin-top:16px}summary{cursor:pointer;color:var(--accent);font-size:14px;margin-bottom:10px}
+table.origin td{text-align:left;font-size:13px;overflow-wrap:anywhere}table.origin{margin-top:18px}
 svg text.s4,svg text.s5,svg text.s6,svg text.s7,svg text.t0,svg text.t6{fill:#fff}
 @media(prefers-color-scheme:dark){svg text.s5,svg text.s6,svg text.s7,svg text.t0,svg text.t6{fill:#0c1218}}
 .block{fill:none;stroke:var(--ink);stroke-width:1.1}
@@ -65,7 +66,7 @@ gap:4px 14px;font-size:13px;color:var(--soft);margin:0 0 14px;padding:0;list-sty
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:8px 0 8px 14px;text-align:right;vertical-align:top;border-top:1px solid var(--line)}
-th:first-child,td:first-child{text-align:left;padding-left:0;font-weight:400}
+th:first-child,td:first-child{text-align:left;padding-left:0;font-weight:400}tbody th{font-weight:400}
 thead th{border-top:0;font-weight:600;line-height:1.3}
 thead th small,td small{display:block;color:var(--soft);font-weight:400;font-size:12px}
 td.best{font-weight:700;color:var(--good)}
@@ -105,11 +106,23 @@ def row(figures: Sequence[str]) -> str:
     return f'<div class="row">{"".join(figures)}</div>'
 
 
-def key(entries: Sequence[tuple[str, str]], *, tick: bool = False) -> str:
-    """A legend of (colour variable, meaning)."""
-    items = "".join(f'<li><i style="background:var(--{name})"></i>{escape(words)}</li>' for name, words in entries)
+def details(title: str, figures: Sequence[str]) -> str:
+    """Drawings that are shown on demand."""
+    return f"<details><summary>{escape(title)}</summary>{row(figures)}</details>"
+
+
+def key(entries: Sequence[tuple[str, str]], *, tick: str = "", title: str = "") -> str:
+    """A legend of (colour variable, meaning).
+
+    Args:
+        entries: what to explain.
+        tick: what marks in bars mean; "" = there are none.
+        title: what the numbers are.
+    """
+    items = f"<li>{escape(title)}:</li>" if title else ""
+    items += "".join(f'<li><i style="background:var(--{name})"></i>{escape(words)}</li>' for name, words in entries)
     if tick:
-        items += '<li><i class="tick" style="background:var(--mark)"></i>predicted</li>'
+        items += f'<li><i class="tick" style="background:var(--mark)"></i>{escape(tick)}</li>'
     return f'<ul class="key">{items}</ul>'
 
 

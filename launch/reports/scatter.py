@@ -54,10 +54,17 @@ def scatter_svg(points: Sequence[tuple[float, float, str]], *, x_label: str, y_l
     return "\n".join(parts) + "\n"
 
 
+LEAST_SPAN = 0.05
+"""Share of the greatest value that an axis spans at least: what differs by less is to look as small as it is."""
+
+
 def round_ticks(values: Sequence[float]) -> list[float]:
     """Four to nine round numbers that enclose the values."""
     low, high = min(values), max(values)
-    span = max(high - low, 1e-3 * max(abs(high), 1e-9))
+    if high - low < LEAST_SPAN * abs(high):
+        middle, half = (low + high) / 2, LEAST_SPAN * abs(high) / 2
+        low, high = middle - half, middle + half
+    span = max(high - low, 1e-12)
     step = 10.0 ** np.floor(np.log10(span))
     for factor in (0.2, 0.25, 0.5, 1.0):
         if span / (step * factor) <= 6:

@@ -1,9 +1,14 @@
-"""SVG as text: elements, and cells of a matrix drawn as one path per colour level."""
+"""SVG as text: elements, labels, areas to hover over, bands."""
 
 from collections.abc import Sequence
 from html import escape
 
 import numpy as np
+
+WIDTH = 340.0
+"""Of a drawing: about that of a phone."""
+LEFT = 30.0
+"""Room for the names of rows."""
 
 
 def number(value: float) -> str:
@@ -31,24 +36,18 @@ def picture(width: float, height: float, title: str, parts: Sequence[str]) -> st
     return element("svg", body, viewBox=f"0 0 {number(width)} {number(height)}", role="img", class_="chart")
 
 
-def cells(levels: np.ndarray, x_of: Sequence[float], y_of: Sequence[float], size: tuple[float, float]) -> list[str]:
-    """The cells of a matrix, one path per level.
+def hover(words: str, x: float, y: float, width: float, height: float) -> str:
+    """An unseen area that says something to who points at it."""
+    return element("rect", element("title", escape(words)), x=x, y=y, width=width, height=height, class_="hover")
 
-    Args:
-        levels: (rows, columns) integers: the class of a cell is its prefix and level; negative = not drawn.
-        x_of: left edge of each column.
-        y_of: upper edge of each row.
-        size: width and height of a cell.
-    """
-    width, height = number(size[0]), number(size[1])
-    paths = []
-    for level in np.unique(levels[levels >= 0]):
-        strokes = (
-            f"M{number(x_of[column])} {number(y_of[row])}h{width}v{height}h-{width}z"
-            for row, column in np.argwhere(levels == level)
-        )
-        paths.append(f'<path class="l{level}" d="{"".join(strokes)}"/>')
-    return paths
+
+def layer_labels(layer_ids: np.ndarray, top: float, row: float) -> list[str]:
+    """Decoder-layer numbers beside the rows of a matrix, every fifth where rows are narrow."""
+    every = 1 if row >= 12 else 5
+    return [
+        text(str(layer_ids[index]), LEFT - 6, top + index * row + row / 2 + 3.6, "muted", text_anchor="end")
+        for index in range(0, len(layer_ids), every)
+    ]
 
 
 def ribbon(x0: float, top0: float, bottom0: float, x1: float, top1: float, bottom1: float) -> str:

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from moeplace.launch.reports.charts import WIDTH
 from moeplace.launch.reports.scatter import round_ticks
-from moeplace.launch.reports.svg import element, number, picture, text
+from moeplace.launch.reports.svg import WIDTH, element, number, picture, text
 from moeplace.runtime.replanning.event_log import Event
 
 _LEFT, _LANE, _CAPTION, _CURVE, _AXIS = 64.0, 26.0, 20.0, 110.0, 34.0

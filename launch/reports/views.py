@@ -1,42 +1,57 @@
-"""The numbers behind the charts: what a trace looks like under a placement.
+"""The numbers behind the charts: what a trace looks like under a placement, and how the placement came to be.
 
 Shape letters: T tokens, L MoE layers, E experts per layer, R ranks, S slots per layer, B = L - 1 layer boundaries.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from moeplace.placement.cost.evaluation import require_same_model
+from moeplace.placement.cost.evaluation import Evaluation, evaluate
 from moeplace.placement.placement import EMPTY_SLOT, Placement
+from moeplace.placement.placement_file import PlacementFile
 from moeplace.profiling.traces.stats import RoutingStats
 from moeplace.profiling.traces.trace import RoutingTrace
 
 
 @dataclass(frozen=True, eq=False)
 class PlacementView:
-    """A placement seen through the counts of a trace; the load of an expert is split evenly over its replicas.
+    """A placement seen through a trace.
 
     Attributes:
         name: what to call it.
         placement: the placement.
         stats: counts of the trace.
+        evaluation: what the placement costs on it.
+        solver: of the run that made it, as its file says; may be empty.
+        evidence: what its file says of held-out tokens; may be empty.
     """
 
     name: str
     placement: Placement
     stats: RoutingStats
+    evaluation: Evaluation
+    solver: Mapping[str, Any] = field(default_factory=dict)
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layer_ids(self) -> np.ndarray:
+        """(L,) what to call the layers."""
+        ids = self.placement.layer_ids
+        return np.arange(self.placement.num_layers) if ids is None else ids
 
     @cached_property
     def _share_LER(self) -> np.ndarray:
-        """(L, E, R) share of each expert's tokens that each rank serves."""
+        """(L, E, R) share of each expert's tokens that each rank serves, split evenly over replicas."""
         copies = self.placement.copies_LER.astype(float)
         return copies / np.maximum(copies.sum(axis=2, keepdims=True), 1)
 
     @cached_property
     def slot_load_LS(self) -> np.ndarray:
-        """(L, S) load of each slot over the layer's mean slot, NaN where a slot is empty."""
+        """(L, S) load of each slot over the layer's mean slot, split evenly over replicas; NaN = an empty slot."""
         experts_LS = self.placement.slot_to_expert
         layers = np.arange(len(experts_LS))[:, None]
         counts = np.maximum(self.placement.replica_counts, 1)
@@ -46,14 +61,19 @@ class PlacementView:
 
     @cached_property
     def rank_load_LR(self) -> np.ndarray:
-        """(L, R) load of each rank over the layer's mean rank."""
-        load = np.einsum("le,ler->lr", self.stats.load.astype(float), self._share_LER)
+        """(L, R) load of each rank over the layer's mean rank, by the replica rule."""
+        load = self.evaluation.load_LR.astype(float)
         return load / np.maximum(load.mean(axis=1, keepdims=True), 1e-12)
 
     @property
     def imbalance(self) -> float:
         """Mean over layers of the busiest rank over the mean rank."""
-        return float(self.rank_load_LR.max(axis=1).mean())
+        return self.evaluation.imbalance_mean
+
+    @property
+    def predicted_seconds(self) -> float:
+        """Of one step: as the placement's file says (its links and batch), else with nominal links."""
+        return float(self.evidence.get("predicted_seconds", self.evaluation.predicted_seconds))
 
     @cached_property
     def travel_BRR(self) -> np.ndarray:
@@ -88,13 +108,16 @@ class PlacementView:
         return given[rows][:, columns]
 
 
-def make_views(trace: RoutingTrace, placements: dict[str, Placement]) -> list[PlacementView]:
+def make_views(trace: RoutingTrace, placements: Mapping[str, Placement | PlacementFile]) -> list[PlacementView]:
     """One view per placement.
 
     Raises:
         InputError: a placement is for another model.
     """
-    for placement in placements.values():
-        require_same_model(trace, placement)
     stats = RoutingStats.from_trace(trace)
-    return [PlacementView(name, placement, stats) for name, placement in placements.items()]
+    views = []
+    for name, given in placements.items():
+        file = given if isinstance(given, PlacementFile) else PlacementFile(given)
+        found = evaluate(trace, file.placement)
+        views.append(PlacementView(name, file.placement, stats, found, file.solver, file.evidence))
+    return views
