@@ -11,9 +11,8 @@ from moeplace.launch.tables import format_table
 from moeplace.placement.cost.evaluation import Evaluation
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import SolveResult
+from moeplace.placement.solvers.seconds import AS_FAST
 
-AS_FAST = 0.005
-"""Predicted times that differ by less are the same: predictions err by several times as much."""
 WORTH_HAVING = 0.02
 """Predicted gain below which a placement is not worth its trouble for the time alone."""
 _FEWER = 0.05
