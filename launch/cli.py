@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
     warnings.showwarning = _show_warning
     from moeplace.profiling.errors import MoeplaceError
+    from moeplace.profiling.extras import missing_package
 
     try:
         return int(args.run(args))
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except MoeplaceError as error:
         return _fail(args, str(error))
+    except ModuleNotFoundError as error:
+        missing = missing_package(f"moeplace {args.command}", error)
+        return _fail(args, str(missing) if missing else _defect(error))
     except KeyboardInterrupt:
         print("moeplace: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(args, f"{error.filename or 'system'}: {error.strerror or error}")
     except Exception as error:  # a defect of ours: still one sentence, the rest on request
-        return _fail(args, f"internal error: {type(error).__name__}: {error} (--traceback shows where)")
+        return _fail(args, _defect(error))
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -88,6 +92,10 @@ def _fail(args: argparse.Namespace, sentence: str) -> int:
         traceback.print_exc()
     print(f"moeplace: {' '.join(sentence.split())}", file=sys.stderr)
     return FAILED
+
+
+def _defect(error: Exception) -> str:
+    return f"internal error: {type(error).__name__}: {error} (--traceback shows where)"
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

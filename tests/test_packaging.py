@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("profiling", "placement", "runtime", "launch")
@@ -60,6 +62,42 @@ def test_no_module_of_launch_hides_a_dependency() -> None:
     scripts = [path for path in (ROOT / "launch").rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
     folders = {ROOT / "launch"} | {path.parent for path in scripts}
     assert not taken & {path.stem for folder in folders for path in folder.iterdir()}
+
+
+def pins(name: str) -> dict[str, str]:
+    """Normalised name -> version of a file of constraints."""
+    lines = (line.split(";")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(package): version for package, version in pairs}
+
+
+def requirements() -> list[Requirement]:
+    """Of the package and all its extras."""
+    project = settings()["project"]
+    extras = project["optional-dependencies"].values()  # type: ignore[attr-defined]
+    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]  # type: ignore[misc]
+    return [one for one in map(Requirement, lines) if one.name != "moeplace"]
+
+
+@pytest.mark.parametrize("required", requirements(), ids=str)
+def test_the_lock_holds_what_is_allowed(required: Requirement) -> None:
+    """Every dependency of use, development and tests is locked, inside its range."""
+    assert required.specifier.contains(pins("lock.txt")[canonicalize_name(required.name)])
+
+
+def test_torch_is_pinned_in_one_release() -> None:
+    """The lock names the build that the constraint does."""
+    assert pins("constraints.txt") == {"torch": pins("lock.txt")["torch"]}
+
+
+def test_the_oldest_releases_are_asked_for() -> None:
+    """What `make test-oldest` installs lies in the series of each lower bound."""
+    command = [sys.executable, ".ci/pins.py", "oldest"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    series = {canonicalize_name(name): bound for name, bound in (line.split("==") for line in printed)}
+    for required in requirements():
+        for bound in (one.version for one in required.specifier if one.operator == ">="):
+            assert series[canonicalize_name(required.name)] == f"{bound}.*"
 
 
 def test_version_is_installed() -> None:

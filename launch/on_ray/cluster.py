@@ -9,7 +9,8 @@ from importlib.metadata import metadata, version
 from pathlib import Path
 from typing import Any
 
-from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.profiling.errors import MoeplaceError
+from moeplace.profiling.extras import missing_package
 
 LOCAL = "local"
 _PACKAGES = ("profiling", "placement", "runtime", "launch")
@@ -23,12 +24,12 @@ def import_ray() -> Any:
     """The module `ray`.
 
     Raises:
-        InputError: it is not installed.
+        MissingPackageError: it is not installed.
     """
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise InputError(f"this needs {error.name}: pip install 'moeplace[ray]'") from error
+        raise missing_package("moeplace ray", error) or error from error
     return ray
 
 
@@ -43,7 +44,7 @@ def connected(address: str | None, *, num_cpus: int | None = None, ship: bool = 
         ship: give the workers this package; a cluster that has it installed does not need that.
 
     Raises:
-        InputError: Ray is not installed.
+        MissingPackageError: Ray is not installed.
         MoeplaceError: there is no such cluster.
     """
     ray = import_ray()

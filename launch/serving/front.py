@@ -77,7 +77,7 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
         InputError: a value breaks a rule, or a library is missing.
     """
     from moeplace.launch.serving.requests_file import Tokenizer
-    from moeplace.profiling.errors import InputError
+    from moeplace.profiling.extras import missing_package
     from moeplace.runtime.models.checkpoint import Checkpoint
 
     try:
@@ -85,7 +85,7 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
         from moeplace.launch.http_front.server import address_of, bind, run_front
         from moeplace.launch.http_front.settings import FrontSettings, parse_address, read_api_key
     except ModuleNotFoundError as error:
-        raise InputError(f"--http needs {error.name}: pip install 'moeplace[serve]'") from error
+        raise missing_package("moeplace serve --http", error) or error from error
     settings = FrontSettings(
         model=args.model_name or Path(args.model).resolve().name,
         api_key=read_api_key(args.api_key_file),

@@ -7,6 +7,7 @@ from moeplace.placement.budget import Budget
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
 from moeplace.profiling.errors import InputError
+from moeplace.profiling.extras import missing_package
 
 SOLVERS = {  # name -> module:function below this package
     "auto": "auto:solve_portfolio",
@@ -32,9 +33,13 @@ def get_solver(name: str) -> Solver:
 
     Raises:
         InputError: there is none.
+        MissingPackageError: it needs a package that is not installed.
     """
     if name not in SOLVERS:
         raise InputError(f"solver {name!r} must be one of {', '.join(SOLVERS)}")
     module, function = SOLVERS[name].split(":")
-    solver: Solver = getattr(importlib.import_module(f"moeplace.placement.solvers.{module}"), function)
+    try:
+        solver: Solver = getattr(importlib.import_module(f"moeplace.placement.solvers.{module}"), function)
+    except ModuleNotFoundError as error:
+        raise missing_package(f"solver {name}", error) or error from error
     return solver

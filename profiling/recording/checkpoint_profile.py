@@ -27,6 +27,7 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> tuple[torch.nn.Mod
         FormatError: files are missing, truncated, or of another model.
     """
     path = check_checkpoint(folder)
+    import safetensors  # noqa: F401  # where it is missing transformers blames the configuration instead
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -14,6 +14,8 @@ from moeplace.profiling.errors import InputError
 
 try:
     from ortools.sat.python import cp_model
+except ModuleNotFoundError:
+    raise  # it is not installed: whoever asked for a solver says how to get it
 except ImportError as error:
     raise ImportError(
         f"OR-tools could not be loaded ({error}); if highspy was imported before, import moeplace first"
