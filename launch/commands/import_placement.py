@@ -2,7 +2,7 @@
 
 import argparse
 
-from moeplace.launch.commands.import_trace import layer_range
+from moeplace.launch.options.layers import layer_range
 
 HELP = "read the placement file of a serving engine"
 ENGINES = ("sglang", "vllm", "trtllm", "vllm-ascend", "omni", "exflow")

@@ -4,17 +4,19 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from moeplace.launch.options.layers import expert_counts, layer_range
+
 if TYPE_CHECKING:
     from moeplace.profiling.imports.canonical import Imported
 
 HELP = "read other programs' routing traces, expert loads and placement files"
 SOURCES = {
     "npz": "trace interchange: experts (T, L, K), weights, sequence_ids, positions",
-    "sglang": "SGLang recorder dumps (.pt file or folder), or routed_experts as JSON lines",
-    "vllm": "vLLM routed_experts or eplb_load_stats as JSON lines",
+    "sglang": "SGLang recorder dumps (.pt file or folder), or its answers with routed_experts, one a line",
+    "vllm": "vLLM's answers with routed_experts, or eplb_load_stats, one a line",
     "trtllm": "TensorRT-LLM expert statistics (folder)",
     "exflow": "ExFlow trace.npy (tokens, layers), top-1",
-    "load": "load matrix (L, E): .npy, .npz or .json",
+    "load": "counts by layer and expert: .npy, .npz, .pt, .json, .csv, or a folder with one file a rank",
     "vllm-ascend": "expert map (a placement)",
     "omni": "placement pattern (a placement)",
 }
@@ -26,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source_format", required=True, choices=SOURCES, help=listing)
     parser.add_argument("--out", required=True, metavar="T", help="trace, load or placement file to write")
     parser.add_argument("--top-k", type=int, metavar="K", help="keep the first K experts of every token; 1 = primary")
-    parser.add_argument("--num-experts", type=int, metavar="E", help="experts per layer (default: greatest id + 1)")
+    parser.add_argument(
+        "--num-experts", type=expert_counts, metavar="E", help="experts per layer, or one number a layer: 64,60,48 or "
+        "64x20,48x6 (default: greatest id + 1)",
+    )  # fmt: skip
     parser.add_argument("--null-experts", type=int, default=0, metavar="N", help="ids E..E+N-1 are null experts (0)")
     parser.add_argument(
         "--layer-ids", type=layer_range, metavar="IDS", help="decoder layers of the MoE layers: 1-26, 3,5,7"
@@ -37,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", metavar="NAME", help="name of the model")
     parser.add_argument("--expert-bytes", type=int, metavar="B", help="bytes of one expert's weights")
     parser.add_argument("--hidden-size", type=int, default=0, metavar="D", help="hidden size of the model")
+    parser.add_argument("--kv-dim", type=int, default=0, metavar="N", help="K/V elements per token and layer")
+    parser.add_argument("--shared-experts", type=int, default=0, metavar="N", help="shared experts of a layer")
+    parser.add_argument("--fill-value", type=int, metavar="V", help="an id that stands for no expert")
+    parser.add_argument("--drop-padding", action="store_true", help="leave out what looks like padded tokens")
+    parser.add_argument("--strict", action="store_true", help="refuse data that looks wrong instead of mending it")
     parser.add_argument("--workload-names", default="", metavar="A,B", help="names of the workload tags")
     parser.add_argument("--ranks", type=int, metavar="R", help="of a placement file: ranks, where FILE does not say it")
     parser.add_argument(
@@ -47,17 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="number the experts that each adapter's tokens used as experts of their own, after those of the base",
     )
-
-
-def layer_range(text: str) -> tuple[int, ...]:
-    """`1-3,7` as (1, 2, 3, 7)."""
-    layers: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or int(last or first) >= 1 << 16:
-            raise argparse.ArgumentTypeError(f"{part!r} is neither a layer nor a range of layers such as 1-26")
-        layers.extend(range(int(first), int(last or first) + 1))
-    return tuple(layers)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,6 +91,11 @@ def _import_trace(args: argparse.Namespace) -> int:
         model=args.model,
         expert_bytes=args.expert_bytes,
         hidden_size=args.hidden_size,
+        kv_dim=args.kv_dim,
+        shared_experts=args.shared_experts,
+        fill_value=args.fill_value,
+        drop_padding=args.drop_padding,
+        strict=args.strict,
         workload_names=tuple(name.strip() for name in args.workload_names.split(",")) if args.workload_names else (),
         progress=sys.stderr.isatty(),
     )

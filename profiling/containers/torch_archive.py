@@ -32,8 +32,9 @@ _STORAGES = {
     "CharStorage": "i1",
     "ByteStorage": "u1",
     "BoolStorage": "?",
-    "BFloat16Storage": None,  # numpy has no such type: refused when read
+    "BFloat16Storage": "<u2",  # numpy has no such type: read as the upper halves of float32
 }
+_HALVES = "BFloat16Storage"
 _CONTAINERS = {"EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE"}
 _PLAIN = {
     "PROTO", "FRAME", "STOP", "MARK", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BININT", "BININT1", "BININT2",
@@ -54,19 +55,32 @@ class StoredTensor:
         position: first byte of its values.
         dtype: type of its values.
         shape: its shape.
+        stride: values from one index to the next, by axis; None = contiguous.
+        halves: values are the upper halves of float32 (bfloat16).
     """
 
     path: Path
     position: int
     dtype: np.dtype
     shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+    halves: bool = False
 
     def read(self) -> np.ndarray:
-        """The values, memory-mapped read-only."""
+        """The values: memory-mapped read-only where contiguous, else copied; bfloat16 as float32."""
         if 0 in self.shape:
-            return np.zeros(self.shape, self.dtype)
-        mapped = np.memmap(self.path, self.dtype, "r", self.position, self.shape or (1,))
-        return np.asarray(mapped).reshape(self.shape)
+            return np.zeros(self.shape, np.float32 if self.halves else self.dtype)
+        array = self._map()
+        return (array.astype(np.uint32) << 16).view(np.float32) if self.halves else array
+
+    def _map(self) -> np.ndarray:
+        if self.stride is None:
+            mapped = np.memmap(self.path, self.dtype, "r", self.position, self.shape or (1,))
+            return np.asarray(mapped).reshape(self.shape)
+        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        flat = np.asarray(np.memmap(self.path, self.dtype, "r", self.position, (span,)))
+        steps = [step * self.dtype.itemsize for step in self.stride]
+        return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False).copy()
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,7 @@ class _Storage:
     position: int
     dtype: np.dtype
     numel: int
+    halves: bool
 
 
 def read_torch_archive(path: str | Path) -> Any:
@@ -152,16 +167,13 @@ class _Unpickler(pickle.Unpickler):
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or pid[1] not in _STORAGES:
             raise pickle.UnpicklingError("a storage reference is damaged")
         kind, key, numel = pid[1], pid[2], pid[4]
-        stored = _STORAGES[kind]
-        if stored is None:
-            raise pickle.UnpicklingError(f"a tensor of {kind} is not supported")
-        dtype = np.dtype(stored)
+        dtype = np.dtype(_STORAGES[kind])
         info = self._members.get(key) if isinstance(key, str) else None
         if info is None or info.compress_type != zipfile.ZIP_STORED or type(numel) is not int:
             raise pickle.UnpicklingError("a storage is missing or compressed")
         if numel < 0 or numel * dtype.itemsize > info.file_size:
             raise pickle.UnpicklingError(f"storage {key[:20]} has {info.file_size} bytes, {numel} values announced")
-        return _Storage(self._path, _data_offset(self._path, info), dtype, numel)
+        return _Storage(self._path, _data_offset(self._path, info), dtype, numel, kind == _HALVES)
 
 
 def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
@@ -179,20 +191,20 @@ def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
 
 
 def _rebuild_tensor(storage: Any = None, offset: Any = None, shape: Any = None, stride: Any = None, *_: Any) -> Any:
-    """Stands for `torch._utils._rebuild_tensor_v2`; contiguous tensors only, inside their storage."""
+    """Stands for `torch._utils._rebuild_tensor_v2`: a tensor inside its storage, in which no value stands twice."""
     if not isinstance(storage, _Storage) or type(offset) is not int or offset < 0:
         raise pickle.UnpicklingError("a tensor is damaged")
     for sizes in (shape, stride):
         if not isinstance(sizes, tuple) or len(sizes) > 32 or not all(type(n) is int and n >= 0 for n in sizes):
             raise pickle.UnpicklingError("a tensor has an impossible shape")
-    count = 1
+    count, span, contiguous = 1, 1, True
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size > 1 and step != count:
-            raise pickle.UnpicklingError("a tensor is not contiguous: save a contiguous copy")
-        count *= size
-    if offset + count > storage.numel:
+        contiguous = contiguous and (size <= 1 or step == count)
+        count, span = count * size, span + (size - 1) * step
+    if count and (offset + max(count, span) > storage.numel):
         raise pickle.UnpicklingError(f"a tensor of shape {shape} does not fit into its storage of {storage.numel}")
-    return StoredTensor(storage.path, storage.position + offset * storage.dtype.itemsize, storage.dtype, shape)
+    position = storage.position + offset * storage.dtype.itemsize
+    return StoredTensor(storage.path, position, storage.dtype, shape, None if contiguous else stride, storage.halves)
 
 
 def _empty_dict(*_: Any) -> dict[Any, Any]:

@@ -9,16 +9,15 @@ from moeplace.profiling.containers.npz import read_npy
 from moeplace.profiling.errors import FormatError
 from moeplace.profiling.imports.canonical import (
     MOST_LAYERS,
+    Findings,
     Imported,
     ImportOptions,
     Piece,
     TraceOutline,
-    expert_count,
-    id_range,
     pseudo_sequences,
-    warn,
     write_trace,
 )
+from moeplace.profiling.imports.canonical.rows import id_range
 from moeplace.profiling.parallel import CHUNK_TOKENS, chunks
 
 _SORTED_DESCENTS = 0.02
@@ -38,14 +37,12 @@ def import_exflow(source: str | Path, out: str | Path, options: ImportOptions) -
     low, high = id_range(ids_TL)
     if low < 0:
         raise FormatError(f"{source}: expert id {low} must not be negative")
-    notes: list[str] = []
-    experts = expert_count(high, options, notes)
-    if len(ids_TL) >= _JUDGED_TOKENS and experts > 1 and _descents(ids_TL).max() < _SORTED_DESCENTS:
-        note = "all columns are piecewise sorted, as if rebuilt from histograms: their affinity is an artefact"
-        notes.append(note)
-        warn(f"{source}: {note}")
-    outline = TraceOutline(np.full(ids_TL.shape[1], experts), 1, notes=notes)
-    return write_trace(out, outline, _pieces(ids_TL, pseudo_sequences(len(ids_TL), notes)), options)
+    findings = Findings(source, strict=options.strict)
+    if len(ids_TL) >= _JUDGED_TOKENS and high > 0 and _descents(ids_TL).max() < _SORTED_DESCENTS:
+        findings.warn("all columns are piecewise sorted, as if rebuilt from histograms: their affinity is an artefact")
+    sequence_ids = pseudo_sequences(len(ids_TL), findings)
+    outline = TraceOutline(ids_TL.shape[1], 1)
+    return write_trace(out, outline, lambda: _pieces(ids_TL, sequence_ids), options, findings)
 
 
 def _descents(ids_TL: np.ndarray) -> np.ndarray:
@@ -59,4 +56,4 @@ def _descents(ids_TL: np.ndarray) -> np.ndarray:
 def _pieces(ids_TL: np.ndarray, sequence_ids: np.ndarray) -> Iterator[Piece]:
     for number, piece in enumerate(chunks(ids_TL)):
         tokens = slice(number * CHUNK_TOKENS, (number + 1) * CHUNK_TOKENS)
-        yield {"topk_ids": piece[:, :, None].astype(np.int32), "sequence_ids": sequence_ids[tokens]}
+        yield {"topk_ids": piece[:, :, None], "sequence_ids": sequence_ids[tokens]}

@@ -10,18 +10,18 @@ from moeplace.profiling.containers.npz import read_npz
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.imports.canonical import (
     MOST_LAYERS,
+    Findings,
     Imported,
     ImportOptions,
     Piece,
     TraceOutline,
-    expert_count,
-    id_range,
     pseudo_sequences,
     write_trace,
 )
+from moeplace.profiling.imports.canonical.rows import id_range
 from moeplace.profiling.parallel import CHUNK_TOKENS, chunks
 from moeplace.profiling.traces.file import load_trace, save_trace
-from moeplace.profiling.traces.trace import BASE_MODEL
+from moeplace.profiling.traces.trace import BASE_MODEL, MOST_EXPERTS
 
 _PER_TOKEN = ("sequence_ids", "positions", "is_decode", "workload", "adapter")
 _MOST_TOP_K = 1024
@@ -51,16 +51,21 @@ def import_npz(source: str | Path, out: str | Path, options: ImportOptions) -> I
     low, high = id_range(ids_TLK)
     if low < -1:
         raise InputError(f"{source}: expert id {low} must be at least -1 (-1 = none)")
-    notes: list[str] = []
-    experts = expert_count(high, options, notes)
-    companions = _companions(source, arrays, ids_TLK.shape, notes)
-    names = _workload_names(source, arrays, companions.get("workload"), options)
-    adapters = _adapter_names(source, arrays, companions.get("adapter"))
-    outline = TraceOutline(np.full(layers, experts), top_k, workload_names=names, adapter_names=adapters, notes=notes)
+    if high > np.iinfo(np.uint32).max:
+        raise InputError(f"{source}: expert id {high} must be below {MOST_EXPERTS}")
+    findings = Findings(source, strict=options.strict)
+    companions = _companions(source, arrays, ids_TLK.shape, findings)
     weights_TLK = arrays.get("weights")
     if weights_TLK is not None and (weights_TLK.shape != ids_TLK.shape or weights_TLK.dtype.kind != "f"):
         raise FormatError(f"{source}: weights must be floats of shape {ids_TLK.shape}, not {_kind(weights_TLK)}")
-    return write_trace(out, outline, _pieces(ids_TLK, weights_TLK, companions, options.progress), options)
+    outline = TraceOutline(
+        layers,
+        top_k,
+        weighted=weights_TLK is not None,
+        workload_names=_workload_names(source, arrays, companions.get("workload"), options),
+        adapter_names=_adapter_names(source, arrays, companions.get("adapter")),
+    )
+    return write_trace(out, outline, lambda: _pieces(ids_TLK, weights_TLK, companions), options, findings)
 
 
 def _import_own(source: str | Path, out: str | Path, options: ImportOptions) -> Imported:
@@ -87,7 +92,7 @@ def _check_cube(source: str | Path, ids_TLK: np.ndarray) -> None:
 
 
 def _companions(
-    source: str | Path, arrays: dict[str, np.ndarray], shape: tuple[int, ...], notes: list[str]
+    source: str | Path, arrays: dict[str, np.ndarray], shape: tuple[int, ...], findings: Findings
 ) -> dict[str, np.ndarray]:
     """The per-token arrays of a source, in range; sequence ids are made up where absent."""
     if "workload" not in arrays and "task" in arrays:
@@ -99,12 +104,12 @@ def _companions(
     if "is_decode" in found:
         found["is_decode"] = found["is_decode"].astype(bool)
     if "sequence_ids" not in found:
-        found["sequence_ids"] = pseudo_sequences(shape[0], notes)
+        found["sequence_ids"] = pseudo_sequences(shape[0], findings)
     low, high = id_range(found["sequence_ids"])
     if low < 0 or high >= 2**31:  # hashes of requests: number them as they first appear
         _, first, inverse = np.unique(found["sequence_ids"], return_index=True, return_inverse=True)
         found["sequence_ids"] = np.argsort(np.argsort(first))[inverse]
-        notes.append("sequence ids renumbered in order of appearance")
+        findings.note("sequence ids renumbered in order of appearance")
     return found
 
 
@@ -143,27 +148,16 @@ def _tag_names(
     return names
 
 
-def _pieces(
-    ids_TLK: np.ndarray, weights_TLK: np.ndarray | None, companions: dict[str, np.ndarray], progress: bool
-) -> Iterator[Piece]:
-    from tqdm import tqdm
-
+def _pieces(ids_TLK: np.ndarray, weights_TLK: np.ndarray | None, companions: dict[str, np.ndarray]) -> Iterator[Piece]:
     weights = chunks(weights_TLK) if weights_TLK is not None else None
     start = 0
-    with tqdm(total=len(ids_TLK), unit="token", desc="import", disable=not progress) as bar:
-        for ids in chunks(ids_TLK):
-            piece = {name: array[start : start + CHUNK_TOKENS] for name, array in companions.items()}
-            piece["topk_ids"] = _signed(ids)
-            if weights is not None:
-                piece["topk_weights"] = next(weights)
-            yield piece
-            start += len(ids)
-            bar.update(len(ids))
-
-
-def _signed(ids: np.ndarray) -> np.ndarray:
-    """Native int16, int32 or int64 ids; `id_range` has shown that they fit."""
-    return ids.astype(np.int16 if ids.dtype.itemsize <= 2 and ids.dtype.kind == "i" else np.int32, copy=False)
+    for ids in chunks(ids_TLK):
+        piece = {name: array[start : start + CHUNK_TOKENS] for name, array in companions.items()}
+        piece["topk_ids"] = ids
+        if weights is not None:
+            piece["topk_weights"] = next(weights)
+        yield piece
+        start += len(ids)
 
 
 def _kind(array: np.ndarray) -> str:

@@ -15,16 +15,19 @@ from moeplace.profiling.containers.torch_archive import StoredTensor, read_torch
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.imports.canonical import (
     MOST_LAYERS,
+    Findings,
     Imported,
     ImportOptions,
     Piece,
     TraceOutline,
-    sources_in,
-    warn,
     write_load,
     write_trace,
 )
-from moeplace.profiling.imports.routed_experts import import_sglang_requests
+from moeplace.profiling.imports.files import sources_in
+from moeplace.profiling.imports.json_lines import is_json
+from moeplace.profiling.imports.loads import import_load, is_table
+from moeplace.profiling.imports.routed_experts import has_requests, import_sglang_requests
+from moeplace.profiling.imports.tables.table import CountTable
 from moeplace.profiling.traces.trace import MOST_EXPERTS
 
 _EXTEND, _DECODE, _IDLE = 1, 2, 4
@@ -37,14 +40,19 @@ _NOTE_PSEUDO = "decode passes and continued prefills cannot be linked: one pseud
 
 
 def import_sglang(source: str | Path, out: str | Path, options: ImportOptions) -> Imported:
-    """Read a dump file, a folder with the dumps of all ranks, or routed experts as JSON lines.
+    """Read a dump file, a folder with the dumps of all ranks, answers with routed experts, or a table of counts.
 
     Raises:
         InputError: there is no such file, or its contents break a rule.
         FormatError: it is not such a dump.
     """
-    if Path(source).suffix in (".jsonl", ".json"):
-        return import_sglang_requests(source, out, options)
+    if is_table(source):
+        return import_load(source, out, options)
+    if is_json(source):
+        requests = has_requests(source) or Path(source).suffix != ".json"
+        return (import_sglang_requests if requests else import_load)(source, out, options)
+    if Path(source).is_file() and not _is_dump(Path(source)):
+        return import_load(source, out, options)
     dumps = [_read_dump(path) for path in sources_in(source, "*.pt")]
     kinds = {dump.kind for dump in dumps}
     if len(kinds) > 1:
@@ -63,6 +71,14 @@ class _Dump:
     counts: tuple[np.ndarray, ...] = ()
     records: tuple[dict[str, Any], ...] = ()
     slot_to_expert: np.ndarray | None = None
+
+
+def _is_dump(path: Path) -> bool:
+    """Whether a file is a recorder's; a bare tensor and the like are not."""
+    if path.suffix not in (".pt", ".pth"):
+        return False
+    document = read_torch_archive(path)
+    return isinstance(document, dict) and bool({"logical_count", "records"} & set(document))
 
 
 def _read_dump(path: Path) -> _Dump:
@@ -98,12 +114,11 @@ def _import_counts(source: str | Path, out: str | Path, dumps: list[_Dump], opti
         shapes = ", ".join(str(total.shape) for total in sums) or "none"
         raise FormatError(f"{source}: dumps of one model must have counts of one shape, not {shapes}")
     load = np.sum(sums, axis=0)
-    moe = np.flatnonzero(load.any(axis=1))
-    if not len(moe):
+    if not load.any():
         raise InputError(f"{source}: all counts are zero, nothing was recorded")
-    return write_load(
-        out, load[moe], options, layer_ids=tuple(moe.tolist()), num_hidden_layers=len(load), notes=(_NOTE_MAP,)
-    )
+    findings = Findings(source, strict=options.strict)
+    findings.note(_NOTE_MAP)
+    return write_load(out, CountTable(tuple(load), num_hidden_layers=len(load)), options, findings)
 
 
 def _expert_counts(dump: _Dump) -> np.ndarray:
@@ -135,22 +150,16 @@ def _import_tokens(source: str | Path, out: str | Path, dumps: list[_Dump], opti
                 f"{dump.path} has another slot map than {dumps[0].path}: experts were re-placed meanwhile"
             )
     records = [(rank, record) for rank, dump in enumerate(dumps) for record in _ordered(dump)]
-    moe_layers, top_k, zero_share = _survey(dumps, records, len(first))
+    width, zero_share = _judge(dumps, records, len(first))
+    findings = Findings(source, strict=options.strict)
+    for note in (_NOTE_MAP, _NOTE_ORDER, _NOTE_PSEUDO):
+        findings.note(note)
     if zero_share > _DOMINANT and first.max() > 1:
-        warn(f"{source}: expert 0 has {zero_share:.0%} of all assignments: padded rows may be among them")
-    experts = int(first.max()) + 1
-    if options.num_experts is not None and options.num_experts != experts:
-        raise InputError(f"num-experts ({options.num_experts}) must be {experts}, that of the slot map of {source}")
+        findings.warn(f"slot 0 has {zero_share:.0%} of all assignments: padded rows may be among them")
     outline = TraceOutline(
-        np.full(len(moe_layers), experts),
-        top_k,
-        layer_ids=moe_layers.tolist(),
-        num_hidden_layers=len(first),
-        workload_names=_WORKLOADS,
-        notes=[_NOTE_MAP, _NOTE_ORDER, _NOTE_PSEUDO],
+        len(first), width, num_experts=int(first.max()) + 1, decoder_rows=True, workload_names=_WORKLOADS
     )
-    slot_to_expert = np.concatenate([first[moe_layers], np.full((len(moe_layers), 1), -1)], axis=1)  # slot -1 -> -1
-    return write_trace(out, outline, _pieces(dumps, records, moe_layers, top_k, slot_to_expert), options)
+    return write_trace(out, outline, lambda: _pieces(dumps, records, first, width), options, findings)
 
 
 def _ordered(dump: _Dump) -> list[dict[str, Any]]:
@@ -188,39 +197,34 @@ def _slots(path: Path, record: dict[str, Any], layers: int) -> np.ndarray:
     return slots[:, :tokens]
 
 
-def _survey(
-    dumps: list[_Dump], records: list[tuple[int, dict[str, Any]]], layers: int
-) -> tuple[np.ndarray, int, float]:
-    """(decoder layers with experts, K, share of expert 0) over all records; -1 fills the rest."""
-    used_L, width, zeros, total = np.zeros(layers, dtype=bool), 0, 0, 0
+def _judge(dumps: list[_Dump], records: list[tuple[int, dict[str, Any]]], layers: int) -> tuple[int, float]:
+    """(columns, share of slot 0) over all records; -1 fills the rest."""
+    width, zeros, total = 1, 0, 0
     for rank, record in records:
         dump = dumps[rank]
         assert dump.slot_to_expert is not None
         slots = _slots(dump.path, record, layers)
         if slots.size and (slots.min() < -1 or slots.max() >= dump.slot_to_expert.shape[1]):
             raise FormatError(f"{dump.path}: a physical id lies outside the {dump.slot_to_expert.shape[1]} slots")
-        valid = slots >= 0
-        used_L |= valid.any(axis=(1, 2))
-        columns = np.flatnonzero(valid.any(axis=(0, 1)))
-        width = max(width, int(columns[-1]) + 1 if len(columns) else 0)
-        zeros, total = zeros + int((slots == 0).sum()), total + int(valid.sum())
-    if not total:
+        width = max(width, slots.shape[2])
+        zeros, total = zeros + int((slots == 0).sum()), total + int((slots >= 0).sum())
+    if not total or width > 1024:
         raise InputError(f"{dumps[0].path}: no record holds a token with an expert")
-    return np.flatnonzero(used_L), width, zeros / total
+    return width, zeros / total
 
 
 def _pieces(
     dumps: list[_Dump],
     records: list[tuple[int, dict[str, Any]]],
-    moe_layers: np.ndarray,
-    top_k: int,
     slot_to_expert: np.ndarray,
+    width: int,
 ) -> Iterator[Piece]:
     """One piece per record; a record that another rank has too (same pass, tokens, positions) is taken once."""
     seen: set[tuple[int, bytes, bytes]] = set()
     sequence = 0
-    rows = np.arange(len(moe_layers))[None, :, None]
-    layers = len(np.asarray(dumps[0].slot_to_expert))
+    layers = len(slot_to_expert)
+    rows = np.arange(layers)[None, :, None]
+    with_none = np.pad(slot_to_expert, ((0, 0), (0, 1)), constant_values=-1)  # slot -1 -> -1
     for rank, record in records:
         slots = _slots(dumps[rank].path, record, layers)
         tokens = slots.shape[1]
@@ -229,7 +233,7 @@ def _pieces(
         if key in seen:
             continue
         seen.add(key)
-        slots_TLK = slots[moe_layers][:, :, :top_k].transpose(1, 0, 2)
+        slots_TLK = slots.transpose(1, 0, 2)
         lengths = _lengths(record, tokens)
         linked = record["forward_mode"] == _EXTEND and bool(lengths)
         ids_T = np.full(tokens, sequence)
@@ -244,7 +248,9 @@ def _pieces(
             start += length
         sequence = following
         yield {
-            "topk_ids": slot_to_expert[rows, slots_TLK],
+            "topk_ids": np.pad(
+                with_none[rows, slots_TLK], ((0, 0), (0, 0), (0, width - slots_TLK.shape[2])), constant_values=-1
+            ),
             "sequence_ids": ids_T,
             "positions": positions,
             "is_decode": np.full(tokens, record["forward_mode"] == _DECODE),

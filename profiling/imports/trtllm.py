@@ -15,6 +15,7 @@ from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import read_json
 from moeplace.profiling.imports.canonical import (
     MOST_LAYERS,
+    Findings,
     Imported,
     ImportOptions,
     Piece,
@@ -22,6 +23,7 @@ from moeplace.profiling.imports.canonical import (
     write_load,
     write_trace,
 )
+from moeplace.profiling.imports.tables.table import CountTable
 from moeplace.profiling.traces.trace import MOST_EXPERTS
 
 _COUNTS = re.compile(r"rank(\d{1,6})\.safetensors")
@@ -59,7 +61,8 @@ def import_trtllm(source: str | Path, out: str | Path, options: ImportOptions) -
     for grid in counts.values():
         for (_, layer), array in grid.items():
             load_LE[layers.index(layer)] += _counts_of(folder, array, experts)
-    return write_load(out, load_LE, options, layer_ids=tuple(layers))
+    table = CountTable(tuple(load_LE), tuple(layers))
+    return write_load(out, table, options, Findings(source, strict=options.strict))
 
 
 def _read_ranks(folder: Path, pattern: re.Pattern[str]) -> dict[int, Grid]:
@@ -113,8 +116,11 @@ def _import_raw(
     for rank, grid in raw.items():
         for key, array in grid.items():
             _check_raw(folder, rank, key, array, counts.get(rank, {}).get(key), experts)
-    outline = TraceOutline(np.full(len(layers), experts), top_k, layer_ids=layers, notes=[_NOTE_PSEUDO, _NOTE_ORDER])
-    return write_trace(out, outline, _pieces(folder, raw, layers), options)
+    findings = Findings(folder, strict=options.strict)
+    for note in (_NOTE_PSEUDO, _NOTE_ORDER):
+        findings.note(note)
+    outline = TraceOutline(len(layers), top_k, num_experts=experts, layer_ids=tuple(layers))
+    return write_trace(out, outline, lambda: _pieces(folder, raw, layers), options, findings)
 
 
 def _check_raw(

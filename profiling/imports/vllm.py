@@ -6,26 +6,30 @@ from typing import Any
 import numpy as np
 
 from moeplace.profiling.errors import FormatError
-from moeplace.profiling.imports.canonical import MOST_LAYERS, Imported, ImportOptions, write_load
-from moeplace.profiling.imports.json_lines import read_json_lines
-from moeplace.profiling.imports.routed_experts import import_requests
+from moeplace.profiling.imports.canonical import MOST_LAYERS, Findings, Imported, ImportOptions, write_load
+from moeplace.profiling.imports.json_lines import has_key, is_json, read_json_lines
+from moeplace.profiling.imports.loads import import_load, is_table
+from moeplace.profiling.imports.routed_experts import has_requests, import_requests
+from moeplace.profiling.imports.tables.table import CountTable
 from moeplace.profiling.traces.trace import MOST_EXPERTS
 
 _NOTE_ORDINALS = "layers are ordinals of MoE layers: give --layer-ids where dense layers come before or between"
 
 
 def import_vllm(source: str | Path, out: str | Path, options: ImportOptions) -> Imported:
-    """Read JSON lines: loads where the first line is an eplb record, else routed experts.
+    """Read requests with routed experts; eplb records; or, where it is neither, any table of counts.
 
     Raises:
         InputError: there is no such file, or its contents break a rule.
-        FormatError: it is neither of the two.
+        FormatError: it is nothing of the kind.
     """
-    for _, record in read_json_lines(source):
-        if "record_type" in record:
-            return _import_loads(source, out, options)
-        break
-    return import_requests(source, out, options, encoding="npy")
+    if Path(source).is_dir() or is_table(source) or not is_json(source):
+        return import_load(source, out, options)
+    if has_requests(source):
+        return import_requests(source, out, options, encoding="npy")
+    if has_key(source, "record_type"):
+        return _import_loads(source, out, options)
+    return import_load(source, out, options)
 
 
 def _import_loads(source: str | Path, out: str | Path, options: ImportOptions) -> Imported:
@@ -44,7 +48,9 @@ def _import_loads(source: str | Path, out: str | Path, options: ImportOptions) -
         load_LE = _add(where, load_LE, slots_LS, experts_LS)
     if load_LE is None:
         raise FormatError(f"{source} has no eplb_load_stats record")
-    return write_load(out, load_LE, options, model=model, notes=(_NOTE_ORDINALS,))
+    findings = Findings(source, strict=options.strict)
+    findings.note(_NOTE_ORDINALS)
+    return write_load(out, CountTable(tuple(load_LE), model=model), options, findings)
 
 
 def _add(where: str, load_LE: np.ndarray | None, slots_LS: np.ndarray, experts_LS: np.ndarray) -> np.ndarray:

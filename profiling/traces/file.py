@@ -124,6 +124,11 @@ class TraceWriter:
         """Tokens appended so far."""
         return self._tokens
 
+    @property
+    def num_hidden_layers(self) -> int:
+        """Decoder layers in all, as far as the metadata say or imply."""
+        return _whole(self._experts_per_layer, self._metadata).num_hidden_layers
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -214,7 +219,7 @@ _METADATA = (
 
 
 def _meta_npy(experts_per_layer: np.ndarray, metadata: dict[str, Any]) -> bytes:
-    whole = RoutingTrace(np.zeros((0, len(experts_per_layer), 1), np.int16), experts_per_layer, **metadata)
+    whole = _whole(experts_per_layer, metadata)
     document: dict[str, Any] = {"format": FORMAT, "experts_per_layer": whole.experts_per_layer.tolist()}
     for name in _METADATA:
         value = getattr(whole, name)
@@ -222,3 +227,8 @@ def _meta_npy(experts_per_layer: np.ndarray, metadata: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.frombuffer(json.dumps(document).encode(), dtype=np.uint8))
     return buffer.getvalue()
+
+
+def _whole(experts_per_layer: np.ndarray, metadata: dict[str, Any]) -> RoutingTrace:
+    """A trace without tokens, whose metadata are complete."""
+    return RoutingTrace(np.zeros((0, len(experts_per_layer), 1), np.int16), experts_per_layer, **metadata)
