@@ -81,7 +81,7 @@ class HttpFront:
             run.give_up("the server is shutting down")
 
     def _routes(self) -> Starlette:
-        return Starlette(
+        application = Starlette(
             routes=[
                 Route(COMPLETIONS, self._complete, methods=["POST"]),
                 Route("/v1/models", self._models),
@@ -97,6 +97,8 @@ class HttpFront:
             },
             lifespan=self._lifespan,
         )
+        application.router.redirect_slashes = False  # it would send clients to whatever the Host header says
+        return application
 
     @asynccontextmanager
     async def _lifespan(self, application: Starlette) -> AsyncIterator[None]:
@@ -210,7 +212,7 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: no such path, another method."""
     assert isinstance(error, HTTPException)
     return ApiError(
-        error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers
+        error.status_code, f"{request.method} {request.scope['path']}: {error.detail}", headers=error.headers
     ).response()
 
 

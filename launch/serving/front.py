@@ -76,6 +76,7 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
     Raises:
         InputError: a value breaks a rule, or a library is missing.
     """
+    from moeplace.launch.serving.event_logger import EventLogger
     from moeplace.launch.serving.requests_file import Tokenizer
     from moeplace.profiling.extras import missing_package
     from moeplace.runtime.models.checkpoint import Checkpoint
@@ -107,7 +108,7 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
         service = start_service()
         try:
             front = HttpFront(service, settings, coder=tokenizer if tokenizer.exists else None, stop_ids=stop_ids)
-            with _replanning(args, service, replan_options):
+            with EventLogger(service), _replanning(args, service, replan_options):
                 run_front(
                     front,
                     listener,

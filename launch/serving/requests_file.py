@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from moeplace.runtime.engine.engine import Engine
     from moeplace.runtime.engine.requests import Completion, Request
 
-_KEYS = {"id", "prompt", "token_ids", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop_ids"}
+_SAMPLING: dict[str, type] = {
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), float),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), float),
+    **dict.fromkeys(("top_k", "min_tokens", "seed"), int),
+}
+_KEYS = {"id", "prompt", "token_ids", "max_new_tokens", "stop_ids", *_SAMPLING}
 
 
 class Tokenizer:
@@ -108,12 +113,8 @@ def _parse(
     if ("prompt" in document) == ("token_ids" in document):
         raise InputError("a request needs either prompt or token_ids")
     stop_ids = document.get("stop_ids")
-    sampling = SamplingParameters(
-        temperature=float(document.get("temperature", 0.0)),
-        top_k=int(document.get("top_k", 0)),
-        top_p=float(document.get("top_p", 1.0)),
-        seed=int(document.get("seed", seed + number)),
-    )
+    given: dict[str, Any] = {name: kind(document[name]) for name, kind in _SAMPLING.items() if name in document}
+    sampling = SamplingParameters(**{"seed": seed + number, **given})
     ids = document["token_ids"] if "token_ids" in document else encode(str(document["prompt"]))
     return Request(
         request_id=str(document.get("id", number)),

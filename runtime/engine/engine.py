@@ -26,7 +26,7 @@ from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.engine.loading import load_experts
 from moeplace.runtime.engine.modes import ModeChooser, ModeRule, Phase, RecordedRouting
 from moeplace.runtime.engine.requests import Completion, Request, RunningSequence
-from moeplace.runtime.engine.sampling import sample
+from moeplace.runtime.engine.sampler import Draw, draw_tokens
 from moeplace.runtime.engine.scheduler import Scheduler
 from moeplace.runtime.engine.scoring import Scorer
 from moeplace.runtime.exchange.dispatcher import TokenRows
@@ -273,19 +273,25 @@ class Engine:
     @torch.inference_mode()
     def _sample(self, rows: TokenRows, ordered: list[RunningSequence], note: int) -> tuple[list[int], int]:
         """The next token of each sequence: drawn where its hidden state is, then made known to all ranks; the note."""
-        logits = self.executor.decoder.logits(rows.x)
-        greedy = logits.argmax(1)
         tokens = torch.zeros(len(ordered) + 1, dtype=torch.int64, device=rows.x.device)
-        tokens[rows.token] = greedy
         tokens[-1] = note if self.group.rank == 0 else 0
-        for row, index in enumerate(rows.token.tolist()):
-            parameters = ordered[index].request.sampling
-            if parameters.temperature:
-                tokens[index] = sample(logits[row], parameters, position=len(ordered[index].token_ids))
+        if len(rows):
+            draws = [self._describe_draw(ordered[index]) for index in rows.token.tolist()]
+            tokens[rows.token] = draw_tokens(self.executor.decoder.logits(rows.x), draws)
         if self.group.size > 1:
             self.group.all_reduce(tokens, kind="tokens")
         *drawn, heard = tokens.tolist()
         return drawn, heard
+
+    def _describe_draw(self, sequence: RunningSequence) -> Draw:
+        request = sequence.request
+        return Draw(
+            request.sampling,
+            position=len(sequence.token_ids),
+            prompt=request.token_ids,
+            added=sequence.token_ids[len(request.token_ids) :],
+            stop_ids=self.stop_ids if request.stop_set is None else request.stop_set,
+        )
 
     def _finish(self, ordered: list[RunningSequence]) -> list[Completion]:
         finished = []

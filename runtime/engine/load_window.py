@@ -7,8 +7,8 @@ import numpy as np
 
 from moeplace.runtime.engine.routing_window import RecentRows
 
-_PENDING_RECORDS = 4096
-"""Layer passes whose ids may wait to be counted."""
+_PENDING_IDS = 1 << 20
+"""Ids that may wait to be counted: 8 MiB."""
 
 
 class LoadWindow:
@@ -26,6 +26,7 @@ class LoadWindow:
         self.recent = RecentRows(num_layers, keep=keep) if keep else None
         self._load = np.zeros((num_layers, num_experts), dtype=np.int64)
         self._pending: list[tuple[int, np.ndarray]] = []
+        self._num_pending = 0
 
     @property
     def names_tokens(self) -> bool:
@@ -49,13 +50,15 @@ class LoadWindow:
         if self.recent is not None and token is not None:
             self.recent.record(layer, ids, token)
         self._pending.append((layer, ids))
-        if len(self._pending) >= _PENDING_RECORDS:
+        self._num_pending += ids.size
+        if self._num_pending >= _PENDING_IDS or len(self._pending) >= _PENDING_IDS // 256:  # a record costs too
             self._count()
 
     def reset(self) -> None:
         """Forget everything, on all ranks at the same step boundary."""
         self._load[:] = 0
         self._pending.clear()
+        self._num_pending = 0
         if self.recent is not None:
             self.recent.clear()
 
@@ -64,3 +67,4 @@ class LoadWindow:
             flat = ids.reshape(-1)
             self._load[layer] += np.bincount(flat[flat >= 0], minlength=self._load.shape[1])
         self._pending.clear()
+        self._num_pending = 0

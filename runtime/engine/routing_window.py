@@ -74,7 +74,7 @@ class _Pass:
 
 
 class RecentRows:
-    """Keeps the rows of the last passes of one rank. Nothing is copied or joined before it is asked for.
+    """Keeps the rows of the last passes of one rank. Nothing is joined before it is asked for.
 
     All ranks must begin the same passes, so that they keep and drop the same ones.
 
@@ -97,9 +97,12 @@ class RecentRows:
             self._tokens -= len(self._passes.popleft().sequences_T)
 
     def record(self, layer: int, ids: np.ndarray, token: np.ndarray) -> None:
-        """Add the ids (M, K) of the tokens (M,) of the pass that are on this rank in `layer`; arrays are kept."""
+        """Add the ids (M, K) of the tokens (M,) of the pass that are on this rank in `layer`.
+
+        They are kept in the smallest type: thousands of passes may be.
+        """
         if self._passes:  # rows outside a pass belong to no batch
-            self._passes[-1].rows[layer].append((token, ids))
+            self._passes[-1].rows[layer].append((token.astype(np.int32), ids.astype(_id_type(ids))))
 
     def clear(self) -> None:
         """Forget all rows; passes are numbered on."""
@@ -124,7 +127,7 @@ class RecentRows:
         return RoutedRows(
             np.array([sum(len(keys) for keys, _ in layer) for layer in by_layer], np.int64),
             np.concatenate(empty + [keys for keys, _ in rows]),
-            ids_MK.astype(np.int16) if ids_MK.max(initial=0) < 2**15 else ids_MK,  # half as much on the wire
+            ids_MK.astype(_id_type(ids_MK)),
             np.concatenate(empty + [_keys(p.number, np.arange(len(p.sequences_T))) for p in self._passes]),
             np.concatenate(empty + [np.asarray(p.sequences_T, np.int64) for p in self._passes]),
         )
@@ -164,6 +167,10 @@ def join_rows(parts: Sequence[RoutedRows], experts_per_layer: np.ndarray, **meta
             ids_TLK[:, layer] = ids_MK[np.searchsorted(seen, keys)]
     order = np.lexsort((keys, sequence_T))
     return RoutingTrace(ids_TLK[order], experts_per_layer, sequence_ids=sequence_T[order], **metadata)
+
+
+def _id_type(ids: np.ndarray) -> type[np.signedinteger[Any]]:
+    return np.int16 if ids.max(initial=0) < 2**15 else np.int32
 
 
 def _keys(number: int, token: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from moeplace.runtime.engine.requests import Request
-from moeplace.runtime.engine.sampling import SamplingParameters, sample
+from moeplace.runtime.engine.sampler import Draw, draw_tokens
+from moeplace.runtime.engine.sampling import SamplingParameters
 
 VOCABULARY = 60
 _COMMON: dict[str, Any] = {
@@ -134,8 +135,8 @@ def ask_plain_model(folder: Path, *, new_tokens: int = 5) -> Oracle:
         SamplingParameters(),
         SamplingParameters(temperature=0.8, seed=5),
         SamplingParameters(temperature=1.5, top_p=0.7, seed=6),
-        SamplingParameters(temperature=1.0, top_k=4, seed=6),
-        SamplingParameters(),
+        SamplingParameters(temperature=1.0, top_k=4, seed=6, repetition_penalty=1.3, min_tokens=4, choice=2),
+        SamplingParameters(presence_penalty=0.5, frequency_penalty=1.0),
     ]
     requests = [
         Request(str(i), tuple(s), max_new_tokens=new_tokens + i % 3, sampling=p)
@@ -147,9 +148,9 @@ def ask_plain_model(folder: Path, *, new_tokens: int = 5) -> Oracle:
 
 
 def _complete(model: Any, request: Request, stops: tuple[int, ...]) -> tuple[int, ...]:
-    ids = list(request.token_ids)
-    for _ in range(request.max_new_tokens):
-        ids.append(sample(model(torch.tensor([ids])).logits[0, -1], request.sampling, position=len(ids)))
-        if ids[-1] in stops:
-            break
-    return tuple(ids[len(request.token_ids) :])
+    prompt, added = request.token_ids, []
+    while len(added) < request.max_new_tokens and (not added or added[-1] not in stops):
+        logits = model(torch.tensor([[*prompt, *added]])).logits[:, -1]
+        draw = Draw(request.sampling, len(prompt) + len(added), prompt, added, stops)
+        added.append(int(draw_tokens(logits, [draw])[0]))
+    return tuple(added)

@@ -1,34 +1,25 @@
 """CompletionBody: the body of POST /v1/completions, checked field by field.
 
-The fields are those of OpenAI's API (platform.openai.com/docs/api-reference/completions); `top_k`, `stop_token_ids`,
-`ignore_eos` and `return_token_ids` are additions that other servers have too. A field that cannot be honoured is
-refused, unless its value asks for nothing.
+The fields are those of OpenAI's API (platform.openai.com/docs/api-reference/completions); `top_k`, `min_p`,
+`repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos` and `return_token_ids` are additions that other
+servers have too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from moeplace.launch.http_front.completions.fields import SAMPLING, Fields, is_id, require_unicode
 from moeplace.launch.http_front.wire.errors import ApiError
-from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.sampling import SamplingParameters
 
 DEFAULT_TOKENS = 16
 """As in OpenAI's API."""
 MOST_STOPS = 16
-_SEEDS = 2**31
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "logprobs": (None,),
-    "presence_penalty": (None, 0),
-    "suffix": (None, ""),
-}
-"""Fields that are not supported, with the values that ask for nothing."""
+MOST_STOP_IDS = 1024
 _KNOWN = {
-    *("model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "stop", "stop_token_ids", "ignore_eos"),
-    *("seed", "stream", "stream_options", "echo", "user", "return_token_ids", *_NEUTRAL),
+    *("model", "prompt", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "stream", "stream_options", "echo"),
+    *("return_token_ids", *SAMPLING),
 }
 
 
@@ -48,7 +39,7 @@ class CompletionBody:
         prompts: at least one.
         n: completions of each prompt.
         max_tokens: most tokens of a completion; 0 = none (with `echo`: the prompt alone).
-        sampling: of the first completion; the others count the seed up.
+        sampling: of all completions; each draws as the choice that it is.
         stops: strings that end a completion and are not part of it.
         stop_ids: token ids that end a completion; None = the model's.
         stream: pieces as they come.
@@ -73,9 +64,8 @@ class CompletionBody:
         return len(self.prompts) * self.n
 
     def sampling_of(self, choice: int) -> SamplingParameters:
-        """Each choice draws with a seed of its own."""
-        first = self.sampling
-        return SamplingParameters(first.temperature, first.top_k, first.top_p, (first.seed + choice) % _SEEDS)
+        """Each choice draws numbers of its own."""
+        return replace(self.sampling, choice=choice)
 
 
 def parse_body(
@@ -97,7 +87,7 @@ def parse_body(
     Raises:
         ApiError: 400 with the field's name, or 404 for another model.
     """
-    fields = _Fields(document)
+    fields = Fields(document, known=_KNOWN)
     fields.refuse_what_is_not_supported()
     if fields.get("model", str, model) != model:
         raise ApiError(
@@ -120,62 +110,19 @@ def parse_body(
         prompts=_prompts(document.get("prompt"), encode),
         n=n,
         max_tokens=max_tokens,
-        sampling=_sampling(fields, default_seed),
+        sampling=fields.sampling(default_seed),
         stops=_stops(document.get("stop")),
         stop_ids=_stop_ids(fields, model_stop_ids),
         stream=stream,
-        include_usage=_Fields(options).get("include_usage", bool, False),
+        include_usage=Fields(options).get("include_usage", bool, False),
         echo=fields.get("echo", bool, False),
         return_token_ids=fields.get("return_token_ids", bool, False),
     )
 
 
-class _Fields:
-    """Typed access to a JSON object; null is the same as absent."""
-
-    def __init__(self, document: Mapping[str, Any]) -> None:
-        self._document = document
-
-    def get(self, name: str, kind: type, default: Any) -> Any:
-        value = self._document.get(name)
-        if value is None:
-            return default
-        kinds = (int, float) if kind is float else (kind,)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-            raise ApiError(400, f"{name} must be of type {_JSON_NAMES[kind]}", param=name)
-        return value
-
-    def refuse_what_is_not_supported(self) -> None:
-        unknown = sorted(set(self._document) - _KNOWN)
-        if unknown:
-            raise ApiError(400, f"unknown field {unknown[0]!r}", param=unknown[0])
-        for name, neutral in _NEUTRAL.items():
-            value = self._document.get(name)
-            allowed = (*neutral, self._document.get("n")) if name == "best_of" else neutral
-            if value not in allowed or (isinstance(value, bool) and value not in (None,)):
-                raise ApiError(400, f"{name} is not supported", param=name, code="unsupported_parameter")
-
-
-_JSON_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
-
-
-def _sampling(fields: _Fields, default_seed: int) -> SamplingParameters:
-    try:
-        return SamplingParameters(
-            temperature=float(fields.get("temperature", float, 1.0)),
-            top_k=fields.get("top_k", int, 0),
-            top_p=float(fields.get("top_p", float, 1.0)),
-            seed=fields.get("seed", int, default_seed) % _SEEDS,
-        )
-    except OverflowError as error:
-        raise ApiError(400, "temperature and top_p must be numbers that a computer can hold") from error
-    except InputError as error:
-        raise ApiError(400, str(error), param=str(error).split()[0]) from error
-
-
 def _prompts(value: Any, encode: Callable[[str], list[int]] | None) -> tuple[Prompt, ...]:
     """A string, a list of strings, token ids, or a list of lists of token ids."""
-    many = value if isinstance(value, list) and value and not _is_id(value[0]) else [value]
+    many = value if isinstance(value, list) and value and not is_id(value[0]) else [value]
     if value is None or value == [] or len({type(item) for item in many}) != 1:
         raise ApiError(400, "prompt must be text, token ids, or a list of either", param="prompt")
     prompts = tuple(_prompt(item, encode) for item in many)
@@ -188,16 +135,10 @@ def _prompt(value: Any, encode: Callable[[str], list[int]] | None) -> Prompt:
     if isinstance(value, str):
         if encode is None:
             raise ApiError(400, "the model has no tokenizer; prompts must be token ids", param="prompt")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ApiError(400, "prompt must be valid Unicode, but it has half of a surrogate pair", param="prompt")
-        return Prompt(tuple(encode(value)), value)
-    if isinstance(value, list) and all(_is_id(item) for item in value):
+        return Prompt(tuple(encode(require_unicode(value, "prompt"))), value)
+    if isinstance(value, list) and all(is_id(item) for item in value):
         return Prompt(tuple(value), None)
     raise ApiError(400, "prompt must be text, token ids, or a list of either", param="prompt")
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -209,11 +150,14 @@ def _stops(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _stop_ids(fields: _Fields, model_stop_ids: Sequence[int]) -> tuple[int, ...] | None:
+def _stop_ids(fields: Fields, model_stop_ids: Sequence[int]) -> tuple[int, ...] | None:
     """None = the model's own, which the service knows."""
     added = fields.get("stop_token_ids", list, [])
-    if not all(_is_id(token) for token in added):
+    if not all(is_id(token) for token in added):
         raise ApiError(400, "stop_token_ids must be a list of token ids", param="stop_token_ids")
+    if len(added) > MOST_STOP_IDS:
+        rule = f"stop_token_ids has {len(added)} ids, at most {MOST_STOP_IDS} are possible"
+        raise ApiError(400, rule, param="stop_token_ids")
     ignore = fields.get("ignore_eos", bool, False)
     if not added and not ignore:
         return None

@@ -43,11 +43,17 @@ class ApiError(Exception):
     def document(self) -> dict[str, Any]:
         """The error object."""
         kind = "server_error" if self.status >= _SERVER_ERRORS else _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        values = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": {name: None if value is None else _printable(value) for name, value in values.items()}}
 
     def response(self) -> JSONResponse:
         """The error object as an answer."""
         return JSONResponse(self.document(), self.status, self.headers)
+
+
+def _printable(text: str) -> str:
+    """What a client sent may hold half of a surrogate pair, which no answer can."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def overloaded(message: str) -> ApiError:

@@ -3,6 +3,7 @@
 import json
 import queue
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,11 +12,19 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from moeplace.launch.http_front.completions.body import parse_body
+from moeplace.launch.http_front.completions.run import CompletionRun
 from moeplace.launch.http_front.settings import FrontSettings, parse_address, read_api_key
+from moeplace.launch.http_front.wire.metrics import FrontMetrics
 from moeplace.profiling.errors import InputError
+from moeplace.runtime.service.api import TokenEvent
 from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served
 
 JSON = {"content-type": "application/json"}
+UNSUPPORTED = [
+    *(("response_format", {"type": "json_object"}), ("logit_bias", {"5": 1}), ("tools", [{"type": "function"}])),
+    *(("suffix", "x"), ("length_penalty", 2), ("use_beam_search", True), ("best_of", True), ("num_beams", 4)),
+]
 
 
 @pytest.fixture
@@ -62,11 +71,11 @@ def metric(front: ThreadedFront, name: str, **labels: str) -> float:
 
 
 def test_text_and_finish_reasons(service: ManualService, pool: ThreadPoolExecutor) -> None:
-    """Prompts in order, each n times; the stop token is counted but not shown; seeds count up."""
+    """Prompts in order, each n times; the stop token is counted but not shown; every choice has its number."""
     with served(service) as front:
         answer = pool.submit(post, front, prompt=["ab", "é"], n=2, seed=7, max_tokens=5, echo=True)
         requests = [service.next_request() for _ in range(4)]
-        assert [request.sampling.seed for request in requests] == [7, 8, 9, 10]
+        assert [(request.sampling.seed, request.sampling.choice) for request in requests] == [(7, n) for n in range(4)]
         assert [request.token_ids for request in requests[1:3]] == [(97, 98), (195, 169)]
         for index, request in enumerate(reversed(requests)):
             service.give(request, f"{index}")
@@ -116,11 +125,18 @@ def test_no_tokens_are_a_complete_answer(service: ManualService) -> None:
         ({"prompt": "a", "temperature": -1}, 400, "temperature (-1.0)", "temperature"),
         ({"prompt": "a", "temperature": 10**400}, 400, "must be numbers", None),
         ({"prompt": "a", "top_p": 0}, 400, "top_p (0.0)", "top_p"),
+        ({"prompt": "a", "min_p": 2}, 400, "min_p (2.0)", "min_p"),
+        ({"prompt": "a", "repetition_penalty": 0}, 400, "repetition_penalty (0.0)", "repetition_penalty"),
+        ({"prompt": "a", "presence_penalty": 3}, 400, "presence_penalty (3.0)", "presence_penalty"),
+        ({"prompt": "a", "top_k": -2}, 400, "top_k (-2)", "top_k"),
+        ({"prompt": "a", "min_tokens": -2}, 400, "min_tokens (-2)", "min_tokens"),
+        ({"prompt": "a", "stop_token_ids": [1] * 1025}, 400, "has 1025 ids", "stop_token_ids"),
         ({"prompt": "a", "stop": [""]}, 400, "none of them empty", "stop"),
         ({"prompt": "a", "stop": ["x"] * 17}, 400, "stop has 17 strings", "stop"),
         ({"prompt": "a", "stop_token_ids": ["x"]}, 400, "stop_token_ids must be", "stop_token_ids"),
         ({"prompt": "a", "logprobs": 3}, 400, "logprobs is not supported", "logprobs"),
         ({"prompt": "a", "logprobs": 0}, 400, "logprobs is not supported", "logprobs"),
+        *(({"prompt": "a", name: value}, 400, f"{name} is not supported", name) for name, value in UNSUPPORTED),
         ({"prompt": "a", "best_of": 3}, 400, "best_of is not supported", "best_of"),
         ({"prompt": "a", "tempature": 1}, 400, "unknown field 'tempature'", "tempature"),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, "needs stream", "stream_options"),
@@ -149,8 +165,13 @@ def test_what_is_not_json_is_refused(idle_front: ThreadedFront, content: bytes) 
 
 
 def test_values_that_ask_for_nothing_are_accepted(service: ManualService, pool: ThreadPoolExecutor) -> None:
-    """Clients send defaults."""
-    neutral = {"best_of": 1, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "suffix": None}
+    """Clients and load generators send defaults; what nobody knows may be null."""
+    neutral = {
+        **{"best_of": 1, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "suffix": None},
+        **{"repetition_penalty": 1.0, "min_p": 0, "top_k": -1, "length_penalty": 1.0, "use_beam_search": False},
+        **{"skip_special_tokens": True, "response_format": {"type": "text"}, "min_tokens": 0, "guided_json": None},
+        **{"typical_p": 1, "no_repeat_ngram_size": 0, "tools": [], "metadata": {"a": "b"}, "priority": 0},
+    }
     with served(service) as front:
         answer = pool.submit(post, front, prompt=[1, 2], user="me", logprobs=None, temperature=None, **neutral)
         request = service.next_request()
@@ -219,6 +240,73 @@ def test_too_many_at_once(service: ManualService, pool: ThreadPoolExecutor) -> N
         for _ in range(2):
             service.give(service.next_request(), "x", "length")
         assert answer.result(WAIT).status_code == 200
+
+
+def test_room_is_looked_for_again_when_a_body_has_come(service: ManualService) -> None:
+    """Two requests whose heads came while there was room for one: the second body is refused, nothing is submitted."""
+    content = json.dumps({"prompt": "a"}).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    )
+    with served(service, max_concurrent=1) as front, front.connect() as first, front.connect() as second:
+        for connection in (first, second):  # both are asked to go on: each has been let in
+            connection.sendall(head.encode() + b"\r\nExpect: 100-continue\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+        first.sendall(content)
+        request = service.next_request()
+        second.sendall(content)
+        assert second.recv(100).startswith(b"HTTP/1.1 429 ")
+        assert service.submitted.empty()
+        service.give(request, "x", "length")
+        assert first.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_seconds_are_observed(service: ManualService) -> None:
+    """Each answer once, within the time that the test took; times between tokens are shared out to them."""
+    with served(service) as front:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(2) as both:
+            answers = [both.submit(post, front, prompt="a", stream=stream) for stream in (True, False)]
+            for _ in answers:
+                request = service.next_request()
+                for text in ("x", "yz"):
+                    service.give(request, text)
+                service.give(request, end="length")
+            assert all(answer.result(WAIT).status_code == 200 for answer in answers)
+        elapsed = time.perf_counter() - started
+        for name, count in (("request", 2), ("time_to_first_token", 2), ("time_per_token", 4)):
+            assert metric(front, f"moeplace_{name}_seconds_count") == count
+            assert 0 < metric(front, f"moeplace_{name}_seconds_sum") < 2 * elapsed
+
+
+def test_latencies_are_those_of_the_events() -> None:
+    """By hand: the first token half a second after the request, three more a quarter of a second later."""
+    metrics = FrontMetrics(ManualService())
+    taken: list[tuple[Any, TokenEvent]] = []
+
+    class Bridge:
+        def post(self, take: Any, event: TokenEvent) -> None:
+            taken.append((take, event))
+
+    service = ManualService()
+    body = parse_body({"prompt": [1]}, encode=None, model="toy", model_stop_ids=(), default_seed=0)
+    run = CompletionRun(service, Bridge(), metrics, body, name="a", decode=lambda ids: "x" * len(ids))  # type: ignore[arg-type]
+    run.start()
+    began = run.choices[0].last_moment
+    request = service.next_request()
+    for text, moment in (("a", began + 0.5), ("bcd", began + 0.75)):
+        service.give(request, text)
+        take, event = taken.pop()
+        take(event, moment)
+    samples = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for sample in family.samples
+    }
+    assert samples["moeplace_time_to_first_token_seconds_sum"] == pytest.approx(0.5)
+    assert samples["moeplace_time_per_token_seconds_sum"] == pytest.approx(0.25)
+    assert samples["moeplace_time_per_token_seconds_count"] == 3
+    assert samples["moeplace_generated_tokens_total"] == 4
 
 
 def test_bearer_token(service: ManualService) -> None:

@@ -38,52 +38,53 @@ def client(server: ServerProcess) -> Iterator[OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[tuple[str, int], str]:
-    """(prompt, seed) -> text, from an engine in this process; seed -1 = greedy."""
+def expected() -> dict[tuple[str, int, int], str]:
+    """(prompt, seed, choice) -> text, from an engine in this process; seed -1 = greedy."""
     import torch
 
     tokenizer = Tokenizer(tiny_moe_path())
     engine = Engine(tiny_moe_path(), dtype=torch.float32)
     found = {}
     for prompt in PROMPTS:
-        for seed in (-1, 3, 4):
-            sampling = SamplingParameters() if seed < 0 else SamplingParameters(temperature=1.0, top_p=0.9, seed=seed)
+        for seed, choice in ((-1, 0), (3, 0), (3, 1), (4, 0)):
+            drawn = SamplingParameters(temperature=1.0, top_p=0.9, seed=max(seed, 0), choice=choice)
+            sampling = SamplingParameters() if seed < 0 else drawn
             request = Request("a", tuple(tokenizer.encode(prompt)), 12, sampling, ())
-            found[prompt, seed] = tokenizer.decode(engine.generate([request])[0].token_ids)
+            found[prompt, seed, choice] = tokenizer.decode(engine.generate([request])[0].token_ids)
     return found
 
 
 IGNORE_EOS = {"ignore_eos": True}
 
 
-def test_completions(client: OpenAI, expected: dict[tuple[str, int], str]) -> None:
+def test_completions(client: OpenAI, expected: dict[tuple[str, int, int], str]) -> None:
     """Text and token ids, greedy and drawn: what the engine gives."""
     common: dict[str, Any] = {"model": MODEL, "max_tokens": 12, "extra_body": IGNORE_EOS}
     greedy = client.completions.create(prompt=list(PROMPTS), temperature=0, **common)
-    assert [choice.text for choice in greedy.choices] == [expected[prompt, -1] for prompt in PROMPTS]
+    assert [choice.text for choice in greedy.choices] == [expected[prompt, -1, 0] for prompt in PROMPTS]
     assert [choice.index for choice in greedy.choices] == [0, 1, 2]
     assert {choice.finish_reason for choice in greedy.choices} == {"length"}
     assert greedy.usage is not None
     assert greedy.usage.completion_tokens == 36
     ids = Tokenizer(tiny_moe_path()).encode(PROMPTS[0])
     drawn = client.completions.create(prompt=ids, n=2, seed=3, temperature=1.0, top_p=0.9, **common)
-    assert [choice.text for choice in drawn.choices] == [expected[PROMPTS[0], 3], expected[PROMPTS[0], 4]]
+    assert [choice.text for choice in drawn.choices] == [expected[PROMPTS[0], 3, 0], expected[PROMPTS[0], 3, 1]]
 
 
-def test_streaming(client: OpenAI, expected: dict[tuple[str, int], str]) -> None:
+def test_streaming(client: OpenAI, expected: dict[tuple[str, int, int], str]) -> None:
     """The pieces join to the same text; usage comes last."""
     options: dict[str, Any] = {"stream_options": {"include_usage": True}, "extra_body": IGNORE_EOS}
     stream = client.completions.create(
         model=MODEL, prompt=PROMPTS[2], max_tokens=12, temperature=0, stream=True, echo=True, **options
     )
     chunks = list(stream)
-    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == PROMPTS[2] + expected[PROMPTS[2], -1]
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == PROMPTS[2] + expected[PROMPTS[2], -1, 0]
     assert chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 12
 
 
-def test_many_at_once(server: ServerProcess, expected: dict[tuple[str, int], str]) -> None:
+def test_many_at_once(server: ServerProcess, expected: dict[tuple[str, int, int], str]) -> None:
     """The asynchronous client, 40 streams together: each gets its own text."""
 
     async def read(client: AsyncOpenAI, prompt: str, seed: int) -> str:
@@ -108,9 +109,9 @@ def test_many_at_once(server: ServerProcess, expected: dict[tuple[str, int], str
     assert asyncio.run(read_all()) == [expected[wanted[number % len(wanted)]] for number in range(40)]
 
 
-def test_a_stop_string(client: OpenAI, expected: dict[tuple[str, int], str]) -> None:
+def test_a_stop_string(client: OpenAI, expected: dict[tuple[str, int, int], str]) -> None:
     """Ends the text before it."""
-    text = expected[PROMPTS[0], -1]
+    text = expected[PROMPTS[0], -1, 0]
     stop = text[len(text) // 2 :][:3]
     answer = client.completions.create(model=MODEL, prompt=PROMPTS[0], max_tokens=12, temperature=0, stop=stop)
     assert answer.choices[0].text == text[: text.index(stop)]
@@ -164,7 +165,7 @@ def test_a_guarded_server_ends_well(tmp_path: Path) -> None:
             client.models.list()
 
 
-def test_ranks_that_die(tmp_path: Path, expected: dict[tuple[str, int], str]) -> None:
+def test_ranks_that_die(tmp_path: Path, expected: dict[tuple[str, int, int], str]) -> None:
     """Two ranks, one is killed in the middle of streams: they go on with the same text, and another rank follows."""
     with running_server(tmp_path / "log", "--ranks", "2", "--dtype", "float32") as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=WAIT)
@@ -175,7 +176,7 @@ def test_ranks_that_die(tmp_path: Path, expected: dict[tuple[str, int], str]) ->
         for index, stream in enumerate(streams):
             texts[index] += "".join(chunk.choices[0].text for chunk in stream)
         for prompt, text in zip(PROMPTS, texts, strict=True):
-            assert text.startswith(expected[prompt, -1])
+            assert text.startswith(expected[prompt, -1, 0])
         alone = client.completions.create(prompt=PROMPTS[0], max_tokens=100, **{**common, "stream": False})
         assert alone.choices[0].text == texts[0]
         while sample(server, "moeplace_members", state="routable") < 2:

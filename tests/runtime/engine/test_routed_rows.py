@@ -9,6 +9,7 @@ from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
+from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.routing_window import RecentRows, RoutedRows, join_rows
 from tests.profiling.builders import random_ids
@@ -93,3 +94,22 @@ def test_what_is_not_routed_rows_is_refused() -> None:
         join_rows([], np.array([4]))
     with pytest.raises(InputError, match="2 layers do not belong to a model of 1"):
         join_rows([RecentRows(2, keep=1).snapshot()], np.array([4]))
+
+
+def test_a_window_is_bounded_whatever_passes_through() -> None:
+    """Long prefills, far more than is kept: loads are exact, and what waits or is kept stays below its bounds."""
+    tokens, top_k, keep = 2048, 8, 5000
+    window = LoadWindow(LAYERS, 60, keep=keep)
+    assert window.recent is not None
+    rng, expected, most = np.random.default_rng(1), np.zeros((LAYERS, 60), np.int64), 0
+    for _ in range(150):
+        window.recent.begin_pass(np.zeros(tokens, np.int64))
+        for layer in range(LAYERS):
+            ids = rng.integers(-1, 60, (tokens, top_k))
+            expected[layer] += np.bincount(ids[ids >= 0], minlength=60)
+            window.record(layer, ids, np.arange(tokens))
+        most = max(most, sum(ids.nbytes for _, ids in window._pending))
+        kept = [part for one in window.recent._passes for layer in one.rows for pair in layer for part in pair]
+        assert sum(part.nbytes for part in kept) <= (keep + tokens) * LAYERS * (2 * top_k + 4)
+    assert most <= 8 << 20
+    np.testing.assert_array_equal(window.load, expected)

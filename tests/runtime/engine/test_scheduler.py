@@ -1,11 +1,10 @@
-"""Scheduling and sampling: rung 0, no model and no process."""
+"""Requests and their scheduler: no model and no process."""
 
 import pytest
-import torch
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.requests import Request
-from moeplace.runtime.engine.sampling import SamplingParameters, sample
+from moeplace.runtime.engine.sampling import SamplingParameters
 from moeplace.runtime.engine.scheduler import Scheduler
 
 
@@ -57,23 +56,6 @@ def test_requests_are_checked_and_survive_json() -> None:
     assert Request.from_json(whole.to_json()) == whole
 
 
-@pytest.mark.parametrize("changes", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"seed": -1}])
-def test_sampling_parameters_are_checked(changes: dict[str, float]) -> None:
-    """The sentence names the parameter."""
-    with pytest.raises(InputError, match=next(iter(changes))):
-        SamplingParameters(**changes)  # type: ignore[arg-type]
-
-
-def test_samples_follow_the_distribution() -> None:
-    """Frequencies over positions are the probabilities; a seed and a position repeat."""
-    logits = torch.tensor([0.1, 0.5, 0.4]).log()
-    parameters = SamplingParameters(temperature=1, seed=3)
-    draws = [sample(logits, parameters, position=position) for position in range(2000)]
-    frequency = torch.bincount(torch.tensor(draws), minlength=3) / 2000
-    torch.testing.assert_close(frequency, torch.tensor([0.1, 0.5, 0.4]), atol=0.04, rtol=0)
-    assert draws[:50] == [sample(logits + 1, parameters, position=position) for position in range(50)]
-
-
 def test_a_row_can_be_kept_free() -> None:
     """Waiting requests leave the row that a check needs, and take it afterwards."""
     scheduler = Scheduler(num_ranks=2, rows=1, positions=8, replicated=False, max_prefill_tokens=64)
@@ -86,18 +68,3 @@ def test_a_row_can_be_kept_free() -> None:
     scheduler.release(check)
     scheduler.kept_free = 0
     assert [sequence.request.request_id for sequence in scheduler.admit()] == ["b"]
-
-
-def test_filters() -> None:
-    """Greedy, top-k and top-p never draw what they exclude."""
-    logits = torch.tensor([0.0, 3.0, 2.0, 1.0])
-    assert sample(logits, SamplingParameters(), position=0) == 1
-
-    def drawn(**options: float) -> set[int]:
-        parameters = SamplingParameters(temperature=2, **options)  # type: ignore[arg-type]
-        return {sample(logits, parameters, position=position) for position in range(300)}
-
-    assert drawn() == {0, 1, 2, 3}
-    assert drawn(top_k=2) == {1, 2}
-    assert drawn(top_p=0.05) == {1}
-    assert drawn(top_p=0.6) == {1, 2}
