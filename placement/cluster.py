@@ -234,6 +234,11 @@ class Cluster:
         return np.repeat(np.arange(self.num_ranks), self.slots_of_rank)
 
     @cached_property
+    def first_slots(self) -> np.ndarray:
+        """(R + 1,) int64: the first slot of each rank, then S."""
+        return np.concatenate([[0], np.cumsum(self.slots_of_rank)]).astype(np.int64)
+
+    @cached_property
     def cost_RR(self) -> np.ndarray:
         """(R, R) cost of one byte from rank to rank, relative to the cheapest remote pair; 0 on the diagonal."""
         if self.distance_RR is not None:

@@ -13,9 +13,8 @@ from moeplace.placement.search.hedge import risk_matrix
 from moeplace.placement.search.layout import load_limits, packed_start, padded_load, to_slots
 from moeplace.placement.search.nets import connectivity, layer_nets
 from moeplace.placement.search.packing import packed_imbalance
-from moeplace.placement.search.swaps import anneal_layer
-from moeplace.placement.solvers.replicas.exact_search import MOST_RANKS, copy_heaviest
-from moeplace.placement.solvers.replicas.search import OVERLOAD, CopySearch
+from moeplace.placement.search.swaps import anneal_layer, connectivity, layer_nets
+from moeplace.placement.solvers.replicas.search import OVERLOAD, ReplicaSearch
 
 MOST_TOKENS = 40_000
 """Tokens of a layer that a search looks at; more are thinned evenly, which bounds memory and time."""
@@ -55,7 +54,7 @@ class LayerSearch:
     def __init__(self, problem: Problem, layer: int, cap: float | None, hedge: float, stop: np.ndarray) -> None:
         assert problem.trace is not None
         self._problem, self._layer, self._stop = problem, layer, stop
-        self._copies: CopySearch | None = None
+        self._copies: ReplicaSearch | None = None
         self._cluster = problem.cluster
         self._experts = int(problem.experts_per_layer[layer])
         ids_TK = problem.trace.layer(layer)
@@ -92,8 +91,7 @@ class LayerSearch:
     def run(self, effort: Effort, rng: np.random.Generator) -> tuple[float, np.ndarray]:
         """One run from the packed start: (penalised objective, (S,) int32 slot -> expert)."""
         rank_S = self._start_S.copy()
-        searchable = effort.copy_seconds > 0 and self._cluster.num_ranks <= MOST_RANKS
-        if self._problem.survive and searchable:  # every expert has copies from the start
+        if self._problem.survive and effort.copy_seconds > 0:  # every expert has copies from the start
             return self._copy_search().run(to_slots(rank_S, self._experts), effort.hot, effort.copy_seconds, rng)
         cluster, weight = self._cluster, self._problem.node_weight
         hot = effort.hot
@@ -110,14 +108,11 @@ class LayerSearch:
         copies = int(self._problem.redundant_slots[self._layer])
         if copies <= 0 or effort.copy_seconds <= 0:
             return self.penalised(rank_S), slots_S
-        if cluster.num_ranks > MOST_RANKS:
-            copy_heaviest(slots_S, cluster.rank_of_slot, self._nets.load_E[: self._experts])
-            return self.penalised(rank_S), slots_S
         return self._copy_search().run(slots_S, effort.hot, effort.copy_seconds, rng)
 
-    def _copy_search(self) -> CopySearch:
+    def _copy_search(self) -> ReplicaSearch:
         if self._copies is None:
-            self._copies = CopySearch(
+            self._copies = ReplicaSearch(
                 self._problem, self._layer, self._nets, self._limit_R, self._full_limit_R, self._stop
             )
         return self._copies

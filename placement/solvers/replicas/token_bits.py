@@ -7,18 +7,21 @@ slots on the ranks H_e, the rule of `replica_choice` gives
     load_r =  singles of r  +  sum_e |t_e served by r|          by U_r, and by the rotation where that leaves a choice
 
 merged = tokens with two open experts that share a rank, which then serves both. A token that could merge twice is
-counted once.
+counted once. Loads are in `bit_loads`.
 
-Shape letters: T tokens, E experts, R ranks, N nodes, S slots, W words of 64 tokens, P words of rotation numbers.
+Shape letters: T tokens, E experts, R ranks, N nodes, P parts (ranks or nodes), S slots, J replicated experts, W words of
+64 tokens, Q words of rotation numbers.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from moeplace.placement.cost.replica_choice import preference_orders
-from moeplace.placement.solvers.replicas.words import popcount
+from moeplace.placement.solvers.replicas.rule import preference_places
+from moeplace.placement.solvers.replicas.seats import Seats
+from moeplace.placement.solvers.replicas.words import add_repeats, clear, copy, count_row, popcount, subtract, unite
 
 
 class TokenBits(NamedTuple):
@@ -26,15 +29,58 @@ class TokenBits(NamedTuple):
 
     Attributes:
         tokens_EW: (S, W) uint64, which tokens go to each expert; rows beyond the layer's experts are zero.
-        prefer_RRP: (R, R, P) uint64, rotation numbers that prefer rank r to rank s; token word w has word w mod P.
+        prefer_RRQ: (R, R, Q) uint64, rotation numbers that prefer rank r to rank s; token word w has word w mod Q.
         size_E: (S,) int64 number of tokens of each expert.
         together_EE: (S, S) int64 tokens that two experts have in common.
     """
 
     tokens_EW: np.ndarray
-    prefer_RRP: np.ndarray
+    prefer_RRQ: np.ndarray
     size_E: np.ndarray
     together_EE: np.ndarray
+
+
+class Rows(NamedTuple):
+    """One row of bits per rank or node, with spare rows that a trial writes, so that nothing is copied back.
+
+    Attributes:
+        row_P: (P,) int64 index of the row in force of each part.
+        bits_BW: (B, W) uint64 tokens.
+        size_B: (B,) their numbers.
+        spare: (4,) int64 indices of free rows.
+    """
+
+    row_P: np.ndarray
+    bits_BW: np.ndarray
+    size_B: np.ndarray
+    spare: np.ndarray
+
+
+class BitState(NamedTuple):
+    """What a layout makes of the tokens.
+
+    Attributes:
+        ranks, nodes: tokens with a single-slot expert there, U_r.
+        node_R: (R,) int64 node of each rank.
+        node_start_N: (N + 1,) int64 first slot of each node.
+        node_weight: price of a node beside a rank.
+        place_E: (S,) int64 place in `open_JW` of each replicated expert, -1 = has a single slot.
+        open_JW: tokens for which a replicated expert opens a rank.
+        far_JW: tokens for which it opens a node.
+        twice_RW: tokens with two open experts on a rank.
+        free_CW: room for counting.
+    """
+
+    ranks: Rows
+    nodes: Rows
+    node_R: np.ndarray
+    node_start_N: np.ndarray
+    node_weight: float
+    place_E: np.ndarray
+    open_JW: np.ndarray
+    far_JW: np.ndarray
+    twice_RW: np.ndarray
+    free_CW: np.ndarray
 
 
 def token_bits(ids_TK: np.ndarray, num_slots: int, num_ranks: int) -> TokenBits:
@@ -43,11 +89,18 @@ def token_bits(ids_TK: np.ndarray, num_slots: int, num_ranks: int) -> TokenBits:
     has_ET = np.zeros((num_slots, -(-tokens // 64) * 64), bool)
     token, slot = np.nonzero(ids_TK >= 0)
     has_ET[ids_TK[token, slot], token] = True
-    place_PR = np.argsort(preference_orders(num_ranks), axis=1)
-    prefer_RRP = place_PR.T[:, None, :] < place_PR.T[None, :, :]
     dense_ET = has_ET.astype(np.float32)
     together_EE = np.rint(dense_ET @ dense_ET.T).astype(np.int64)
-    return TokenBits(_words(has_ET), _words(prefer_RRP), has_ET.sum(axis=1, dtype=np.int64), together_EE)
+    return TokenBits(_words(has_ET), _preferred(num_ranks), has_ET.sum(axis=1, dtype=np.int64), together_EE)
+
+
+@lru_cache(maxsize=4)
+def _preferred(num_ranks: int) -> np.ndarray:
+    """(R, R, Q) uint64, read-only, see `TokenBits`; shared by all layers (52 MB at 320 ranks)."""
+    place_RP = np.ascontiguousarray(preference_places(num_ranks).T)
+    prefer_RRQ = np.stack([_words(place_R < place_RP) for place_R in place_RP])
+    prefer_RRQ.flags.writeable = False
+    return prefer_RRQ
 
 
 def _words(bits: np.ndarray) -> np.ndarray:
@@ -56,52 +109,65 @@ def _words(bits: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(packed).view("<u8").astype(np.uint64)
 
 
-@njit(cache=True, nogil=True)
-def mark_singles(r, slots_S, start_R, copies_E, tokens_EW, row_W):  # type: ignore[no-untyped-def]
-    """Write U_r to `row_W`; returns the number of its tokens."""
-    row_W[:] = np.uint64(0)
-    for s in range(start_R[r], start_R[r + 1]):
+def bit_state(bits: TokenBits, seats: Seats, node_R: np.ndarray, node_weight: float) -> BitState:
+    """Empty tables for the layout of `seats`."""
+    num_ranks, num_nodes, words = len(node_R), int(node_R[-1]) + 1, bits.tokens_EW.shape[1]
+    ends_N = [int(seats.start_R[1:][node_R == n].max()) for n in range(num_nodes)]
+    most_replicated = len(seats.slots_S) // 2 + 1
+    return BitState(
+        _rows(num_ranks, words), _rows(num_nodes, words), np.asarray(node_R, np.int64), np.array([0, *ends_N]),
+        float(node_weight), np.full(len(bits.size_E), -1, np.int64), np.zeros((most_replicated, words), np.uint64),
+        np.zeros((most_replicated, words), np.uint64), np.zeros((num_ranks, words), np.uint64),
+        np.zeros((num_ranks + 3, words), np.uint64),
+    )  # fmt: skip
+
+
+def _rows(parts: int, words: int) -> Rows:
+    spare = np.arange(parts, parts + 4)
+    return Rows(np.arange(parts), np.zeros((parts + 4, words), np.uint64), np.zeros(parts + 4), spare)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def mark_rank(r, bits, seats, ranks):  # type: ignore[no-untyped-def]
+    """Write U_r of the present seats to the row in force of rank r."""
+    slots_S, count_E, tokens_EW = seats.slots_S, seats.holders.count_E, bits.tokens_EW
+    row = ranks.row_P[r]
+    row_W = ranks.bits_BW[row]
+    clear(row_W)
+    for s in range(seats.start_R[r], seats.start_R[r + 1]):
         e = slots_S[s]
-        if e >= 0 and copies_E[e] == 1:
-            for w in range(len(row_W)):
-                row_W[w] |= tokens_EW[e, w]
-    total = np.uint64(0)
-    for w in range(len(row_W)):
-        total += popcount(row_W[w])
-    return total
+        if e >= 0 and count_E[e] == 1:
+            unite(row_W, tokens_EW[e])
+    ranks.size_B[row] = count_row(row_W)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def mark_node(n, state):  # type: ignore[no-untyped-def]
+    """Write the union of U_r over a node's ranks to its row in force."""
+    node_R, row_R, bits_BW = state.node_R, state.ranks.row_P, state.ranks.bits_BW
+    row = state.nodes.row_P[n]
+    row_W = state.nodes.bits_BW[row]
+    clear(row_W)
+    for r in range(len(node_R)):
+        if node_R[r] == n:
+            unite(row_W, bits_BW[row_R[r]])
+    state.nodes.size_B[row] = count_row(row_W)
 
 
 @njit(cache=True, nogil=True)
-def _open(e, mask, row_R, rows_BW, bits_EW, open_W):  # type: ignore[no-untyped-def]
-    """Write the tokens of expert e that no rank of `mask` serves anyway to `open_W`; returns their number."""
-    first, second, count = -1, -1, 0
-    rest, rank = mask, 0
-    while rest != np.uint64(0):
-        if rest & np.uint64(1) != np.uint64(0):
-            first, second = second, rank
-            count += 1
-        rest >>= np.uint64(1)
-        rank += 1
-    t_W = bits_EW[e]
+def _open(t_W, rank_H, row_R, bits_BW, open_W):  # type: ignore[no-untyped-def]
+    """Write those of an expert's tokens that none of its ranks serves anyway to `open_W`; returns their number."""
+    if len(rank_H) != 2:
+        copy(open_W, t_W)
+        for r in rank_H:
+            subtract(open_W, bits_BW[row_R[r]])
+        return count_row(open_W)
+    u_W, v_W = bits_BW[row_R[rank_H[0]]], bits_BW[row_R[rank_H[1]]]
     total = np.uint64(0)
-    if count == 2:
-        u_W, v_W = rows_BW[row_R[first]], rows_BW[row_R[second]]
-        for w in range(len(t_W)):
-            o = t_W[w] & ~(u_W[w] | v_W[w])
-            open_W[w] = o
-            total += popcount(o)
-        return total
-    open_W[:] = t_W
-    rest, rank = mask, 0
-    while rest != np.uint64(0):
-        if rest & np.uint64(1) != np.uint64(0):
-            u_W = rows_BW[row_R[rank]]
-            for w in range(len(t_W)):
-                open_W[w] &= ~u_W[w]
-        rest >>= np.uint64(1)
-        rank += 1
-    for w in range(len(t_W)):
-        total += popcount(open_W[w])
+    for w in range(len(t_W)):  # most have two: one pass
+        o = t_W[w] & ~(u_W[w] | v_W[w])
+        open_W[w] = o
+        total += popcount(o)
     return total
 
 
@@ -111,7 +177,7 @@ def _twice(slots_S, first, last, place_E, open_JW, once_W, twice_W):  # type: ig
 
     An expert with several of these slots (of one node) counts once.
     """
-    words, found = len(once_W), 0
+    found = 0
     for s in range(first, last):
         if slots_S[s] < 0 or place_E[slots_S[s]] < 0:
             continue
@@ -122,191 +188,89 @@ def _twice(slots_S, first, last, place_E, open_JW, once_W, twice_W):  # type: ig
             continue
         open_W = open_JW[place_E[slots_S[s]]]
         if found == 0:
-            for w in range(words):
-                once_W[w] = open_W[w]
+            copy(once_W, open_W)
         elif found == 1:
-            for w in range(words):
+            for w in range(len(once_W)):
                 twice_W[w] = once_W[w] & open_W[w]
                 once_W[w] |= open_W[w]
         else:
-            for w in range(words):
-                twice_W[w] |= once_W[w] & open_W[w]
-                once_W[w] |= open_W[w]
+            add_repeats(once_W, twice_W, open_W)
         found += 1
     if found < 2:
-        twice_W[:] = np.uint64(0)
+        clear(twice_W)
     return found >= 2
 
 
-@njit(cache=True, nogil=True)
-def _first_of_two(t_W, u_W, v_W, open_W, both_u_W, both_v_W, prefer_P):  # type: ignore[no-untyped-def]
-    """Tokens that the first of two ranks serves: it is in use, or merges, or the rotation chooses between equals."""
-    period, served = len(prefer_P), np.uint64(0)
-    for start in range(0, len(t_W), period):
-        for i in range(min(period, len(t_W) - start)):
-            w = start + i
-            u = u_W[w] | (open_W[w] & (both_u_W[w] | ~both_v_W[w]))
-            v = v_W[w] | (open_W[w] & (both_v_W[w] | ~both_u_W[w]))
-            served += popcount(t_W[w] & u & (~v | prefer_P[i]))
-    return served
-
-
-@njit(cache=True, nogil=True)
-def _serve(t_W, holders, open_W, row_R, rows_BW, twice_RW, node_R, node_row_N, node_rows_BW, weight, prefer_RRP,  # type: ignore[no-untyped-def]
-           free_CW, served_C):  # fmt: skip
-    """Tokens of an expert that each of its ranks serves, for any number of ranks and nodes."""
-    words, count, period = len(t_W), len(holders), prefer_RRP.shape[2]
-    merge_W, near_W, first_W = free_CW[count], free_CW[count + 1], free_CW[count + 2]
-    merge_W[:] = np.uint64(0)
-    near_W[:] = np.uint64(0)
-    for i in range(count):
-        for w in range(words):
-            merge_W[w] |= twice_RW[holders[i], w]
-        if weight > 0:
-            v_W = node_rows_BW[node_row_N[node_R[holders[i]]]]
-            for w in range(words):
-                near_W[w] |= v_W[w]
-    for i in range(count):
-        r = holders[i]
-        u_W, v_W, free_W = rows_BW[row_R[r]], node_rows_BW[node_row_N[node_R[r]]], free_CW[i]
-        for w in range(words):  # open tokens go where experts merge, then to a node in use
-            free_W[w] = u_W[w] | (open_W[w] & (twice_RW[r, w] | ~merge_W[w]) & (v_W[w] | ~near_W[w] | twice_RW[r, w]))
-    for i in range(count):
-        for w in range(words):
-            first_W[w] = t_W[w] & free_CW[i, w]
-        for j in range(count):
-            if j != i:
-                other_W, prefer_P = free_CW[j], prefer_RRP[holders[i], holders[j]]
-                for start in range(0, words, period):
-                    for w in range(min(period, words - start)):
-                        first_W[start + w] &= ~other_W[start + w] | prefer_P[w]
-        served_C[i] = count_row(first_W)
-
-
-@njit(cache=True, nogil=True)
-def count_row(row_W):  # type: ignore[no-untyped-def]
-    total = np.uint64(0)
-    for w in range(len(row_W)):
-        total += popcount(row_W[w])
-    return total
-
-
-@njit(cache=True, nogil=True)
-def bits_traffic(  # type: ignore[no-untyped-def]
-    slots_S, start_R, node_start_N, node_R, mask_E, copies_E, bits_EW, prefer_RRP, size_E, row_R, rows_BW, size_B,
-    node_row_N, node_rows_BW, node_size_B, weight, open_JW, far_JW, twice_RW, free_CW, place_E,
-):  # fmt: skip
-    """sum d + weight * sum dn of the present state by the formula of the module; sets its tables for `_loads`."""
-    num_ranks, words = len(start_R) - 1, rows_BW.shape[1]
-    one = np.uint64(1)
+@njit(cache=True, nogil=True, inline="always")
+def _node_traffic(seats, state, several):  # type: ignore[no-untyped-def]
+    """sum dn of the present layout, whose `several` replicated experts have their open tokens set."""
+    start_N, slots_S, place_E, far_JW = state.node_start_N, seats.slots_S, state.place_E, state.far_JW
+    row_N, bits_BW, size_B = state.nodes.row_P, state.nodes.bits_BW, state.nodes.size_B
+    once_W, merged_W, twice_W = state.free_CW[0], state.free_CW[1], state.free_CW[2]
     total = 0.0
-    several = 0
-    for r in range(num_ranks):
+    for n in range(len(row_N)):
+        total += size_B[row_N[n]]
+    far_JW[:several] = state.open_JW[:several]
+    for s in range(len(slots_S)):
+        if slots_S[s] >= 0 and place_E[slots_S[s]] >= 0:
+            subtract(far_JW[place_E[slots_S[s]]], bits_BW[row_N[state.node_R[seats.rank_S[s]]]])
+    for j in range(several):
+        total += count_row(far_JW[j])
+    clear(merged_W)
+    for n in range(len(row_N)):
+        if _twice(slots_S, start_N[n], start_N[n + 1], place_E, far_JW, once_W, twice_W):
+            unite(merged_W, twice_W)
+    return total - count_row(merged_W)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def bits_traffic(bits, seats, state):  # type: ignore[no-untyped-def]
+    """sum d + weight * sum dn of the present layout by the formula of the module; sets what `bits_loads` reads."""
+    slots_S, start_R, count_E, rank_EH = seats.slots_S, seats.start_R, seats.holders.count_E, seats.holders.rank_EH
+    row_R, bits_BW, size_B = state.ranks.row_P, state.ranks.bits_BW, state.ranks.size_B
+    tokens_EW, place_E, open_JW, twice_RW = bits.tokens_EW, state.place_E, state.open_JW, state.twice_RW
+    once_W, merged_W = state.free_CW[0], state.free_CW[1]
+    total, several = 0.0, 0
+    place_E[:] = -1
+    for r in range(len(row_R)):
         total += size_B[row_R[r]]
         for s in range(start_R[r], start_R[r + 1]):
             e = slots_S[s]
-            if e < 0:
-                continue
-            if copies_E[e] == 1:
-                place_E[e] = -1
-            elif mask_E[e] & ((one << np.uint64(r)) - one) == np.uint64(0):  # its first slot
+            if e >= 0 and count_E[e] > 1 and place_E[e] < 0:
                 place_E[e] = several
-                total += _open(e, mask_E[e], row_R, rows_BW, bits_EW, open_JW[several])
+                total += _open(tokens_EW[e], rank_EH[e, : count_E[e]], row_R, bits_BW, open_JW[several])
                 several += 1
-    once_W, merged_W = free_CW[0], free_CW[1]
-    if weight > 0:
-        for n in range(len(node_start_N) - 1):
-            total += weight * node_size_B[node_row_N[n]]
-        far_JW[:several] = open_JW[:several]
-        for r in range(num_ranks):
-            v_W = node_rows_BW[node_row_N[node_R[r]]]
-            for s in range(start_R[r], start_R[r + 1]):
-                if slots_S[s] >= 0 and place_E[slots_S[s]] >= 0:
-                    far_W = far_JW[place_E[slots_S[s]]]
-                    for w in range(words):
-                        far_W[w] &= ~v_W[w]
-        for j in range(several):
-            total += weight * count_row(far_JW[j])
-        merged_W[:] = np.uint64(0)
-        for n in range(len(node_start_N) - 1):
-            if _twice(slots_S, node_start_N[n], node_start_N[n + 1], place_E, far_JW, once_W, free_CW[2]):
-                for w in range(words):
-                    merged_W[w] |= free_CW[2, w]
-        total -= weight * count_row(merged_W)
-    merged_W[:] = np.uint64(0)
-    for r in range(num_ranks):
+    if state.node_weight > 0:
+        total += state.node_weight * _node_traffic(seats, state, several)
+    clear(merged_W)
+    for r in range(len(row_R)):
         if _twice(slots_S, start_R[r], start_R[r + 1], place_E, open_JW, once_W, twice_RW[r]):
-            for w in range(words):
-                merged_W[w] |= twice_RW[r, w]
-    total -= count_row(merged_W)
-    return total
+            unite(merged_W, twice_RW[r])
+    return total - count_row(merged_W)
 
 
 @njit(cache=True, nogil=True)
-def bits_loads(  # type: ignore[no-untyped-def]
-    slots_S, start_R, node_R, mask_E, bits_EW, prefer_RRP, size_E, row_R, rows_BW, node_row_N, node_rows_BW, weight,
-    open_JW, twice_RW, free_CW, place_E, load_R,
-):  # fmt: skip
-    """Write the load of every rank in the state that `_traffic` saw last."""
-    num_ranks, one = len(start_R) - 1, np.uint64(1)
-    load_R[:] = 0.0
-    for r in range(num_ranks):
-        for s in range(start_R[r], start_R[r + 1]):
-            if slots_S[s] >= 0 and place_E[slots_S[s]] < 0:
-                load_R[r] += size_E[slots_S[s]]
-    holders, served_C = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
-    for r in range(num_ranks):
-        for s in range(start_R[r], start_R[r + 1]):
-            e = slots_S[s]
-            if e < 0 or place_E[e] < 0 or mask_E[e] & ((one << np.uint64(r)) - one) != np.uint64(0):
-                continue
-            count = 0
-            for q in range(r, num_ranks):
-                if mask_E[e] >> np.uint64(q) & one:
-                    holders[count] = q
-                    count += 1
-            open_W = open_JW[place_E[e]]
-            if count == 2 and weight == 0:
-                h = holders[1]
-                first = _first_of_two(
-                    bits_EW[e], rows_BW[row_R[r]], rows_BW[row_R[h]], open_W, twice_RW[r], twice_RW[h], prefer_RRP[r, h]
-                )
-                load_R[r] += first
-                load_R[h] += size_E[e] - first
-            else:
-                _serve(
-                    bits_EW[e], holders[:count], open_W, row_R, rows_BW, twice_RW, node_R, node_row_N, node_rows_BW,
-                    weight, prefer_RRP, free_CW, served_C,
-                )  # fmt: skip
-                for i in range(count):
-                    load_R[holders[i]] += served_C[i]
-
-
-@njit(cache=True, nogil=True)
-def count_alone(r, slots_S, start_R, copies_E, bits_EW, once_W, twice_W, alone_E):  # type: ignore[no-untyped-def]
+def count_alone(r, bits, seats, once_W, twice_W, alone_E):  # type: ignore[no-untyped-def]
     """Write, for the single-slot experts of rank r, the tokens that have no other such expert there."""
-    words = len(once_W)
-    once_W[:] = np.uint64(0)
-    twice_W[:] = np.uint64(0)
-    for s in range(start_R[r], start_R[r + 1]):
+    slots_S, count_E, tokens_EW = seats.slots_S, seats.holders.count_E, bits.tokens_EW
+    clear(once_W)
+    clear(twice_W)
+    for s in range(seats.start_R[r], seats.start_R[r + 1]):
         e = slots_S[s]
-        if e >= 0 and copies_E[e] == 1:
-            t_W = bits_EW[e]
-            for w in range(words):
-                twice_W[w] |= once_W[w] & t_W[w]
-                once_W[w] |= t_W[w]
-    for s in range(start_R[r], start_R[r + 1]):
+        if e >= 0 and count_E[e] == 1:
+            add_repeats(once_W, twice_W, tokens_EW[e])
+    for s in range(seats.start_R[r], seats.start_R[r + 1]):
         e = slots_S[s]
-        if e >= 0 and copies_E[e] == 1:
-            t_W, total = bits_EW[e], np.uint64(0)
-            for w in range(words):
+        if e >= 0 and count_E[e] == 1:
+            t_W, total = tokens_EW[e], np.uint64(0)
+            for w in range(len(t_W)):
                 total += popcount(t_W[w] & ~twice_W[w])
             alone_E[e] = total
 
 
 @njit(cache=True, nogil=True)
-def count_open(place_E, open_JW, alone_E):  # type: ignore[no-untyped-def]
+def count_open(state, alone_E):  # type: ignore[no-untyped-def]
     """Write, for the experts with several slots, the tokens for which they open a rank."""
-    for e in range(len(place_E)):
-        if place_E[e] >= 0:
-            alone_E[e] = count_row(open_JW[place_E[e]])
+    for e in range(len(state.place_E)):
+        if state.place_E[e] >= 0:
+            alone_E[e] = count_row(state.open_JW[state.place_E[e]])

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster
-from moeplace.placement.cost.replica_choice import preference_orders
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.layout import UNLIMITED, padded_transitions
@@ -18,8 +17,10 @@ from moeplace.placement.search.swaps import anneal_layer
 from moeplace.placement.solve import solve
 from moeplace.placement.solvers.chain.search import Chain, Cooling, anneal_chain, attraction
 from moeplace.placement.solvers.replicas.bit_search import anneal_bits
-from moeplace.placement.solvers.replicas.exact_search import anneal_replicas, node_masks
-from moeplace.placement.solvers.replicas.token_bits import token_bits
+from moeplace.placement.solvers.replicas.exact_search import Schedule, anneal_replicas
+from moeplace.placement.solvers.replicas.rule import rule_on, unserved
+from moeplace.placement.solvers.replicas.seats import seat
+from moeplace.placement.solvers.replicas.token_bits import bit_state, token_bits
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_problem, skewed_trace
 
@@ -120,15 +121,12 @@ def endless(kernel: str, problem: Problem, flag: np.ndarray) -> np.ndarray:
         )
         return rank_S
     if kernel == "bits":
-        anneal_bits(
-            *token_bits(ids_TK, 12, 3), 9, row_S, np.arange(4) * 4, cluster.node_of_rank, free_R, none_SS, 0.0, 5.0,
-            0.1, 1e18, 1, flag, state,
-        )  # fmt: skip
+        bits, seats = token_bits(ids_TK, 12, 3), seat(row_S, cluster.first_slots, 12, 9)
+        tables = bit_state(bits, seats, cluster.node_of_rank, 0.0)
+        anneal_bits(bits, seats, tables, free_R, none_SS, Schedule(5.0, 0.1, 1e18), flag, state)
     elif kernel == "replicas":
-        anneal_replicas(
-            nets.ids_TK, nets.first_E, nets.token_of, 9, row_S, cluster.rank_of_slot, node_masks(cluster.node_of_rank),
-            preference_orders(3), free_R, none_SS, 0.0, 5.0, 0.1, 10**18, 1, 1, flag, state,
-        )  # fmt: skip
+        seats, rule = seat(row_S, cluster.first_slots, 12, 9), rule_on(nets.ids_TK, cluster.node_of_rank, 0.0)
+        anneal_replicas(nets, rule, seats, unserved(rule), free_R, Schedule(5.0, 0.1, 1e18), flag, state)
     else:
         rank_LS, flow_LSS = np.tile(np.arange(12) % 3, (2, 1)), padded_transitions(problem)
         chain = Chain(flow_LSS, cluster.cost_RR, np.ones((2, 12)), np.full((2, 3), np.inf), np.zeros((2, 12, 12)))

@@ -17,8 +17,10 @@ from moeplace.placement.solve import solve
 from moeplace.placement.solvers.layer.search import Effort, LayerSearch
 from moeplace.placement.solvers.replicas.bit_search import anneal_bits
 from moeplace.placement.solvers.replicas.budget import search_budget, share_out
-from moeplace.placement.solvers.replicas.search import CopySearch
-from moeplace.placement.solvers.replicas.token_bits import token_bits
+from moeplace.placement.solvers.replicas.exact_search import Schedule
+from moeplace.placement.solvers.replicas.search import ReplicaSearch
+from moeplace.placement.solvers.replicas.seats import seat
+from moeplace.placement.solvers.replicas.token_bits import bit_state, token_bits
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_problem, skewed_trace
@@ -60,12 +62,12 @@ def test_bits_are_the_replay(seed, extra, nodes, top_k):
     cluster = Cluster(placement.node_of_rank, placement.slots_of_rank, np.ones(4))
     problem = Problem.from_trace(trace, cluster)
     bits = token_bits(trace.layer(0), cluster.num_slots, 4)
-    starts_R = np.concatenate([[0], np.cumsum(cluster.slots_of_rank)])
     slots_S = placement.slot_to_expert[0].copy()
     weight = 1.5 if nodes > 1 else 0.0
+    seats = seat(slots_S, cluster.first_slots, cluster.num_slots, 10)
     cost, load_R = anneal_bits(
-        *bits, 10, slots_S, starts_R, cluster.node_of_rank, np.full(4, UNLIMITED), np.zeros((cluster.num_slots,) * 2),
-        weight, 0.0, 0.0, 60.0, 1, GO_ON, seed_state(np.random.default_rng(seed)),
+        bits, seats, bit_state(bits, seats, cluster.node_of_rank, weight), np.full(4, UNLIMITED),
+        np.zeros((cluster.num_slots,) * 2), Schedule(0.0, 0.0, 60.0), GO_ON, seed_state(np.random.default_rng(seed)),
     )  # fmt: skip
     after = problem.evaluate(problem.placement(slots_S[None]))
     before = problem.evaluate(placement)
@@ -76,10 +78,10 @@ def test_bits_are_the_replay(seed, extra, nodes, top_k):
     )
 
 
-def copy_search(problem: Problem, limit_R: np.ndarray) -> CopySearch:
+def replica_search(problem: Problem, limit_R: np.ndarray) -> ReplicaSearch:
     assert problem.trace is not None
     nets = layer_nets(problem.trace.layer(0), problem.cluster.num_slots)
-    return CopySearch(problem, 0, nets, limit_R, limit_R, GO_ON)
+    return ReplicaSearch(problem, 0, nets, limit_R, limit_R, GO_ON)
 
 
 @settings(max_examples=15, deadline=None)
@@ -92,7 +94,7 @@ def test_copies_never_worsen_a_layer(seed, cap):
     plain_S = np.full(16, -1, np.int32)
     plain_S[np.arange(12) // 3 * 4 + np.arange(12) % 3] = np.arange(12)
     limit = UNLIMITED if cap is None else cap * problem.load_LE.sum() / 4
-    search = copy_search(problem, np.full(4, limit))
+    search = replica_search(problem, np.full(4, limit))
     value, slots_S = search.run(plain_S, 0.1, 0.01, np.random.default_rng(seed))
     assert value <= search.value(plain_S) + 1e-9
     evaluation = problem.evaluate(problem.placement(slots_S[None]))
