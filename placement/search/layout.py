@@ -8,7 +8,7 @@ Shape letters: L MoE layers, E experts of a layer, R ranks, S slots per layer.
 
 import numpy as np
 
-from moeplace.placement.placement import EMPTY_SLOT
+from moeplace.placement.placement import EMPTY_SLOT, slot_starts
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.packing import pack
 
@@ -51,6 +51,15 @@ def to_slots(rank_S: np.ndarray, num_experts: int) -> np.ndarray:
     """(S,) int32 slot -> expert, experts in rising order on every rank, empty slots last."""
     order = np.argsort(rank_S, kind="stable").astype(np.int32)
     return np.where(order < num_experts, order, EMPTY_SLOT).astype(np.int32)
+
+
+def seat_held(held_ER: np.ndarray, slots_R: np.ndarray) -> np.ndarray:
+    """(S,) int32 slot -> expert from a table (E, R) of who holds what: experts in rising order, empty slots last."""
+    row_S = np.full(int(slots_R.sum()), EMPTY_SLOT, np.int32)
+    for rank, start in enumerate(slot_starts(slots_R)):
+        experts = np.flatnonzero(held_ER[:, rank])
+        row_S[start : start + len(experts)] = experts
+    return row_S
 
 
 def padded_transitions(problem: Problem) -> np.ndarray:

@@ -13,29 +13,28 @@ from numba import njit
 
 from moeplace.placement.placement import EMPTY_SLOT
 from moeplace.placement.problem import Problem
+from moeplace.placement.search.balancing import rebalance_layer
 from moeplace.profiling.errors import InfeasibleError
-
-_NO_LIMIT = 2**31 - 1
 
 
 def pack_slots(problem: Problem, layer: int) -> np.ndarray:
     """(S,) int32 slot -> expert of one layer, all slots used as far as experts and ranks allow."""
     experts, cluster = int(problem.experts_per_layer[layer]), problem.cluster
     load_E = np.ascontiguousarray(problem.load_LE[layer, :experts])
-    copies = problem.survive + 1
-    slots_S = pack_with_replicas(load_E, cluster.slots_of_rank, cluster.speed_of_rank, min_copies=copies)
-    if copies > 1 and cluster.num_nodes > 1:
-        spread_over_nodes(slots_S, cluster.rank_of_slot, cluster.node_of_rank, min(copies, cluster.num_nodes), layer)
+    replicas = problem.survive + 1
+    slots_S = pack_with_replicas(load_E, cluster.slots_of_rank, cluster.speed_of_rank, min_replicas=replicas)
+    if replicas > 1 and cluster.num_nodes > 1:
+        spread_over_nodes(slots_S, cluster.rank_of_slot, cluster.node_of_rank, min(replicas, cluster.num_nodes), layer)
     return slots_S
 
 
 def packed_imbalance(problem: Problem, layer: int) -> float:
-    """Imbalance that packing reaches for a layer when loads are split evenly over copies."""
+    """Imbalance that packing reaches for a layer when loads are split evenly over replicas."""
     speed_R, rank_S = problem.cluster.speed_of_rank, problem.cluster.rank_of_slot
     row_S, load_E = pack_slots(problem, layer), problem.load_LE[layer]
     held = row_S >= 0
-    copies_E = np.maximum(np.bincount(row_S[held], minlength=len(load_E)), 1)
-    load_R = np.bincount(rank_S[held], (load_E / copies_E)[row_S[held]], minlength=len(speed_R))
+    replicas_E = np.maximum(np.bincount(row_S[held], minlength=len(load_E)), 1)
+    load_R = np.bincount(rank_S[held], (load_E / replicas_E)[row_S[held]], minlength=len(speed_R))
     mean = load_R.sum() / speed_R.sum()
     return float((load_R / speed_R).max() / mean) if mean else 1.0
 
@@ -57,7 +56,7 @@ def pack(load_E: np.ndarray, capacity_R: np.ndarray, speed_R: np.ndarray | None 
 
 
 def pack_with_replicas(
-    load_E: np.ndarray, capacity_R: np.ndarray, speed_R: np.ndarray, *, min_copies: int = 1
+    load_E: np.ndarray, capacity_R: np.ndarray, speed_R: np.ndarray, *, min_replicas: int = 1
 ) -> np.ndarray:
     """(S,) int32 slot -> expert: all slots used (-1 where no expert can be added), no expert twice on a rank.
 
@@ -67,40 +66,13 @@ def pack_with_replicas(
     capacity_R = np.asarray(capacity_R, np.int64)
     load_E = np.asarray(load_E, np.float64)
     speed_R = np.asarray(speed_R, np.float64)
-    copies_E = replicate_heaviest(load_E, int(np.minimum(capacity_R, len(load_E)).sum()), len(capacity_R), min_copies)
+    replicas_E = replicate_heaviest(
+        load_E, int(np.minimum(capacity_R, len(load_E)).sum()), len(capacity_R), min_replicas
+    )
     slots_S = np.full(int(capacity_R.sum()), EMPTY_SLOT, np.int32)
-    _pack_longest_first(load_E, copies_E, capacity_R, speed_R, slots_S)
+    _pack_longest_first(load_E, replicas_E, capacity_R, speed_R, slots_S)
     rebalance_layer(slots_S, load_E, capacity_R, speed_R)
     return slots_S
-
-
-def rebalance_layer(
-    slots_S: np.ndarray,
-    load_E: np.ndarray,
-    capacity_R: np.ndarray,
-    speed_R: np.ndarray,
-    *,
-    max_moves: int | None = None,
-    target: float = 1.0,
-    min_copies: int = 1,
-) -> int:
-    """Improve the balance of one layer in place by swaps and by re-pointing replicas; returns the moves made.
-
-    A move is one expert fetched by a rank that did not hold it in the layout given: a swap costs up to two, a
-    re-pointed slot one, and going back costs nothing.
-
-    Args:
-        slots_S: (S,) int32 slot -> expert, changed in place.
-        load_E: (E,) float64 loads.
-        capacity_R: (R,) slots of each rank.
-        speed_R: (R,) relative speeds.
-        max_moves: most moves, None = any number.
-        target: imbalance at which to stop.
-        min_copies: replicas that every expert keeps.
-    """
-    limit = _NO_LIMIT if max_moves is None else max_moves
-    rank_S = np.repeat(np.arange(len(capacity_R)), capacity_R)
-    return int(_rebalance(slots_S, rank_S, np.asarray(load_E, np.float64), speed_R, limit, target, min_copies))
 
 
 def spread_over_nodes(slots_S: np.ndarray, rank_S: np.ndarray, node_R: np.ndarray, nodes: int, layer: int = 0) -> None:
@@ -150,22 +122,22 @@ def _may_swap(slots_S: np.ndarray, rank_S: np.ndarray, x: int, y: int, ok: Calla
 
 
 @njit(cache=True, nogil=True)
-def replicate_heaviest(load_E: np.ndarray, num_slots: int, num_ranks: int, min_copies: int = 1) -> np.ndarray:
+def replicate_heaviest(load_E: np.ndarray, num_slots: int, num_ranks: int, min_replicas: int = 1) -> np.ndarray:
     """(E,) int64 replica counts that use `num_slots`: each further replica goes to the largest load per replica."""
-    copies_E = np.full(len(load_E), min_copies, np.int64)
-    for _ in range(num_slots - min_copies * len(load_E)):
+    replicas_E = np.full(len(load_E), min_replicas, np.int64)
+    for _ in range(num_slots - min_replicas * len(load_E)):
         best = -1
         for e in range(len(load_E)):
-            if copies_E[e] < num_ranks and (best < 0 or load_E[e] * copies_E[best] > load_E[best] * copies_E[e]):
+            if replicas_E[e] < num_ranks and (best < 0 or load_E[e] * replicas_E[best] > load_E[best] * replicas_E[e]):
                 best = e
         if best < 0:
             break
-        copies_E[best] += 1
-    return copies_E
+        replicas_E[best] += 1
+    return replicas_E
 
 
 @njit(cache=True, nogil=True)
-def _pack_longest_first(load_E, copies_E, capacity_R, speed_R, slots_S):  # type: ignore[no-untyped-def]
+def _pack_longest_first(load_E, replicas_E, capacity_R, speed_R, slots_S):  # type: ignore[no-untyped-def]
     """Place replicas, heaviest first, on the rank that is done first afterwards, has room and lacks the expert."""
     num_ranks = len(capacity_R)
     starts_R = np.zeros(num_ranks, np.int64)
@@ -173,10 +145,10 @@ def _pack_longest_first(load_E, copies_E, capacity_R, speed_R, slots_S):  # type
         starts_R[r] = starts_R[r - 1] + capacity_R[r - 1]
     held_R, time_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks)
     on_RE = np.zeros((num_ranks, len(load_E)), np.bool_)
-    order = np.argsort(-load_E / copies_E, kind="mergesort")
+    order = np.argsort(-load_E / replicas_E, kind="mergesort")
     for e in order:
-        part = load_E[e] / copies_E[e]
-        for _ in range(copies_E[e]):
+        part = load_E[e] / replicas_E[e]
+        for _ in range(replicas_E[e]):
             best = -1
             for r in range(num_ranks):
                 if held_R[r] == capacity_R[r] or on_RE[r, e]:
@@ -211,114 +183,6 @@ def _displace(e, on_RE, held_R, capacity_R, starts_R, slots_S):  # type: ignore[
                     slots_S[s] = e
                     on_RE[r, e] = True
                     return
-
-
-@njit(cache=True, nogil=True)
-def _rebalance(slots_S, rank_S, load_E, speed_R, max_moves, target, min_copies):  # type: ignore[no-untyped-def]
-    num_ranks, num_slots, num_experts = len(speed_R), len(slots_S), len(load_E)
-    copies_E = np.zeros(num_experts, np.int64)
-    on_RE = np.zeros((num_ranks, num_experts), np.bool_)
-    for s in range(num_slots):
-        if slots_S[s] >= 0:
-            copies_E[slots_S[s]] += 1
-            on_RE[rank_S[s], slots_S[s]] = True
-    was_RE = on_RE.copy()
-    time_R = np.zeros(num_ranks)
-    for s in range(num_slots):
-        if slots_S[s] >= 0:
-            time_R[rank_S[s]] += load_E[slots_S[s]] / copies_E[slots_S[s]] / speed_R[rank_S[s]]
-    goal = target * load_E.sum() / speed_R.sum()
-    moves = 0
-    for _ in range(64 * num_slots):
-        top = np.argmax(time_R)
-        if time_R[top] <= goal:
-            break
-        # Best swap of the busiest rank with any other: the pair's larger time falls the most.
-        best_gain, best_a, best_b = time_R[top] * 1e-9, -1, -1
-        for a in range(num_slots):
-            if rank_S[a] != top or slots_S[a] < 0:
-                continue
-            i = slots_S[a]
-            part_i = load_E[i] / copies_E[i]
-            for b in range(num_slots):
-                r, j = rank_S[b], slots_S[b]
-                if r == top or on_RE[r, i] or (j >= 0 and on_RE[top, j]):
-                    continue
-                part_j = load_E[j] / copies_E[j] if j >= 0 else 0.0
-                if part_j >= part_i:
-                    continue
-                cost = int(not was_RE[r, i]) + int(j >= 0 and not was_RE[top, j])
-                cost -= int(not was_RE[top, i]) + int(j >= 0 and not was_RE[r, j])
-                if moves + cost > max_moves:
-                    continue
-                new_top = time_R[top] - (part_i - part_j) / speed_R[top]
-                new_other = time_R[r] + (part_i - part_j) / speed_R[r]
-                gain = time_R[top] - max(new_top, new_other)
-                if gain > best_gain:
-                    best_gain, best_a, best_b = gain, a, b
-        # Best re-pointing of a replica anywhere to an expert of the busiest rank.
-        best_slot, best_expert = -1, -1
-        for b in range(num_slots):
-            r, j = rank_S[b], slots_S[b]
-            if r == top or (j >= 0 and copies_E[j] <= min_copies):
-                continue
-            for a in range(num_slots):
-                if rank_S[a] != top or slots_S[a] < 0 or slots_S[a] == j or on_RE[r, slots_S[a]]:
-                    continue
-                i = slots_S[a]
-                cost = int(not was_RE[r, i]) - int(j >= 0 and not was_RE[r, j])
-                if moves + cost > max_moves:
-                    continue
-                worst = _worst_after_repoint(i, j, r, load_E, copies_E, on_RE, time_R, speed_R)
-                if time_R[top] - worst > best_gain:
-                    best_gain, best_slot, best_expert = time_R[top] - worst, b, i
-        if best_slot >= 0:
-            j, r = slots_S[best_slot], rank_S[best_slot]
-            moves += int(not was_RE[r, best_expert]) - int(j >= 0 and not was_RE[r, j])
-            slots_S[best_slot] = best_expert
-            if j >= 0:
-                on_RE[r, j] = False
-                copies_E[j] -= 1
-            on_RE[r, best_expert] = True
-            copies_E[best_expert] += 1
-            time_R[:] = 0.0
-            for s in range(num_slots):
-                if slots_S[s] >= 0:
-                    time_R[rank_S[s]] += load_E[slots_S[s]] / copies_E[slots_S[s]] / speed_R[rank_S[s]]
-        elif best_a >= 0:
-            i, j, r = slots_S[best_a], slots_S[best_b], rank_S[best_b]
-            part_i = load_E[i] / copies_E[i]
-            part_j = load_E[j] / copies_E[j] if j >= 0 else 0.0
-            moves += int(not was_RE[r, i]) - int(not was_RE[top, i])
-            if j >= 0:
-                moves += int(not was_RE[top, j]) - int(not was_RE[r, j])
-                on_RE[r, j], on_RE[top, j] = False, True
-            on_RE[top, i], on_RE[r, i] = False, True
-            slots_S[best_a], slots_S[best_b] = j, i
-            time_R[top] -= (part_i - part_j) / speed_R[top]
-            time_R[r] += (part_i - part_j) / speed_R[r]
-        else:
-            break
-    return moves
-
-
-@njit(cache=True, nogil=True)
-def _worst_after_repoint(i, j, r, load_E, copies_E, on_RE, time_R, speed_R):  # type: ignore[no-untyped-def]
-    """Largest time over ranks if one slot of rank `r` held expert i instead of j."""
-    less_i = load_E[i] / copies_E[i] - load_E[i] / (copies_E[i] + 1)
-    more_j = load_E[j] / (copies_E[j] - 1) - load_E[j] / copies_E[j] if j >= 0 else 0.0
-    worst = 0.0
-    for q in range(len(time_R)):
-        work = 0.0
-        if q == r:
-            work = load_E[i] / (copies_E[i] + 1) - (load_E[j] / copies_E[j] if j >= 0 else 0.0)
-        else:
-            if on_RE[q, i]:
-                work -= less_i
-            if j >= 0 and on_RE[q, j]:
-                work += more_j
-        worst = max(worst, time_R[q] + work / speed_R[q])
-    return worst
 
 
 def _even_capacity(num_experts: int, capacity_R: np.ndarray) -> np.ndarray:

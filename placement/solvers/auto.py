@@ -25,7 +25,7 @@ from moeplace.placement.search.alignment import aligned
 from moeplace.placement.solvers.exact.viterbi import fits, solve_viterbi
 from moeplace.placement.solvers.lpt import solve_lpt
 from moeplace.placement.solvers.replicas.budget import search_budget
-from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_copies, search_surviving_chain
+from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_replicas, search_surviving_chain
 from moeplace.placement.solvers.schedule import search_layers
 from moeplace.placement.solvers.seconds import fastest
 
@@ -48,7 +48,7 @@ def search(problem: Problem, budget: Budget, cap: float | None, share: float) ->
     if problem.mode == "coherent" and problem.top_k == 1 and problem.survive:
         return search_surviving_chain(problem, budget, cap, seconds)
     if problem.mode == "coherent" and problem.top_k == 1:
-        return search_chain_with_copies(problem, budget, cap, seconds)
+        return search_chain_with_replicas(problem, budget, cap, seconds)
     if problem.replica_budget == "global" and problem.mode == "dispatch-combine":
         return _budgeted(problem, budget, cap, seconds)
     found, cut = search_layers(problem, budget, cap, seconds)

@@ -13,9 +13,9 @@ from moeplace.placement.objective import measure
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
+from moeplace.placement.search.balancing import rebalance_layer
 from moeplace.placement.search.layout import load_limits, packed_start, to_slots
 from moeplace.placement.search.nets import layer_nets
-from moeplace.placement.search.packing import rebalance_layer
 from moeplace.placement.search.swaps import descend_within
 from moeplace.profiling.errors import InfeasibleError
 
@@ -110,7 +110,7 @@ def _improve_within(problem: Problem, previous: Placement, layer: int) -> np.nda
     load_E = np.ascontiguousarray(problem.load_LE[layer, :experts])
     rebalance_layer(
         row, load_E, cluster.slots_of_rank, cluster.speed_of_rank,
-        max_moves=problem.max_moves, target=problem.max_imbalance or 1.0, min_copies=problem.survive + 1,
+        max_moves=problem.max_moves, target=problem.max_imbalance or 1.0, min_replicas=problem.survive + 1,
     )  # fmt: skip
     return row
 

@@ -33,6 +33,7 @@ import numpy as np
 from moeplace.placement.budget import Budget
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft, Status
+from moeplace.placement.search.layout import seat_held
 from moeplace.placement.search.packing import pack_slots
 from moeplace.placement.solvers.exact.optimizers import cp_model
 from moeplace.profiling.traces.stats import distinct_ksets
@@ -82,22 +83,13 @@ def solve_cpsat(problem: Problem, budget: Budget) -> Draft:
         if not changed:
             break
     notes = sorted({note for model in layers for note in model.notes})
-    rows = [_slots(held_ER, problem.cluster.slots_of_rank) for held_ER in held]
+    rows = [seat_held(held_ER, problem.cluster.slots_of_rank) for held_ER in held]
     even = np.ptp(problem.cluster.speed_of_rank) == 0 or problem.max_imbalance is None
     exact = proven and even and not chained and not notes and not problem.redundant_slots.any()
     status: Status = "time_limit" if budget.expired else "feasible"
     if exact and problem.objective == "traffic" and not problem.move_price and not problem.survive:
         status = "optimal" if problem.mode == "dispatch-combine" and problem.trace is not None else status
     return Draft(np.stack(rows), status, notes=tuple(notes))
-
-
-def _slots(held_ER: np.ndarray, slots_R: np.ndarray) -> np.ndarray:
-    """(S,) int32 slot -> expert, -1 = empty."""
-    row_S = np.full(int(slots_R.sum()), -1, np.int32)
-    for rank, start in enumerate(np.cumsum(slots_R) - slots_R):
-        experts = np.flatnonzero(held_ER[:, rank])
-        row_S[start : start + len(experts)] = experts
-    return row_S
 
 
 class _LayerModel:
@@ -143,7 +135,7 @@ class _LayerModel:
         """The best layer found in `seconds`; `start_ER` if nothing is found."""
         started = time.monotonic()
         model = cp_model.CpModel()
-        self._copies_made: dict[int, list] = {}  # type: ignore[type-arg]
+        self._replicas_made: dict[int, list] = {}  # type: ignore[type-arg]
         x = [[model.new_bool_var(f"x{e}_{r}") for r in range(self._ranks)] for e in range(self._experts)]
         for e in range(self._experts):
             for r in range(self._ranks):
@@ -279,14 +271,14 @@ class _LayerModel:
             if not self._load_E[e]:
                 continue
             part = model.new_int_var(0, int(self._load_E[e]), f"part{e}_{rank}")
-            for copies, has in enumerate(self._copies(model, x, e), start=1):
-                model.add(part >= int(self._load_E[e]) // copies).only_enforce_if(x[e][rank], has)
+            for replicas, has in enumerate(self._counts(model, x, e), start=1):
+                model.add(part >= int(self._load_E[e]) // replicas).only_enforce_if(x[e][rank], has)
             parts.append(part)
         return sum(parts)
 
-    def _copies(self, model, x, expert: int) -> list:  # type: ignore[no-untyped-def,type-arg]
+    def _counts(self, model, x, expert: int) -> list:  # type: ignore[no-untyped-def,type-arg]
         """has[n-1] = 1 if the expert has n replicas; made once per program."""
-        made = self._copies_made
+        made = self._replicas_made
         if expert not in made:
             most = min(self._ranks, int(self._cluster.num_slots - self._experts) + 1)
             made[expert] = [model.new_bool_var(f"n{expert}_{n + 1}") for n in range(most)]

@@ -33,9 +33,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from moeplace.placement.budget import Budget
-from moeplace.placement.placement import EMPTY_SLOT
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft, Status
+from moeplace.placement.search.layout import seat_held
 from moeplace.placement.solvers.exact.optimizers import pulp, solve_program
 from moeplace.profiling.errors import InputError
 
@@ -101,13 +101,8 @@ def _is_its_objective(problem: Problem) -> bool:
 
 def slots_of_ranks(rank_LE: np.ndarray, slots_R: np.ndarray) -> np.ndarray:
     """(L, S) int32 slot -> expert from the rank of each expert (-1 beyond a layer's experts), in order of index."""
-    starts_R = np.cumsum(slots_R) - slots_R
-    slots_LS = np.full((len(rank_LE), int(slots_R.sum())), EMPTY_SLOT, np.int32)
-    for row_S, rank_E in zip(slots_LS, rank_LE, strict=True):
-        for rank, start in enumerate(starts_R):
-            experts = np.flatnonzero(rank_E == rank)
-            row_S[start : start + len(experts)] = experts
-    return slots_LS
+    ranks = np.arange(len(slots_R))
+    return np.stack([seat_held(rank_E[:, None] == ranks, slots_R) for rank_E in rank_LE])
 
 
 def greedy_chain(weight_LEE: np.ndarray, inside_LE: np.ndarray, capacity_P: np.ndarray) -> np.ndarray:

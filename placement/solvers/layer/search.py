@@ -13,7 +13,7 @@ from moeplace.placement.search.hedge import risk_matrix
 from moeplace.placement.search.layout import load_limits, packed_start, padded_load, to_slots
 from moeplace.placement.search.nets import connectivity, layer_nets
 from moeplace.placement.search.packing import packed_imbalance
-from moeplace.placement.search.swaps import anneal_layer, connectivity, layer_nets
+from moeplace.placement.search.swaps import anneal_layer
 from moeplace.placement.solvers.replicas.search import OVERLOAD, ReplicaSearch
 
 MOST_TOKENS = 40_000

@@ -42,7 +42,7 @@ class _Rooms(NamedTuple):
     twice_W: np.ndarray
     ranks: np.ndarray
     nodes: np.ndarray
-    count: np.ndarray
+    sizes: np.ndarray
 
 
 @njit(cache=True, nogil=True)
@@ -107,16 +107,16 @@ def _rewrite_rows(move, bits, seats, state, rooms):  # type: ignore[no-untyped-d
         n = rooms.nodes[i]
         nodes.row_P[n], nodes.spare[i] = nodes.spare[i], nodes.row_P[n]
         mark_node(n, state)
-    rooms.count[0], rooms.count[1] = count, far
+    rooms.sizes[0], rooms.sizes[1] = count, far
 
 
 @njit(cache=True, nogil=True, inline="always")
 def _restore_rows(state, rooms):  # type: ignore[no-untyped-def]
     ranks, nodes = state.ranks, state.nodes
-    for i in range(rooms.count[0]):
+    for i in range(rooms.sizes[0]):
         r = rooms.ranks[i]
         ranks.row_P[r], ranks.spare[i] = ranks.spare[i], ranks.row_P[r]
-    for i in range(rooms.count[1]):
+    for i in range(rooms.sizes[1]):
         n = rooms.nodes[i]
         nodes.row_P[n], nodes.spare[i] = nodes.spare[i], nodes.row_P[n]
 
@@ -217,7 +217,7 @@ def anneal_bits(  # type: ignore[no-untyped-def]
         load_R[:] = trial_R
         room_R[:] = limit_R - load_R
         risk_R[:] = new_risk_R
-        for i in range(rooms.count[0]):
+        for i in range(rooms.sizes[0]):
             count_alone(rooms.ranks[i], bits, seats, rooms.once_W, rooms.twice_W, alone_E)
         count_open(state, alone_E)
         if over <= 0.0 and cost + risk < best_cost:

@@ -6,7 +6,7 @@ s slots per rank more or fewer than the cluster has,
     min sum_l v[l, s_l]   s.t.   sum_l s_l <= 0
 
 is a knapsack over small integers, solved exactly by dynamic programming (a layer's benefit is a staircase: several
-copies may be needed before anything is saved). All ranks give and take alike, so that the memory of each rank stays
+replicas may be needed before anything is saved). All ranks give and take alike, so that the memory of each rank stays
 what it is. s = 0 everywhere is one of the choices, and a layer with more slots is never worse than with fewer.
 
 Shape letters: L MoE layers, R ranks, S slots per layer.
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from moeplace.placement.placement import EMPTY_SLOT, slot_starts
 from moeplace.placement.problem import Problem
 
 Layers = Sequence[int]
@@ -62,13 +63,10 @@ def share_out(value_LS: np.ndarray, steps: range) -> np.ndarray:
 
 def widen(problem: Problem, row_S: np.ndarray, step: int) -> np.ndarray:
     """(S,) slots of the layout for a row of `step` more slots per rank, the further slots empty."""
-    wide = problem.layout
-    row = np.full(wide.num_slots, -1, np.int32)
-    from_R = problem.cluster.slots_of_rank + step
-    starts_R = np.concatenate([[0], np.cumsum(from_R)])
-    wide_starts_R = np.concatenate([[0], np.cumsum(wide.slots_of_rank)])
-    for rank in range(wide.num_ranks):
-        row[wide_starts_R[rank] : wide_starts_R[rank] + from_R[rank]] = row_S[starts_R[rank] : starts_R[rank + 1]]
+    wide_R, from_R = problem.layout.slots_of_rank, problem.cluster.slots_of_rank + step
+    row = np.full(int(wide_R.sum()), EMPTY_SLOT, np.int32)
+    for wide_start, start, count in zip(slot_starts(wide_R), slot_starts(from_R), from_R, strict=True):
+        row[wide_start : wide_start + count] = row_S[start : start + count]
     return row
 
 
@@ -80,8 +78,8 @@ def search_budget(problem: Problem, search: Search) -> np.ndarray:
         search: layers of a problem, each by itself.
     """
     steps, layers = slot_steps(problem), list(range(problem.num_layers))
-    # Most time goes to the cluster's own slots, so that an exchange must beat a thorough search; without copies a layer
-    # is soon searched.
+    # Most time goes to the cluster's own slots, so that an exchange must beat a thorough search; a layer without
+    # replicas is soon searched.
     weights = [1.0 if step < 0 else 5.0 if step == 0 else 2.0 for step in steps]
     found = [
         search(with_steps(problem, step), layers, weight / sum(weights))

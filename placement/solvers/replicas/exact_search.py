@@ -77,7 +77,12 @@ def _serve_again(move, nets, rule, holders, served, load_R, commit):  # type: ig
     """The tokens of the experts that moved: their loads change in `load_R`, costs and ranks only if `commit`."""
     ids_TK, node_R, place_PR, weight, mark_X = rule
     rank_EH, count_E, held_ER = holders
-    first_E, token_of, rank_TK, rank_K = nets.first_E, nets.token_of, served.rank_TK, np.empty(ids_TK.shape[1], np.int64)
+    first_E, token_of, rank_TK, rank_K = (
+        nets.first_E,
+        nets.token_of,
+        served.rank_TK,
+        np.empty(ids_TK.shape[1], np.int64),
+    )
     for part in range(2):
         e = move.a if part == 0 else move.b
         if e < 0:
@@ -166,9 +171,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
         temperature = 0.0 if last else schedule.hot * (schedule.end / schedule.hot) ** cooled
         price = (1.0 + rule.node_weight) * (FINAL_PRICE if last else 2.0 * 3.0**cooled)
         done += 1
-        move = propose(
-            slots_S, rank_S, count_E, held_ER, seats.num_real, schedule.min_replicas, room_R, over, state
-        )
+        move = propose(slots_S, rank_S, count_E, held_ER, seats.num_real, schedule.min_replicas, room_R, over, state)
         if move.x < 0 or not _make_if_spread(move, seats, rule.node_R, schedule.min_nodes):
             continue
         work = nets.first_E[move.a + 1] - nets.first_E[move.a]

@@ -13,7 +13,6 @@ import numpy as np
 from numba import njit
 
 from moeplace.placement.cost.replica_choice import preference_orders
-from moeplace.placement.solvers.replicas.seats import Holders
 
 
 class Rule(NamedTuple):
@@ -169,7 +168,7 @@ def replay(rule, holders, served):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def gain_of_replicas(rule, holders, gain_ER):  # type: ignore[no-untyped-def]
-    """Add to `gain_ER` what a further replica of expert e on rank r saves, counted exactly for one replica at a time."""
+    """Add to `gain_ER` what a further replica of expert e on rank r saves, exactly for one replica at a time."""
     ids_TK, node_R, place_PR, weight, mark_X = rule
     rank_EH, count_E, held_ER = holders
     rank_K = np.empty(ids_TK.shape[1], np.int64)

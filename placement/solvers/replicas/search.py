@@ -57,7 +57,9 @@ class ReplicaSearch:
         self._experts = int(problem.experts_per_layer[layer])
         cluster = problem.cluster
         self._rule = rule_on(nets.ids_TK, cluster.node_of_rank, problem.node_weight)
-        self._every_rule = rule_on(np.ascontiguousarray(problem.trace.layer(layer), np.int16), cluster.node_of_rank, 0.0)
+        self._every_rule = rule_on(
+            np.ascontiguousarray(problem.trace.layer(layer), np.int16), cluster.node_of_rank, 0.0
+        )
         self._bits = token_bits(nets.ids_TK, cluster.num_slots, cluster.num_ranks)
 
     def run(
@@ -87,7 +89,7 @@ class ReplicaSearch:
         return min((value, slots_S), (self.value(plain_S), plain_S), key=lambda pair: pair[0])
 
     def _surviving(self, hot: float, seconds: float, rng: np.random.Generator) -> tuple[float, np.ndarray]:
-        """Start where every expert has the copies that survival asks for; the moves keep them."""
+        """Start where every expert has the replicas that survival asks for; the moves keep them."""
         packed_S = pack_slots(self._problem, self._layer)
         slots_S = packed_S.copy()
         # On every third token, where three times as many moves can be tried; then on all.

@@ -125,14 +125,14 @@ def propose(slots_S, rank_S, count_E, held_ER, num_real, min_replicas, room_R, o
             if room_R[rank_S[x]] < 0.0:
                 break
             x = (x + 1) % slots
-    a, g = np.int64(slots_S[x]), rank_S[x]
+    a, g = slots_S[x] + 0, rank_S[x]
     if a < 0:
         return none
     if count_E[a] > min_replicas and random_below(state, 5) < 3:
         b = random_below(state, num_real)
         return none if b == a or held_ER[b, g] else Move(x, -1, a, b, g, -1)
     y = random_below(state, slots)
-    b, h = np.int64(slots_S[y]), rank_S[y]
+    b, h = slots_S[y] + 0, rank_S[y]
     if g == h or a == b or held_ER[a, h] or (b >= 0 and held_ER[b, g]):
         return none
     return Move(x, y, a, b, g, h)

@@ -1,9 +1,9 @@
-"""Further copies for `coherent` mode with one expert per token: every expert on several ranks, where its tokens pass.
+"""Further replicas for `coherent` mode with one expert per token: every expert on several ranks, where its tokens pass.
 
-The chain search places one slot per expert; then each layer in turn gets its next copies by one assignment problem.
-A copy of expert e on rank r is worth the tokens that are on r when they need e, and those of e whose next expert is on
-r. Then, from the first layer to the last, copies change places until the loads keep the cap: with n[q, e] = tokens on
-rank q that need e, a copy of e on q serves them, and the ranks of e share the others, those in the node first.
+The chain search places one slot per expert; then each layer in turn gets its next replicas by one assignment problem.
+A replica of expert e on rank r is worth the tokens that are on r when they need e, and those of e whose next expert is
+on r. Then, from the first layer to the last, replicas change places until the loads keep the cap: with n[q, e] = tokens
+on rank q that need e, a replica of e on q serves them, and the ranks of e share the others, those in the node first.
 
 Shape letters: L MoE layers, E experts of a layer, R ranks, N nodes, S slots per layer.
 """
@@ -15,23 +15,24 @@ from scipy.optimize import linear_sum_assignment
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.replica_choice import choose_ranks
 from moeplace.placement.problem import Problem
+from moeplace.placement.search.layout import seat_held
 from moeplace.placement.search.packing import pack_slots
 
 _FORBIDDEN = 1e15
 _SWEEPS = 3
 _MARGIN = 0.995
-"""Share of a limit that swaps aim at: the split of tokens between copies is even only on average."""
+"""Share of a limit that swaps aim at: the split of tokens between replicas is even only on average."""
 
 
-def first_slots(problem: Problem) -> Cluster:
-    """The cluster with the slots of each rank that first copies may use: its share of the largest layer's experts."""
+def first_cluster(problem: Problem) -> Cluster:
+    """The cluster with the slots of each rank that first replicas may use: its share of the largest layer's experts."""
     slots_R, experts = problem.cluster.slots_of_rank, problem.num_experts
     share_R = np.minimum(-(-slots_R * experts // slots_R.sum()), slots_R)
     return problem.cluster.replace(slots_of_rank=share_R)
 
 
-def add_surviving_copies(problem: Problem, first_LER: np.ndarray) -> np.ndarray:
-    """(L, E, R) bool: `survive` further copies of every expert of `first_LER`, on new nodes while there are some."""
+def add_surviving_replicas(problem: Problem, first_LER: np.ndarray) -> np.ndarray:
+    """(L, E, R) bool: `survive` further replicas of every expert of `first_LER`, on new nodes while there are some."""
     held_LER = first_LER.copy()
     for _sweep in range(_SWEEPS):
         for layer in range(problem.num_layers):
@@ -39,8 +40,8 @@ def add_surviving_copies(problem: Problem, first_LER: np.ndarray) -> np.ndarray:
             held_ER = first_LER[layer, :experts].copy()
             for _ in range(problem.survive):
                 worth_ER = _worth(problem, held_LER, layer)[:experts]
-                chosen_ER = _assign_copies(problem, held_ER, worth_ER)
-                if chosen_ER is None:  # no room beside the first copies: pack the layer anew
+                chosen_ER = _assign_replicas(problem, held_ER, worth_ER)
+                if chosen_ER is None:  # no room beside the first replicas: pack the layer anew
                     held_ER = _ranks_of(pack_slots(problem, layer), problem.cluster, experts)
                     break
                 held_ER |= chosen_ER
@@ -48,8 +49,8 @@ def add_surviving_copies(problem: Problem, first_LER: np.ndarray) -> np.ndarray:
     return held_LER
 
 
-def balance_copies(problem: Problem, held_LER: np.ndarray, caps_L: np.ndarray) -> None:
-    """Swap copies, in place, layer by layer in model order, until the load that tokens bring keeps the caps."""
+def balance_replicas(problem: Problem, held_LER: np.ndarray, caps_L: np.ndarray) -> None:
+    """Swap replicas, in place, layer by layer in model order, until the load that tokens bring keeps the caps."""
     assert problem.trace is not None
     trace, cluster = problem.trace, problem.cluster
     nodes = min(problem.survive + 1, cluster.num_nodes)
@@ -62,20 +63,14 @@ def balance_copies(problem: Problem, held_LER: np.ndarray, caps_L: np.ndarray) -
         np.add.at(arrive_QE, (near_T[used], ids_TK[used, 0]), 1.0)
         limit_R = caps_L[layer] * used.sum() / cluster.speed_of_rank.sum() * cluster.speed_of_rank
         worth_ER = _worth(problem, held_LER, layer)
-        _swap_copies(held_LER[layer], arrive_QE, worth_ER, cluster.node_of_rank, limit_R * _MARGIN, nodes)
+        _swap_replicas(held_LER[layer], arrive_QE, worth_ER, cluster.node_of_rank, limit_R * _MARGIN, nodes)
         choose_ranks(ids_TK, held_LER[layer], cluster.node_of_rank, near_T, rotation_T, rank_TK)
         near_T = np.where(used, rank_TK[:, 0], near_T).astype(np.int32)
 
 
 def to_rows(problem: Problem, held_LER: np.ndarray) -> np.ndarray:
     """(L, S) int32 slot -> expert, experts in rising order on every rank."""
-    slots_LS = np.full((problem.num_layers, problem.cluster.num_slots), -1, np.int32)
-    starts_R = np.concatenate([[0], np.cumsum(problem.cluster.slots_of_rank)])
-    for layer, held_ER in enumerate(held_LER):
-        for rank in range(problem.num_ranks):
-            members = np.flatnonzero(held_ER[:, rank])
-            slots_LS[layer, starts_R[rank] : starts_R[rank] + len(members)] = members
-    return slots_LS
+    return np.stack([seat_held(held_ER, problem.cluster.slots_of_rank) for held_ER in held_LER])
 
 
 @njit(cache=True, nogil=True)
@@ -106,8 +101,8 @@ def _nodes_held(e, held_ER, node_R):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _swap_copies(held_ER, arrive_QE, worth_ER, node_R, limit_R, min_nodes):  # type: ignore[no-untyped-def]
-    """While a rank is above its limit: the swap of copies that ends most overload per token that no longer stays."""
+def _swap_replicas(held_ER, arrive_QE, worth_ER, node_R, limit_R, min_nodes):  # type: ignore[no-untyped-def]
+    """While a rank is above its limit: the swap of replicas that ends most overload per token that no longer stays."""
     experts, num_ranks = held_ER.shape
     load_R, trial_R = np.zeros(num_ranks), np.zeros(num_ranks)
     for e in range(experts):
@@ -157,7 +152,7 @@ def _swap_copies(held_ER, arrive_QE, worth_ER, node_R, limit_R, min_nodes):  # t
 
 
 def _worth(problem: Problem, held_LER: np.ndarray, layer: int) -> np.ndarray:
-    """(E, R) tokens that a copy of each expert on each rank keeps there, neighbours fixed."""
+    """(E, R) tokens that a replica of each expert on each rank keeps there, neighbours fixed."""
     share_LER = held_LER / np.maximum(held_LER.sum(axis=2, keepdims=True), 1)
     worth_ER = np.zeros(held_LER.shape[1:])
     if layer:
@@ -167,7 +162,7 @@ def _worth(problem: Problem, held_LER: np.ndarray, layer: int) -> np.ndarray:
     return worth_ER
 
 
-def _assign_copies(problem: Problem, held_ER: np.ndarray, worth_ER: np.ndarray) -> np.ndarray | None:
+def _assign_replicas(problem: Problem, held_ER: np.ndarray, worth_ER: np.ndarray) -> np.ndarray | None:
     """(E, R) bool, a new rank per expert at most worth, on a new node while one is left; None = no room."""
     cluster = problem.cluster
     free_R = cluster.slots_of_rank - held_ER.sum(axis=0)

@@ -9,8 +9,8 @@ slots on the ranks H_e, the rule of `replica_choice` gives
 merged = tokens with two open experts that share a rank, which then serves both. A token that could merge twice is
 counted once. Loads are in `bit_loads`.
 
-Shape letters: T tokens, E experts, R ranks, N nodes, P parts (ranks or nodes), S slots, J replicated experts, W words of
-64 tokens, Q words of rotation numbers.
+Shape letters: T tokens, E experts, R ranks, N nodes, P parts (ranks or nodes), S slots, J replicated experts, W words
+of 64 tokens, Q words of rotation numbers.
 """
 
 from functools import lru_cache
