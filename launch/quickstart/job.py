@@ -42,6 +42,8 @@ class Job:
         completions: what the plain model adds to each, greedily.
         checked: how many of the requests have their logits compared with `reference.npy`.
         rounds: how often each run serves all requests; runs alternate.
+        calibration: a run that is none of `runs`, served before them: predictions rest on its time, not on theirs.
+        calibration_prompts: token ids of its requests, none of which is in `prompts`.
         timeout: seconds to wait for another rank.
     """
 
@@ -51,6 +53,8 @@ class Job:
     completions: Sequence[Sequence[int]]
     checked: int
     rounds: int
+    calibration: RunSpec
+    calibration_prompts: Sequence[Sequence[int]]
     timeout: float
 
     @property
@@ -67,7 +71,7 @@ class Job:
         """Read the job file."""
         document: dict[str, Any] = read_json(folder / JOB)
         runs = [RunSpec(**run) for run in document.pop("runs")]
-        return cls(runs=runs, **document)
+        return cls(runs=runs, calibration=RunSpec(**document.pop("calibration")), **document)
 
 
 def result_path(folder: Path, rank: int) -> Path:

@@ -95,6 +95,11 @@ class PlainModel:
             raise InputError(f"the texts have {len(odd)} held-out sequences, {count} requests need as many")
         return odd[torch.linspace(0, len(odd) - 1, count).long()]
 
+    def fitted_prompts(self, count: int) -> torch.Tensor:
+        """(count, P) prompts of even sequences, spread evenly over the texts; some twice where there are too few."""
+        even = torch.cat(self.prompts)[::2]
+        return even[torch.linspace(0, len(even) - 1, count).long()]
+
     def answer(self, prompts: torch.Tensor, *, checked: int) -> Answers:
         """Complete prompts greedily; logits of the first `checked`."""
         self._model.to(torch.float64)

@@ -30,13 +30,17 @@ class Results:
     """What was served, and what was expected.
 
     Attributes:
+        train: routing that placements were fitted to; the calibration run is among it.
         test: held-out routing, which predictions replay.
+        calibrated: the placement of the calibration run.
         placements: one per run of the job.
         job: what the ranks did.
         ranks: what each rank reported.
     """
 
+    train: RoutingTrace
     test: RoutingTrace
+    calibrated: Placement
     placements: Sequence[Placement]
     job: Job
     ranks: Sequence[Mapping[str, Any]]
@@ -113,10 +117,15 @@ class Results:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """Links and expert time as the ranks measured them; a layer's rest is what the first run takes beyond."""
+        """Links and expert time as the ranks measured them; a layer's rest is what the calibration run takes beyond.
+
+        No run of the comparison has a part in it: other requests, another placement, another time.
+        """
         link = Link(**self._mean_over_ranks("links"))
         found = Calibration(link, link, ExpertTime(**self._mean_over_ranks("experts")))
-        rest = self._step_seconds(0) - self._evaluate(0, found).predicted_seconds
+        mode: Any = self.job.calibration.mode
+        known = evaluate(self.train, self.calibrated, mode=mode, shape=self.shape, calibration=found)
+        rest = median(self.ranks[0]["calibration_step_seconds"]) - known.predicted_seconds
         return replace(found, other_seconds_per_layer=max(rest, 0.0) / self.test.num_layers)
 
     @cached_property

@@ -116,8 +116,8 @@ def run_quickstart(options: QuickstartOptions) -> dict[str, Any]:
         folder = Path(name)
         job = _prepare(options, model, plain, prompts, trace, solved, folder, say)
         measured = _serve(options, job, folder, say)
-        placements = [load_placement(run.file) for run in job.runs]
-    results = Results(_decoded(trace, "test"), placements, job, measured)
+        placements = [load_placement(run.file) for run in (job.calibration, *job.runs)]
+    results = Results(_decoded(trace, "train"), _decoded(trace, "test"), placements[0], placements[1:], job, measured)
     document = _document(options, trace, solved, results)
     document["conditions"]["whole run"] = f"{time.monotonic() - started:.0f} s after installation"
     _write(options, trace, solved, document)
@@ -232,11 +232,22 @@ def _prepare(
         completions=answers.completions,
         checked=len(answers.logits),
         rounds=options.rounds,
+        calibration=_calibration_run(trace, options.ranks, folder),
+        calibration_prompts=plain.fitted_prompts(options.requests).tolist(),
         timeout=START_TIMEOUT,
     )
     job.save(folder)
     say.done(f"asked the plain model to complete {options.requests} held-out prompts")
     return job
+
+
+def _calibration_run(trace: RoutingTrace, ranks: int, folder: Path) -> RunSpec:
+    """A placement that nobody compares, every expert one slot on from index order, in the mode of the baseline."""
+    mode = COMPARED_MODES[0]
+    first = _index_order(trace, ranks, mode)
+    path = folder / "calibration.json"
+    save_placement(path, first.replace(slot_to_expert=np.roll(first.slot_to_expert, 1, axis=1)))
+    return RunSpec("index order, one slot on", str(path), mode)
 
 
 def _serve(options: QuickstartOptions, job: Job, folder: Path, say: _Stages) -> list[dict[str, Any]]:
@@ -298,8 +309,8 @@ def _conditions(options: QuickstartOptions, trace: RoutingTrace, results: Result
         f"({results.handover_bytes / 2**20:.2f} MiB once)",
         "solver": f"auto, objective traffic, imbalance at most {MAX_IMBALANCE:g} on the fitted tokens, "
         f"at most {options.time_limit:g} s per mode, seed {options.seed}",
-        "prediction": "held-out routing replayed; links and expert time measured on these ranks, the rest of a layer "
-        "taken from the first run, whose time is therefore met",
+        "prediction": "held-out routing replayed; links, expert time and the rest of a layer measured on these ranks "
+        "while they served other requests under another placement, before the runs",
         "verdict": f"runs within {1 - AS_FAST:.0%} of the fastest count as fast; of those, the one with fewest copies",
         "software": ", ".join(f"{name} {version(name)}" for name in ("moeplace", "torch", "transformers"))
         + f", Python {platform.python_version()}",

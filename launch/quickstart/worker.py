@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from moeplace.launch.quickstart.calibration import measure_experts, measure_links
-from moeplace.launch.quickstart.job import PROGRESS, REFERENCE, Job, failure_path, result_path
+from moeplace.launch.quickstart.job import PROGRESS, REFERENCE, Job, RunSpec, failure_path, result_path
 from moeplace.placement.placement_file import load_placement
 from moeplace.profiling.errors import MoeplaceError
 from moeplace.profiling.files import write_json
@@ -69,13 +69,16 @@ def run_job(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     job = Job.load(folder)
     group = RankGroup.from_environment(timeout=job.timeout, device="cpu")
-    advance = _progress(folder, group.rank, total=2 * len(job.runs) + job.rounds)
+    advance = _progress(folder, group.rank, total=2 * len(job.runs) + job.rounds + 1)
     reference = np.load(folder / REFERENCE, allow_pickle=False)
     checks = []
     for index in range(len(job.runs)):
         checks.append(_check(job, index, group, reference))
         advance()
-    engines = [_engine(job, index, group, SERVED) for index in range(len(job.runs))]
+    calibration = _engine(job, job.calibration, group, SERVED)
+    step_seconds = _calibrate(calibration, job)
+    advance()
+    engines = [_engine(job, run, group, SERVED) for run in job.runs]
     served = []
     for engine in engines:
         served.append(_count(engine, job))
@@ -86,15 +89,16 @@ def run_job(folder: Path) -> dict[str, Any]:
     return {
         "checks": checks,
         "runs": [_summary(totals, job) for totals in served],
+        "calibration_step_seconds": step_seconds,
         "links": measure_links(group, width=engines[0].executor.decoder.hidden_size),
-        "experts": measure_experts(engines[0]),
+        "experts": measure_experts(calibration),
         "kv_bytes_per_position": kv_bytes_per_position(engines[0].executor.decoder),
         "dtype_bytes": SERVED.itemsize,
     }
 
 
-def _engine(job: Job, index: int, group: RankGroup, dtype: torch.dtype) -> Engine:
-    run, prompt_tokens = job.runs[index], sum(map(len, job.prompts))
+def _engine(job: Job, run: RunSpec, group: RankGroup, dtype: torch.dtype) -> Engine:
+    prompt_tokens = sum(map(len, job.prompts))
     limits = EngineLimits(
         max_sequences=len(job.prompts),
         max_length=len(job.prompts[0]) + job.new_tokens,
@@ -105,7 +109,7 @@ def _engine(job: Job, index: int, group: RankGroup, dtype: torch.dtype) -> Engin
 
 def _check(job: Job, index: int, group: RankGroup, reference: np.ndarray) -> dict[str, Any]:
     """Largest difference of a logit from the plain model's, prompts by prefill and the rest by decoding."""
-    engine = _engine(job, index, group, CHECKED)
+    engine = _engine(job, job.runs[index], group, CHECKED)
     prompts, added = job.prompts[: job.checked], job.completions[: job.checked]
     sequences = [[*prompt, *tokens[:-1]] for prompt, tokens in zip(prompts, added, strict=True)]
     logits = torch.stack(engine.score(sequences, prompt_lengths=[len(prompt) for prompt in prompts])).numpy()
@@ -117,10 +121,23 @@ def _check(job: Job, index: int, group: RankGroup, reference: np.ndarray) -> dic
     }
 
 
+def _calibrate(engine: Engine, job: Job) -> list[float]:
+    """Seconds of the decode steps of requests that no run serves, all but the first."""
+    seconds: list[float] = []
+    for number in range(job.rounds):
+        _start(engine, job.calibration_prompts, job.new_tokens, f"calibration {number}")
+        engine.step()
+        while not engine.scheduler.is_idle:
+            start = time.perf_counter()
+            engine.step()
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
 def _count(engine: Engine, job: Job) -> Served:
     """Complete all requests greedily and count what the ranks exchange."""
     group, done = engine.group, {}
-    _start(engine, job, "counted")
+    _start(engine, job.prompts, job.new_tokens, "counted")
     group.counters.reset()
     engine.step()
     first_step_bytes = _bytes_sent(engine.counters())
@@ -136,7 +153,7 @@ def _count(engine: Engine, job: Job) -> Served:
 def _time(engines: Sequence[Engine], served: Sequence[Served], job: Job, *, name: str) -> None:
     """Complete all requests under every run at once, step by step in turn: what disturbs the machine disturbs all."""
     for engine in engines:
-        _start(engine, job, name)
+        _start(engine, job.prompts, job.new_tokens, name)
         engine.step()
     while not engines[0].scheduler.is_idle:
         for engine, totals in zip(engines, served, strict=True):
@@ -145,10 +162,10 @@ def _time(engines: Sequence[Engine], served: Sequence[Served], job: Job, *, name
             totals.step_seconds.append(time.perf_counter() - start)
 
 
-def _start(engine: Engine, job: Job, name: str) -> None:
+def _start(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, name: str) -> None:
     """Queue all requests and prefill them."""
-    for number, prompt in enumerate(job.prompts):
-        request = Request(_name(name, number), tuple(prompt), max_new_tokens=job.new_tokens, stop_ids=())
+    for number, prompt in enumerate(prompts):
+        request = Request(_name(name, number), tuple(prompt), max_new_tokens=new_tokens, stop_ids=())
         engine.add_request(request)
     engine.step()
 

@@ -1,13 +1,17 @@
 """The quickstart with reduced settings: the real thing on two ranks, and what it says when a rank fails."""
 
 import json
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moeplace.launch.cli import FAILED, main
+from moeplace.launch.quickstart import run
 from moeplace.launch.quickstart.job import failure_path
 from moeplace.launch.quickstart.local_ranks import run_local_ranks
+from moeplace.launch.quickstart.results import Results
 from moeplace.launch.quickstart.run import QuickstartOptions, run_quickstart, shipped_texts
 from moeplace.launch.reports.comparison import Run
 from moeplace.placement.placement_file import load_placement
@@ -27,19 +31,24 @@ REDUCED = {
 
 
 @pytest.mark.timeout(150)
-def test_quickstart_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Profile, solve, serve on two ranks: logits equal, collectives counted, copies as predicted, files written."""
     out = tmp_path / "quickstart"
+    seen: list[Results] = []
+    monkeypatch.setattr(run, "Results", lambda *args: seen.append(Results(*args)) or seen[0])
     document = run_quickstart(QuickstartOptions(out=out, **REDUCED))  # type: ignore[arg-type]
     assert json.loads((out / "report.json").read_text()) == document
     assert document["checks"]["equal"]
-    runs = {(run["placement"], run["mode"]): Run.from_json(run) for run in document["runs"]}
+    runs = {(one["placement"], one["mode"]): Run.from_json(one) for one in document["runs"]}
     assert list(runs) == [(p, m) for m in ("dispatch-combine", "coherent") for p in ("index order", "solved")]
-    for (_, mode), run in runs.items():
-        assert run.figures["collectives_per_layer"] == {"dispatch-combine": 2, "coherent": 1}[mode]
-        assert run.figures["copies_per_token"] == pytest.approx(run.figures["predicted_copies_per_token"], rel=0.25)
-        assert run.figures["bytes_per_token"] > 0
-        assert run.figures["tokens_per_second"] > 0
+    for (_, mode), column in runs.items():
+        figures = column.figures
+        assert figures["collectives_per_layer"] == {"dispatch-combine": 2, "coherent": 1}[mode]
+        assert figures["copies_per_token"] == pytest.approx(figures["predicted_copies_per_token"], rel=0.25)
+        assert figures["bytes_per_token"] > 0
+        assert figures["tokens_per_second"] > 0
     assert runs["index order", "dispatch-combine"].figures["speedup"] == 1
     trace = load_trace(out / "routing.trace")
     assert trace.num_tokens == 3 * 16 * (8 + 6 - 1)
@@ -52,6 +61,26 @@ def test_quickstart_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert document["verdict"] in printed.out
     assert "[5/5]" in printed.err
     assert "<html" in (out / "report.html").read_text()
+    check_that_predictions_are_of_other_work(seen[0])
+
+
+def check_that_predictions_are_of_other_work(results: Results) -> None:
+    """Runs that took any other time have the same predictions; other calibration gives other ones."""
+    served = {tuple(prompt) for prompt in results.job.prompts}
+    assert not served & {tuple(prompt) for prompt in results.job.calibration_prompts}
+    assert results.job.calibration not in results.job.runs
+    names = ("predicted_seconds_per_step", "predicted_tokens_per_second")
+    known = [[column.figures[name] for name in names] for column in results.runs]
+    slower = deepcopy(results.ranks)
+    for rank in slower:
+        for timed in rank["runs"]:
+            timed["step_seconds"] = [10 * seconds + 1 for seconds in timed["step_seconds"]]
+    again = replace(results, ranks=slower).runs
+    assert [[column.figures[name] for name in names] for column in again] == known
+    for rank in slower:
+        rank["calibration_step_seconds"] = [seconds + 1 for seconds in rank["calibration_step_seconds"]]
+    moved = replace(results, ranks=slower).runs
+    assert all(column.figures[names[0]] == pytest.approx(one[0] + 1) for column, one in zip(moved, known, strict=True))
 
 
 def start_workers(folder: Path, *, timeout: float) -> None:
