@@ -1,7 +1,8 @@
 """The command `moeplace`: one module of `moeplace.launch.commands` per subcommand.
 
-Only the parser is built here. A command module has `HELP`, `add_arguments(parser)` and `run(args) -> exit code`, and
-imports what is heavy (torch, Ray, transformers, ortools, numba) inside `run`, so that `--help` answers at once.
+Only the parser is built here. A command module has `HELP`, `EXAMPLE`, `add_arguments(parser)` and
+`run(args) -> exit code`, and imports what is heavy (torch, Ray, transformers, ortools, numba) inside `run`, so that
+`--help` answers at once.
 """
 
 import argparse
@@ -79,7 +80,8 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     named = [name for name in COMMANDS if name in arguments]
     for name in named or COMMANDS:  # only what is asked for is imported; plain --help shows them all
         module = importlib.import_module(f"moeplace.launch.commands.{COMMANDS[name]}")
-        sub = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
+        epilog = f"example: {module.EXAMPLE}"
+        sub = subparsers.add_parser(name, help=module.HELP, description=module.HELP, epilog=epilog)
         module.add_arguments(sub)
         sub.add_argument("--verbose", action="store_true", help="say more on standard error")
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import shlex
 import subprocess
 import sys
 import warnings
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moeplace.launch.cli import COMMANDS, DONE, FAILED, USAGE, main
+from moeplace.launch.cli import COMMANDS, DONE, FAILED, USAGE, build_parser, main
 
 HEAVY = ("torch", "ray", "transformers", "ortools", "pulp", "numba", "scipy", "networkx", "starlette", "uvicorn")
 MOST_MODULES = 400
@@ -75,6 +76,16 @@ def test_help_imports_nothing_heavy() -> None:
     assert codes == [DONE] * len(arguments)
     assert sorted(set(HEAVY) & set(modules)) == []
     assert len(modules) < MOST_MODULES
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_a_command_is_accepted(command: str) -> None:
+    """What --help shows can be typed: the flags exist, and it is this command."""
+    example = importlib.import_module(f"moeplace.launch.commands.{COMMANDS[command]}").EXAMPLE
+    words = shlex.split(example)
+    words = words[words.index("moeplace" if words[0] == "moeplace" else "moeplace.launch.cli") + 1 :]
+    assert words[0] == command
+    build_parser(words).parse_args(words)
 
 
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["stats"], ["stats", "t", "--unknown"]])

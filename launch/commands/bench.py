@@ -4,6 +4,7 @@ import argparse
 import importlib
 
 HELP = "benchmarks of the runtime: replay, elastic"
+EXAMPLE = "moeplace bench elastic --ranks 4 --steps 200 --json elastic.json"
 BENCHMARKS = {"replay": "bench_replay", "elastic": "bench_elastic"}  # name -> module in moeplace.launch.commands
 
 

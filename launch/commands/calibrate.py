@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moeplace.placement.cost.calibration import Calibration
 
 HELP = "measure links and expert time on this cluster (run under torchrun)"
+EXAMPLE = "torchrun --standalone --nproc-per-node 4 -m moeplace.launch.cli calibrate --out c.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

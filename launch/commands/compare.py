@@ -8,6 +8,7 @@ from moeplace.launch.progress import progress
 from moeplace.launch.solving.runs import COLUMNS, DEFAULT_SOLVERS, print_rows, run_solver, solvers_and_caps
 
 HELP = "solvers side by side: held-out quality, proven bound, seconds"
+EXAMPLE = "moeplace compare t.trace --ranks 8 --solvers index-order,eplb,auto --time-limit 10"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from moeplace.launch.tables import format_table
 from moeplace.placement.modes import MODES
 
 HELP = "what a placement costs on a trace, beside index order"
+EXAMPLE = "moeplace evaluate t.trace p.json --split test"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

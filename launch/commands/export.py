@@ -5,6 +5,7 @@ import shlex
 import sys
 
 HELP = "write a placement as the file that a serving engine loads"
+EXAMPLE = "moeplace export p.json --to sglang --out sglang.json"
 ENGINES = ("sglang", "vllm", "trtllm", "vllm-ascend", "omni", "exflow")
 
 

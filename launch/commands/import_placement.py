@@ -5,6 +5,7 @@ import argparse
 from moeplace.launch.options.layers import layer_range
 
 HELP = "read the placement file of a serving engine"
+EXAMPLE = "moeplace import-placement sglang.json --from sglang --out p.json"
 ENGINES = ("sglang", "vllm", "trtllm", "vllm-ascend", "omni", "exflow")
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moeplace.profiling.imports.canonical import Imported
 
 HELP = "read other programs' routing traces, expert loads and placement files"
+EXAMPLE = "moeplace import routed.jsonl --from sglang --out t.trace"
 SOURCES = {
     "npz": "trace interchange: experts (T, L, K), weights, sequence_ids, positions",
     "sglang": "SGLang recorder dumps (.pt file or folder), or its answers with routed_experts, one a line",

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moeplace.placement.placement import Placement
 
 HELP = "plan the migration from one placement to another"
+EXAMPLE = "moeplace plan old.json new.json --out plan.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 HELP = "run a Hugging Face MoE checkpoint over text and record a routing trace"
+EXAMPLE = "moeplace profile MODEL --text a.txt b.txt --out t.trace"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 HELP = "profile, place and serve a small model on local ranks, and write a report"
+EXAMPLE = "moeplace quickstart --out quickstart"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from moeplace.launch.serving.front import add_engine_arguments, add_front_argume
 from moeplace.launch.solving.runs import DEFAULT_SOLVERS, print_rows, solvers_and_caps
 
 HELP = "on a Ray cluster: submit commands as jobs, compare solvers in parallel, serve"
+EXAMPLE = "moeplace ray compare t.trace --ranks 8 --address local --num-cpus 2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moeplace.placement.placement_file import PlacementFile
 
 HELP = "draw placements of a trace, and measurements, as one self-contained HTML page"
+EXAMPLE = "moeplace report t.trace --placement p.json --out r.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

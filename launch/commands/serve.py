@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moeplace.runtime.service.api import Service
 
 HELP = "serve a file of requests (under torchrun for several ranks), or answer OpenAI-compatible HTTP requests"
+EXAMPLE = "moeplace serve MODEL --http 127.0.0.1:8000 --ranks 4"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

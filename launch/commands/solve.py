@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moeplace.launch.solving.modes import ModeOutcome
 
 HELP = "find a placement for a trace, with a proven bound"
+EXAMPLE = "moeplace solve t.trace --ranks 8 --mode auto --out p.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from moeplace.launch.progress import progress
 from moeplace.launch.solving.verdict import add_verdict_arguments, describe_judgement, judge_trace, names_cluster
 
 HELP = "what a trace says: skew, affinity, stability, locality; what placement would gain on a cluster"
+EXAMPLE = "moeplace stats t.trace --ranks 8"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +109,11 @@ def describe_scores(document: dict[str, Any]) -> str:
     )
     if load["unused_experts"]:
         rows.append(["experts without a token", load["unused_experts"]])
-    return format_table(["score", "value"], rows)
+    legend = (
+        "(skew 1 = even; affinity above chance = locality that a placement can use; TV: 0 = the same, 1 = nothing in "
+        "common, near chance = stable)"
+    )
+    return f"{format_table(['score', 'value'], rows)}\n{legend}"
 
 
 def describe_workloads(document: dict[str, Any]) -> str:
@@ -141,7 +146,8 @@ def describe_routing(scores: list[dict[str, Any]]) -> str:
         for s in scores
     ]
     table = format_table(["segment", "SRP", "95 % interval", "threshold", "experts taken / used"], rows)
-    return f"{table}\n(on {scores[0]['tokens']} tokens)"
+    meaning = "SRP: how well one set of experts per segment fits its tokens; near 1 the routing repeats"
+    return f"{table}\n({meaning}; on {scores[0]['tokens']} tokens)"
 
 
 def describe_caches(scores: dict[str, Any]) -> str:
@@ -154,7 +160,11 @@ def describe_caches(scores: dict[str, Any]) -> str:
         rows.append([name, *score["layer_mean"], *score["model"]])
     header = ["cache", *(f"{r:g}K a layer" for r in scores["ratios"]), *(f"{r:g}KL shared" for r in scores["ratios"])]
     first = scores["policies"][0]
-    tokens = f"(hit rates; on {first['tokens']} tokens, shared cache on {first['model_tokens']})"
+    tokens = (
+        "(hit rates, 1 = no expert is ever fetched; SCH n: a cache that knows the next n tokens; 2K: twice top-k "
+        "experts a layer, 2KL shared: one cache of twice top-k x layers for all of them; "
+        f"on {first['tokens']} tokens, shared cache on {first['model_tokens']})"
+    )
     return f"{format_table(header, rows)}\n{tokens}"
 
 
