@@ -15,7 +15,11 @@ def measure(problem: Problem, placement: Placement) -> tuple[str, float, dict[st
     if problem.trace is None:
         imbalance = load_imbalance(problem, placement)
         return "imbalance", float(imbalance.mean()), {"imbalance": float(imbalance.mean())}
-    evaluation = problem.evaluate(placement)
+    return measured(problem, problem.evaluate(placement))
+
+
+def measured(problem: Problem, evaluation: Evaluation) -> tuple[str, float, dict[str, float]]:
+    """`measure` of a placement that was evaluated already."""
     values = {
         "traffic": traffic(problem, evaluation),
         "imbalance": evaluation.imbalance_mean,
@@ -41,3 +45,15 @@ def load_imbalance(problem: Problem, placement: Placement) -> np.ndarray:
     time_LR = np.einsum("le,ler->lr", part_LE, placement.copies_LER) / problem.cluster.speed_of_rank
     fair_L = problem.load_LE.sum(axis=1) / problem.cluster.speed_of_rank.sum()
     return np.divide(time_LR.max(axis=1), fair_L, out=np.ones(len(fair_L)), where=fair_L > 0)
+
+
+def survival_deficit(problem: Problem, placement: Placement) -> int:
+    """Ranks and nodes that experts miss to survive the loss of `survive` ranks, over all layers; 0 = all survive."""
+    if not problem.survive:
+        return 0
+    copies = problem.survive + 1
+    ranks_LE = placement.replica_counts
+    held_LEN = [placement.copies_LER[:, :, placement.node_of_rank == n].any(axis=2) for n in range(placement.num_nodes)]
+    nodes_LE = np.sum(held_LEN, axis=0)
+    missing_LE = np.maximum(copies - ranks_LE, 0) + np.maximum(min(copies, placement.num_nodes) - nodes_LE, 0)
+    return int(missing_LE[ranks_LE > 0].sum())

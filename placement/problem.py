@@ -162,13 +162,6 @@ class Problem:
             return
         if not np.array_equal(previous.experts_per_layer, self.experts_per_layer):
             raise InputError("the previous placement is for another model: its experts per layer differ")
-        if self.max_moves is not None and previous.num_ranks == self.cluster.num_ranks:
-            dropped = np.maximum(previous.slots_of_rank - self.cluster.slots_of_rank, 0)
-            if dropped.any() and not previous.has_replicas and dropped.sum() > self.max_moves:
-                raise InfeasibleError(
-                    f"the cluster has {dropped.sum()} slots per layer fewer than the previous placement uses, "
-                    f"so at least that many experts must move, but max moves is {self.max_moves}"
-                )
 
     @property
     def num_layers(self) -> int:

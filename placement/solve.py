@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from moeplace.placement.bounds.problem import held_imbalance, problem_bounds
+from moeplace.placement.bounds.problem import problem_bounds
 from moeplace.placement.budget import Budget
 from moeplace.placement.objective import load_imbalance, measure
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft, SolveResult
 from moeplace.placement.solvers import get_solver
+from moeplace.placement.solvers.judge import held_caps
 from moeplace.placement.solvers.previous import keep_close, moved_summary
-from moeplace.placement.solvers.replicas.budget import slot_steps, with_steps
 from moeplace.profiling.errors import InputError
 
 OPTIMAL_GAP = 1e-9
@@ -48,10 +48,10 @@ def solve(
     budget = Budget(time_limit * (1 - _BOUND_SHARE), seed, started, report)
     draft = search(problem, budget)
     caps_L = held_caps(problem)
+    if problem.previous is not None:
+        draft = keep_close(problem, draft, caps_L)
     if problem.replica_budget == "global":
         problem, draft = with_layout(problem, draft)
-    if problem.previous is not None:
-        draft = keep_close(problem, draft, budget)
     placement = problem.placement(draft.slot_to_expert)
     name, objective, values = measure(problem, placement)
     broken = broken_cap(problem, placement, caps_L) or broken_survival(problem, placement)
@@ -78,14 +78,6 @@ def solve(
         moved=moved_summary(problem, placement),
         notes=draft.notes + ((broken,) if broken else ()),
     )
-
-
-def held_caps(problem: Problem) -> np.ndarray | None:
-    """(L,) imbalance each layer is held to, by the number of slots that allows most; None without a cap."""
-    if problem.replica_budget == "per-layer" or problem.max_imbalance is None:
-        return held_imbalance(problem)
-    by_step = [held_imbalance(with_steps(problem, step)) for step in slot_steps(problem)]
-    return np.max([caps_L for caps_L in by_step if caps_L is not None], axis=0)  # type: ignore[no-any-return]
 
 
 def with_layout(problem: Problem, draft: Draft) -> tuple[Problem, Draft]:

@@ -134,7 +134,8 @@ def _print_result(problem: Any, result: Any, held_out: Any, baseline: Any, split
         print(f"  {name}: {result.values[name]:.6g}, proven >= {bound:.6g}")
     if result.moved:
         print(
-            f"  moved from the previous placement: {result.moved['moves_per_layer_mean']:.1f} experts per layer, "
+            f"  moved from the previous placement: {result.moved['moves_per_layer_mean']:.1f} experts per layer "
+            f"(at most {result.moved['moves_per_layer_most']:.0f}), "
             f"{result.moved['bytes']:.4g} bytes (least for this change of cluster: {result.moved['least_bytes']:.4g})"
         )
     for note in result.notes:

@@ -42,7 +42,7 @@ class Evaluation:
         kv_bytes_per_token: K/V bytes that leave a token's rank per token in `coherent` mode, all layers.
         collectives_per_layer: exchanges per MoE layer, the expected share of second ones included.
         load_LR: (L, R) routed tokens per rank.
-        ranks_per_token_L, imbalance_L: (L,) by layer.
+        ranks_per_token_L, nodes_per_token_L, imbalance_L: (L,) by layer.
         stay_L: (L-1,) by boundary.
         travel_RR: (R, R) primary transitions from rank to rank over all boundaries.
         tokens_per_step: the busiest rank's routed tokens over the mean rank's in one step, mean over steps and layers.
@@ -66,6 +66,7 @@ class Evaluation:
     collectives_per_layer: float
     load_LR: np.ndarray = field(repr=False)
     ranks_per_token_L: np.ndarray = field(repr=False)
+    nodes_per_token_L: np.ndarray = field(repr=False)
     imbalance_L: np.ndarray = field(repr=False)
     stay_L: np.ndarray = field(repr=False)
     travel_RR: np.ndarray = field(repr=False)
@@ -190,6 +191,7 @@ def _evaluation(counted: Replay, cluster: Cluster, shape: StepShape, calibration
         collectives_per_layer=_collectives_per_layer(counted),
         load_LR=counted.load_LR,
         ranks_per_token_L=counted.sum_L5[:, 0] / tokens,
+        nodes_per_token_L=counted.sum_L5[:, 1] / tokens,
         imbalance_L=imbalance_L,
         stay_L=travel_LRR.trace(axis1=1, axis2=2) / pairs_L,
         travel_RR=travel_RR,

@@ -68,6 +68,13 @@ def relabel_to(
     return _seat(previous, slots_LS, cluster, bins_LR, origin_R)
 
 
+def seat_to(previous: Placement, slot_to_expert: np.ndarray, cluster: Cluster) -> np.ndarray:
+    """(L, S) int32 the same bins on the same ranks, every expert that stays in its old slot."""
+    bins_LR = np.tile(np.arange(cluster.num_ranks), (previous.num_layers, 1))
+    origin_R = check_origin(None, previous.num_ranks, cluster.num_ranks)
+    return _seat(previous, np.asarray(slot_to_expert, dtype=np.int32), cluster, bins_LR, origin_R)
+
+
 def moves(previous: Placement, new: Placement, *, origin: np.ndarray | None = None) -> np.ndarray:
     """(L,) int64 experts that a rank must fetch; a change of slot inside a rank is none."""
     return _fetched(previous, new, origin).sum(axis=(1, 2))

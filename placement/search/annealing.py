@@ -45,6 +45,13 @@ def overload_change(load_R: np.ndarray, limit_R: np.ndarray, g: int, h: int, amo
     return after - before
 
 
+@njit(cache=True, nogil=True, inline="always")
+def more_moves(a: int, b: int, g: int, h: int, new_ER: np.ndarray) -> int:
+    """Change of the number of moves when expert a on rank g and b on h change places; new_ER says which are moves."""
+    more = np.int64(new_ER[a, h]) - np.int64(new_ER[a, g]) + np.int64(new_ER[b, g]) - np.int64(new_ER[b, h])
+    return int(more)
+
+
 def seed_state(rng: np.random.Generator) -> np.ndarray:
     """(1,) uint64 state for the kernels, drawn from `rng`."""
     return rng.integers(0, 2**63, size=1, dtype=np.uint64)

@@ -89,15 +89,6 @@ def connectivity(nets: LayerNets, rank_E: np.ndarray, node_R: np.ndarray, node_w
     return total
 
 
-def all_swap_gains(nets: LayerNets, part_E: np.ndarray, num_parts: int) -> np.ndarray:
-    """(S, S) change of sum d by swapping a and b, 0 where they share a part."""
-    level = level_of(nets, part_E, num_parts)
-    to_part = level.absent_EP[:, part_E]
-    gain = to_part + to_part.T - level.alone_E[:, None] - level.alone_E[None, :] + level.beside_EE + level.beside_EE.T
-    gain[part_E[:, None] == part_E[None, :]] = 0
-    return gain
-
-
 @njit(cache=True, nogil=True, inline="always")
 def swap_gain(a, b, g, h, level):  # type: ignore[no-untyped-def]
     """Change of sum d by swapping expert a on part g with expert b on part h."""

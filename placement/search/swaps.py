@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from moeplace.placement.search.annealing import COOLING_STEPS, accepts, overload_change, random_below
-from moeplace.placement.search.nets import LayerNets, all_swap_gains, level_of, swap_gain, swap_parts
+from moeplace.placement.search.annealing import COOLING_STEPS, accepts, more_moves, overload_change, random_below
+from moeplace.placement.search.nets import LayerNets, level_of, swap_gain, swap_parts
 
 
 class Near(NamedTuple):
@@ -106,7 +106,9 @@ def _anneal(nets, ranks, nodes, limit_R, near, node_weight, run):  # type: ignor
     if node_weight > 0:
         cost += node_weight * (nodes.count_TP > 0).sum()
     mean_load = load_E.sum() / slots
-    best_cost, best_rank_E, have_best = np.inf, rank_E.copy(), False
+    best_rank_E = rank_E.copy()
+    have_best = (load_R <= limit_R + 1e-9).all() and moves[0] <= near.most_moves
+    best_cost = cost if have_best else np.inf
     pairs = slots * (slots - 1) // 2
     steps = COOLING_STEPS if run.hot > 0 else 0
     for step in range(steps + 1):
@@ -131,7 +133,9 @@ def _anneal(nets, ranks, nodes, limit_R, near, node_weight, run):  # type: ignor
             over = overload_change(load_R, limit_R, g, h, load_E[a] - load_E[b])
             if tied:
                 delta += near.bias_ER[a, h] - near.bias_ER[a, g] + near.bias_ER[b, g] - near.bias_ER[b, h]
-                over += mean_load * _moves_above(a, b, g, h, near, moves[0])
+                # The cap on moves can always be kept, so that at the end it goes before the load.
+                weight = 1e3 * mean_load * slots if last else mean_load
+                over += weight * _moves_above(a, b, g, h, near, moves[0])
             if last and delta + price * over >= 0.0:
                 quiet += 1
                 if quiet > 6 * pairs:
@@ -177,14 +181,9 @@ def _risks_after(a, b, g, h, risk_EE, risk_ER, risk_R):  # type: ignore[no-untyp
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _more_moves(a, b, g, h, new_ER):  # type: ignore[no-untyped-def]
-    return int(new_ER[a, h]) - int(new_ER[a, g]) + int(new_ER[b, g]) - int(new_ER[b, h])
-
-
-@njit(cache=True, nogil=True, inline="always")
 def _moves_above(a, b, g, h, near, moves):  # type: ignore[no-untyped-def]
     """Change of the moves above the cap."""
-    after = moves + _more_moves(a, b, g, h, near.new_ER)
+    after = moves + more_moves(a, b, g, h, near.new_ER)
     return max(after - near.most_moves, 0.0) - max(moves - near.most_moves, 0.0)
 
 
@@ -193,7 +192,7 @@ def _swap(a, b, g, h, nets, ranks, nodes, near, node_weight, held):  # type: ign
     """Swap expert a on rank g with b on rank h in all tables."""
     risk_EE = nets.risk_EE
     if len(near.new_ER):
-        held.moves[0] += _more_moves(a, b, g, h, near.new_ER)
+        held.moves[0] += more_moves(a, b, g, h, near.new_ER)
     new_g, new_h = _risks_after(a, b, g, h, risk_EE, held.risk_ER, held.risk_R)
     held.risk_R[g], held.risk_R[h] = new_g, new_h
     for e in range(len(risk_EE)):
@@ -207,40 +206,3 @@ def _swap(a, b, g, h, nets, ranks, nodes, near, node_weight, held):  # type: ign
         u, v = nodes.part_E[a], nodes.part_E[b]
         if u != v:
             swap_parts(a, b, u, v, nets, nodes)
-
-
-def descend_within(
-    nets: LayerNets,
-    rank_E: np.ndarray,
-    node_R: np.ndarray,
-    limit_R: np.ndarray,
-    *,
-    node_weight: float,
-    max_swaps: int,
-) -> None:
-    """At most `max_swaps` swaps in place, each the one that lowers traffic plus the price of overload the most.
-
-    Overload comes first (its price is prohibitive), so that a cap broken by drift is mended before traffic is.
-    """
-    slots = len(rank_E)
-    for _ in range(max_swaps):
-        gain = all_swap_gains(nets, rank_E, len(node_R)).astype(np.float64)
-        if node_weight > 0:
-            node_E = node_R[rank_E]
-            gain += node_weight * all_swap_gains(nets, node_E, int(node_R[-1]) + 1)
-        load_R = np.bincount(rank_E, nets.load_E, minlength=len(node_R))
-        shift = nets.load_E[:, None] - nets.load_E[None, :]
-        source, target = rank_E[:, None], rank_E[None, :]
-        with np.errstate(invalid="ignore"):
-            over = (
-                np.maximum(load_R[source] - shift - limit_R[source], 0)
-                + np.maximum(load_R[target] + shift - limit_R[target], 0)
-                - np.maximum(load_R[source] - limit_R[source], 0)
-                - np.maximum(load_R[target] - limit_R[target], 0)
-            )
-        total = gain + 1e3 * np.nan_to_num(over)
-        total[source == target] = 0.0
-        a, b = np.unravel_index(int(total.argmin()), (slots, slots))
-        if total[a, b] >= -1e-9:
-            return
-        rank_E[a], rank_E[b] = rank_E[b], rank_E[a]

@@ -14,16 +14,18 @@ Shape letters: L MoE layers, S slots per layer.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from moeplace.placement.budget import Budget
-from moeplace.placement.objective import traffic
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
 from moeplace.placement.search.alignment import aligned
+from moeplace.placement.search.ties import Ties, ties_of
 from moeplace.placement.solvers.exact.viterbi import fits, solve_viterbi
-from moeplace.placement.solvers.lpt import solve_lpt
+from moeplace.placement.solvers.judge import Judge
+from moeplace.placement.solvers.lpt import rebalanced, solve_lpt
 from moeplace.placement.solvers.replicas.budget import search_budget
 from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_replicas, search_surviving_chain
 from moeplace.placement.solvers.schedule import search_layers
@@ -32,43 +34,50 @@ from moeplace.placement.solvers.seconds import fastest
 
 def solve_portfolio(problem: Problem, budget: Budget) -> Draft:
     """See the module's docstring."""
+    ties = _mended(problem, ties_of(problem))
     if problem.trace is None or problem.mode == "allgather" or problem.num_ranks == 1:
         return solve_lpt(problem, budget)
-    if fits(problem):
+    if fits(problem) and (ties is None or not ties.bind):
         return solve_viterbi(problem, budget)
     if problem.objective == "traffic":
-        slots_LS, cut = search(problem, budget, problem.max_imbalance, 1.0)
+        slots_LS, cut = search(problem, budget, problem.max_imbalance, 1.0, ties)
         return Draft(slots_LS, "time_limit" if cut else "feasible")
-    return fastest(problem, budget, search)
+    return fastest(problem, budget, search, ties)
 
 
-def search(problem: Problem, budget: Budget, cap: float | None, share: float) -> tuple[np.ndarray, bool]:
+def _mended(problem: Problem, ties: Ties | None) -> Ties | None:
+    """The ties with rows that keep the load cap as far as so few moves can: searches begin where they may end."""
+    if ties is None or problem.max_imbalance is None:
+        return ties
+    most = None if np.isinf(ties.most_moves) else int(ties.most_moves)
+    return replace(ties, rows_LS=rebalanced(problem, ties, most))
+
+
+def search(
+    problem: Problem, budget: Budget, cap: float | None, share: float, ties: Ties | None
+) -> tuple[np.ndarray, bool]:
     """(slots (L, S), whether the clock cut it short) for one load cap with a share of the budget."""
     seconds = budget.time_limit * share
     if problem.mode == "coherent" and problem.top_k == 1 and problem.survive:
         return search_surviving_chain(problem, budget, cap, seconds)
     if problem.mode == "coherent" and problem.top_k == 1:
-        return search_chain_with_replicas(problem, budget, cap, seconds)
+        return search_chain_with_replicas(problem, budget, cap, seconds, ties)
     if problem.replica_budget == "global" and problem.mode == "dispatch-combine":
         return _budgeted(problem, budget, cap, seconds)
-    found, cut = search_layers(problem, budget, cap, seconds)
+    found, cut = search_layers(problem, budget, cap, seconds, ties=ties)
     slots_LS = np.stack([row for _, row in found])
-    drafts = [aligned(problem, slots_LS)]
+    bound = ties is not None and ties.bind
+    drafts = [slots_LS if bound else aligned(problem, slots_LS)]
     if problem.mode == "coherent" and (problem.redundant_slots > 0).any():
         # With copies a token stays where its experts happen to be: fewer ranks per token need not mean fewer copies.
         drafts += [slots_LS, solve_lpt(problem, budget).slot_to_expert]
-    return _least_traffic(problem, drafts, cap), cut
+    return _least_traffic(problem, drafts, cap, ties), cut
 
 
-def _least_traffic(problem: Problem, drafts: Sequence[np.ndarray], cap: float | None) -> np.ndarray:
+def _least_traffic(problem: Problem, drafts: Sequence[np.ndarray], cap: float | None, ties: Ties | None) -> np.ndarray:
     """The draft of least traffic among those whose layers exceed the cap least."""
-
-    def key(slots_LS: np.ndarray) -> tuple[float, float]:
-        evaluation = problem.evaluate(problem.placement(slots_LS))
-        over = 0.0 if cap is None else float(np.maximum(evaluation.imbalance_L - cap, 0.0).sum())
-        return round(over, 2), traffic(problem, evaluation)
-
-    return min(drafts, key=key) if len(drafts) > 1 else drafts[0]
+    caps_L = None if cap is None else np.full(problem.num_layers, cap)
+    return Judge(problem.replace(objective="traffic"), ties, caps_L).best(drafts)
 
 
 def _budgeted(problem: Problem, budget: Budget, cap: float | None, seconds: float) -> tuple[np.ndarray, bool]:

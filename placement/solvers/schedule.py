@@ -16,6 +16,7 @@ import numpy as np
 from moeplace.placement.budget import Budget
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.packing import pack_slots
+from moeplace.placement.search.ties import Ties
 from moeplace.placement.solvers.layer.search import MOST_TOKENS, Effort, LayerSearch
 from moeplace.profiling.parallel import workers
 
@@ -32,16 +33,19 @@ Found = tuple[float, np.ndarray]
 
 
 def search_layers(
-    problem: Problem, budget: Budget, cap: float | None, seconds: float, layers: Sequence[int] | None = None
-) -> tuple[list[Found], bool]:
+    problem: Problem, budget: Budget, cap: float | None, seconds: float, layers: Sequence[int] | None = None,
+    ties: Ties | None = None,
+) -> tuple[list[Found], bool]:  # fmt: skip
     """Rounds of one run per layer, a quick one first so that there is always a placement; the best run of each.
+
+    With `ties` the quick round begins at their rows; if they bind, every round does.
 
     Returns the best of each of the layers (by default all), and whether the clock cut the work short.
     """
     deadline = min(budget.elapsed + seconds, budget.time_limit)
     chosen = range(problem.num_layers) if layers is None else layers
     with budget.alarm(deadline - budget.elapsed) as stop:
-        return _Rounds(problem, budget, cap, seconds, deadline, chosen, stop).run()
+        return _Rounds(problem, budget, cap, seconds, deadline, chosen, stop, ties).run()
 
 
 @dataclass
@@ -55,6 +59,7 @@ class _Rounds:
     deadline: float
     layers: Sequence[int]
     stop: np.ndarray
+    ties: Ties | None
     searches: dict[int, LayerSearch] = field(default_factory=dict)
     planned: float = 0.0
     spent: float = 0.0
@@ -62,7 +67,12 @@ class _Rounds:
 
     def __post_init__(self) -> None:
         self.efforts = round_efforts(self.problem, self.seconds, len(self.layers))
-        self.best = {layer: (np.inf, -1, pack_slots(self.problem, layer)) for layer in self.layers}
+        if self.ties is None:
+            start = {layer: pack_slots(self.problem, layer) for layer in self.layers}
+        else:
+            self.efforts[0] = replace(self.efforts[0], warm=True)
+            start = {layer: self.ties.rows_LS[layer] for layer in self.layers}
+        self.best = {layer: (np.inf, -1, row_S) for layer, row_S in start.items()}
 
     def run(self) -> tuple[list[Found], bool]:
         jobs = [(number, place) for number in range(len(self.efforts)) for place in range(len(self.layers))]
@@ -79,7 +89,7 @@ class _Rounds:
         effort, layer = self.efforts[number], self.layers[place]
         if layer not in self.searches:
             hedge = effort.hedge if self.cap is not None else 0.0
-            self.searches[layer] = LayerSearch(self.problem, layer, self.cap, hedge, self.stop)
+            self.searches[layer] = LayerSearch(self.problem, layer, self.cap, hedge, self.stop, self.ties)
         before = self.budget.elapsed
         factor = self._factor(number, place, self.deadline - before)
         if factor < LEAST_FACTOR:

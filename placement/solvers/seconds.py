@@ -1,6 +1,7 @@
 """`objective="seconds"`: how much balance a shorter way is worth is not known before, so several load caps compete."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -8,17 +9,19 @@ from moeplace.placement.budget import Budget
 from moeplace.placement.objective import traffic
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
+from moeplace.placement.search.ties import Ties
 from moeplace.placement.solvers.index_order import solve_index_order
+from moeplace.placement.solvers.judge import Judge, held_caps
 from moeplace.placement.solvers.lpt import solve_lpt
 
-Search = Callable[[Problem, Budget, float | None, float], tuple[np.ndarray, bool]]
-"""(problem, budget, load cap, share of the budget) -> (slots (L, S), whether the clock cut it short)."""
+Search = Callable[[Problem, Budget, float | None, float, Ties | None], tuple[np.ndarray, bool]]
+"""(problem, budget, load cap, share of the budget, ties) -> (slots (L, S), whether the clock cut it short)."""
 _CAPS = (1.01, 1.05, 1.15, None)
 AS_FAST = 0.005
 """Predicted times that differ by less are the same: predictions err by several times as much."""
 
 
-def fastest(problem: Problem, budget: Budget, search: Search) -> Draft:
+def fastest(problem: Problem, budget: Budget, search: Search, ties: Ties | None = None) -> Draft:
     """Solve for several load caps; keep the shortest predicted step, of those as short the one with least traffic.
 
     Index order and packing compete too.
@@ -28,20 +31,32 @@ def fastest(problem: Problem, budget: Budget, search: Search) -> Draft:
     drafts = [solve_lpt(problem, budget).slot_to_expert]
     if hardest is None:
         drafts.append(solve_index_order(problem, budget).slot_to_expert)
-    cut = False
+    cut, in_traffic = False, _priced_in_traffic(problem, ties)
     for cap in caps:
         if budget.expired:
             cut = True
             break
-        slots_LS, shortened = search(problem, budget, cap, 1.0 / len(caps))
+        slots_LS, shortened = search(problem, budget, cap, 1.0 / len(caps), in_traffic)
         cut |= shortened
         drafts.append(slots_LS)
-    return Draft(_best(problem, drafts), "time_limit" if cut else "feasible")
+    return Draft(_best(problem, ties, drafts), "time_limit" if cut else "feasible")
 
 
-def _best(problem: Problem, drafts: Sequence[np.ndarray]) -> np.ndarray:
-    """The draft of least traffic among those whose predicted step is as short as any."""
-    evaluations = [problem.evaluate(problem.placement(draft)) for draft in drafts]
-    shortest = min(evaluation.predicted_seconds for evaluation in evaluations)
-    as_short = [i for i, e in enumerate(evaluations) if e.predicted_seconds <= shortest * (1 + AS_FAST)]
-    return drafts[min(as_short, key=lambda i: (traffic(problem, evaluations[i]), evaluations[i].predicted_seconds))]
+def _best(problem: Problem, ties: Ties | None, drafts: Sequence[np.ndarray]) -> np.ndarray:
+    """The draft of least traffic among those that keep the constraints best and whose step is as short as any."""
+    judge = Judge(problem, ties, held_caps(problem))
+    keys = [judge.key(draft) for draft in drafts]
+    least = min(broken for broken, _, _ in keys)
+    shortest = min(seconds for broken, seconds, _ in keys if broken == least)
+    as_short = [i for i, key in enumerate(keys) if key[0] == least and key[1] <= shortest * (1 + AS_FAST)]
+    evaluations = {i: problem.evaluate(problem.placement(drafts[i])) for i in as_short}
+    return drafts[min(as_short, key=lambda i: (traffic(problem, evaluations[i]), keys[i][1]))]
+
+
+def _priced_in_traffic(problem: Problem, ties: Ties | None) -> Ties | None:
+    """The ties with prices for a search that sees traffic alone: a second is worth what the start has of both."""
+    if ties is None or not ties.price_LE.any():
+        return ties
+    evaluation = problem.evaluate(problem.placement(ties.rows_LS))
+    scale = traffic(problem, evaluation) / max(evaluation.predicted_seconds, 1e-30)
+    return replace(ties, price_LE=ties.price_LE * scale)

@@ -15,6 +15,7 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import COOLING_STEPS, seed_state
 from moeplace.placement.search.hedge import risk_matrix
 from moeplace.placement.search.layout import load_limits, packed_start, padded_load, padded_transitions, to_slots
+from moeplace.placement.search.ties import Ties, first_ranks
 from moeplace.placement.solvers.chain.search import (
     Chain,
     Cooling,
@@ -22,44 +23,70 @@ from moeplace.placement.solvers.chain.search import (
     attraction,
     chain_value,
     descend_chain,
+    untied,
 )
 from moeplace.profiling.parallel import workers
 
 HEDGE = 0.002
+LUKEWARM = 0.1
+"""First temperature of a run that begins at the placement in force, as a share of that of other runs."""
 ROUNDS = 2
 """Restarts of the chain search, one after another on every thread."""
 _CHUNK = COOLING_STEPS // 20
 
 
-def search_chain(problem: Problem, budget: Budget, cap: float | None, seconds: float) -> tuple[np.ndarray, bool]:
-    """(slots (L, S) of the best restart by train cost, whether the clock cut one short)."""
+def search_chain(
+    problem: Problem, budget: Budget, cap: float | None, seconds: float, ties: Ties | None = None
+) -> tuple[np.ndarray, bool]:
+    """(slots (L, S) of the best restart by train cost, whether the clock cut one short).
+
+    With `ties` the first restart begins, lukewarm, at their rows; if they bind, all begin there.
+    """
     starts = [packed_start(problem, layer) for layer in range(problem.num_layers)]
-    chain = _chain_of(problem, starts, cap)
+    chain = _chain_of(problem, starts, cap, ties)
     start_LS = np.stack(starts)
     slots, ranks = problem.cluster.num_slots, problem.num_ranks
     descend_chain(start_LS, chain.transitions_LSS, chain.cost_RR, np.zeros((problem.num_layers, slots, ranks)))
+    old_LS = start_LS if ties is None else _old_ranks(problem, ties)
     hot = 6.0 * problem.load_LE.sum() / (problem.num_layers * slots) / 15
     proposals = int(1.8 * seconds / ROUNDS / (60e-9 + 1.5e-9 * slots))
     deadline = min(budget.elapsed + seconds, budget.time_limit)
 
     def one(run: int, stop: np.ndarray) -> tuple[float, np.ndarray, bool]:
-        rank_LS = start_LS.copy()
+        warm = ties is not None and run == 0
+        rank_LS = (old_LS if ties is not None and (warm or ties.bind) else start_LS).copy()
         seconds_left = (deadline - budget.elapsed) / (ROUNDS - run // workers())
-        cut = _one_run(rank_LS, chain, hot, proposals, seconds_left, run, budget, stop)
+        first_hot = LUKEWARM * hot if warm else hot
+        cut = _one_run(rank_LS, chain, first_hot, proposals, seconds_left, run, budget, stop)
         return chain_value(rank_LS, chain), rank_LS, cut
 
     runs = range(ROUNDS * workers())
     with budget.alarm(deadline - budget.elapsed) as stop, ThreadPoolExecutor(workers()) as pool:
         found = list(pool.map(one, runs, [stop] * len(runs)))
+    if ties is not None:
+        found.append((chain_value(old_LS, chain), old_LS, False))
     rank_LS = min(found, key=lambda triple: triple[0])[1]
     rows = [to_slots(r, int(e)) for r, e in zip(rank_LS, problem.experts_per_layer, strict=True)]
     return np.stack(rows), any(cut for _, _, cut in found)
 
 
-def _chain_of(problem: Problem, starts: list[np.ndarray], cap: float | None) -> Chain:
+def _old_ranks(problem: Problem, ties: Ties) -> np.ndarray:
+    """(L, S) ranks of the rows of `ties`, one slot per expert."""
+    rank_of_slot, experts_L = problem.cluster.rank_of_slot, problem.experts_per_layer
+    return np.stack([first_ranks(r, rank_of_slot, int(e)) for r, e in zip(ties.rows_LS, experts_L, strict=True)])
+
+
+def _chain_of(problem: Problem, starts: list[np.ndarray], cap: float | None, ties: Ties | None) -> Chain:
     trace = problem.trace
     assert trace is not None
     hedge = HEDGE if cap else 0.0
+    bias_LSR, new_LSR, most_moves = untied(problem.cluster.num_slots, problem.num_ranks)
+    if ties is not None and ties.bind:
+        # Objective: tokens that move over all boundaries, divided by tokens and boundaries.
+        scale = float(trace.num_tokens * max(problem.num_layers - 1, 1))
+        near = [ties.near(layer, scale) for layer in range(problem.num_layers)]
+        bias_LSR, new_LSR = np.stack([n.bias_ER for n in near]), np.stack([n.new_ER for n in near])
+        most_moves = ties.most_moves
     return Chain(
         transitions_LSS=padded_transitions(problem),
         cost_RR=np.ascontiguousarray(problem.cluster.cost_RR),
@@ -68,6 +95,9 @@ def _chain_of(problem: Problem, starts: list[np.ndarray], cap: float | None) -> 
         risk_LSS=np.stack([
             risk_matrix(trace, trace.layer(layer), start_S, hedge) for layer, start_S in enumerate(starts)
         ]),
+        bias_LSR=bias_LSR,
+        new_LSR=new_LSR,
+        most_moves=most_moves,
     )  # fmt: skip
 
 
@@ -78,6 +108,8 @@ def _one_run(
     """Anneal `rank_LS` in place from hot to cold within `seconds`; returns whether the clock cut the work short."""
     state = seed_state(budget.rng(run))
     table_LSR = attraction(rank_LS, chain.transitions_LSS, chain.cost_RR)
+    if len(chain.bias_LSR):
+        table_LSR += chain.bias_LSR
     begun, cut = budget.elapsed, False
     ends = begun + seconds
     first, tries = 0, proposals

@@ -25,7 +25,7 @@ import numpy as np
 from numba import njit
 from scipy.optimize import linear_sum_assignment
 
-from moeplace.placement.search.annealing import COOLING_STEPS, accepts, overload_change, random_below
+from moeplace.placement.search.annealing import COOLING_STEPS, accepts, more_moves, overload_change, random_below
 
 OVERLOAD = 1e3
 """Price of a token above the cap when runs are compared: any feasible run beats any other."""
@@ -40,6 +40,9 @@ class Chain(NamedTuple):
         load_LS: (L, S) float64 load of each expert, 0 of an empty slot.
         limit_LR: (L, R) most load of each rank.
         risk_LSS: (L, S, S) hedge, see `search.hedge`.
+        bias_LSR: (L, S, R) float64 cost, in tokens, of expert e on rank r, whatever its neighbours; (0, S, R) = none.
+        new_LSR: (L, S, R) uint8, 1 where having expert e on rank r is a move; (0, S, R) = none is counted.
+        most_moves: most of them in a layer.
     """
 
     transitions_LSS: np.ndarray
@@ -47,6 +50,9 @@ class Chain(NamedTuple):
     load_LS: np.ndarray
     limit_LR: np.ndarray
     risk_LSS: np.ndarray
+    bias_LSR: np.ndarray
+    new_LSR: np.ndarray
+    most_moves: float
 
 
 class Cooling(NamedTuple):
@@ -66,17 +72,28 @@ class Cooling(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """What ranks hold now: load (L, R), risk of each expert beside their members (L, S, R), their own (L, R)."""
+    """Of ranks: load (L, R), risk of each expert beside their members (L, S, R), their own risk (L, R); moves (L,)."""
 
     load_LR: np.ndarray
     risk_LSR: np.ndarray
     risk_LR: np.ndarray
+    moves_L: np.ndarray
+
+
+def untied(slots: int, ranks: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """`bias_LSR`, `new_LSR` and `most_moves` of a chain without ties to a placement in force."""
+    return np.zeros((0, slots, ranks)), np.zeros((0, slots, ranks), np.uint8), np.inf
 
 
 def chain_value(rank_LS: np.ndarray, chain: Chain) -> float:
     """What the chain search minimises: traffic and hedge, overload at a prohibitive price."""
     total, ranks = 0.0, len(chain.cost_RR)
+    entries = np.arange(rank_LS.shape[1])
     for layer, rank_S in enumerate(rank_LS):
+        if len(chain.new_LSR):
+            excess = max(float(chain.new_LSR[layer, entries, rank_S].sum()) - chain.most_moves, 0.0)
+            total += OVERLOAD * float(chain.load_LS[layer].sum()) * excess
+            total += float(chain.bias_LSR[layer, entries, rank_S].sum())
         load_R = np.bincount(rank_S, chain.load_LS[layer], minlength=ranks)
         total += OVERLOAD * float(np.maximum(load_R - chain.limit_LR[layer], 0.0).sum())
         on_SR = (rank_S[:, None] == np.arange(ranks)).astype(np.float64)
@@ -152,15 +169,16 @@ def anneal_chain(rank_LS, chain, table_LSR, cooling, stop, state):  # type: igno
     Args:
         rank_LS: (L, S) int64.
         chain: the objective and its limits.
-        table_LSR: (L, S, R) float64 from `attraction`, kept up to date.
+        table_LSR: (L, S, R) float64 from `attraction`, with `bias_LSR` added, kept up to date.
         cooling: temperatures, steps and proposals of this call.
         stop: (1,) uint8, set from outside when time is up.
         state: (1,) uint64.
     """
     layers, slots = rank_LS.shape
     held = _hold(rank_LS, chain)
-    load_LR, risk_LSR, risk_LR = held
-    transitions_LSS, cost_RR, load_LS, limit_LR, risk_LSS = chain
+    load_LR, risk_LSR, risk_LR, moves_L = held
+    transitions_LSS, cost_RR, load_LS, limit_LR, risk_LSS, _, new_LSR, most_moves = chain
+    counted, mean_load = len(new_LSR) > 0, load_LS.sum() / (layers * slots)
     for step in range(cooling.first, cooling.until):
         last = step == COOLING_STEPS
         share = step / (COOLING_STEPS - 1.0)
@@ -180,7 +198,11 @@ def anneal_chain(rank_LS, chain, table_LSR, cooling, stop, state):  # type: igno
             new_g, new_h = _risks_after(layer, a, b, g, h, risk_LSS, risk_LSR, risk_LR)
             delta += new_g * new_g + new_h * new_h - risk_LR[layer, g] ** 2 - risk_LR[layer, h] ** 2
             amount = load_LS[layer, a] - load_LS[layer, b]
-            over = overload_change(load_LR[layer], limit_LR[layer], g, h, amount)
+            over, more = overload_change(load_LR[layer], limit_LR[layer], g, h, amount), 0
+            if counted:  # the cap on moves can always be kept, so that at the end it goes before the load
+                more = more_moves(a, b, g, h, new_LSR[layer])
+                above = max(moves_L[layer] + more - most_moves, 0.0) - max(moves_L[layer] - most_moves, 0.0)
+                over += above * (1e3 * mean_load * slots if last else mean_load)
             if last and delta + price * over >= 0.0:
                 continue
             if not accepts(delta + price * over, temperature, state):
@@ -191,6 +213,7 @@ def anneal_chain(rank_LS, chain, table_LSR, cooling, stop, state):  # type: igno
                 risk_LSR[layer, e, g] += shift
                 risk_LSR[layer, e, h] -= shift
             _exchange(layer, a, b, rank_LS, transitions_LSS, cost_RR, table_LSR)
+            moves_L[layer] += more
             load_LR[layer, g] -= amount
             load_LR[layer, h] += amount
 
@@ -200,15 +223,17 @@ def _hold(rank_LS, chain):  # type: ignore[no-untyped-def]
     layers, slots = rank_LS.shape
     num_ranks = len(chain.cost_RR)
     load_LR, risk_LR = np.zeros((layers, num_ranks)), np.zeros((layers, num_ranks))
-    risk_LSR = np.zeros((layers, slots, num_ranks))
+    risk_LSR, moves_L = np.zeros((layers, slots, num_ranks)), np.zeros(layers, np.int64)
     for layer in range(layers):
         for e in range(slots):
             load_LR[layer, rank_LS[layer, e]] += chain.load_LS[layer, e]
+            if len(chain.new_LSR):
+                moves_L[layer] += chain.new_LSR[layer, e, rank_LS[layer, e]]
             for f in range(slots):
                 risk_LSR[layer, e, rank_LS[layer, f]] += chain.risk_LSS[layer, e, f]
         for e in range(slots):
             risk_LR[layer, rank_LS[layer, e]] += risk_LSR[layer, e, rank_LS[layer, e]]
-    return _Held(load_LR, risk_LSR, risk_LR)
+    return _Held(load_LR, risk_LSR, risk_LR, moves_L)
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -13,11 +13,14 @@ from moeplace.placement.search.hedge import risk_matrix
 from moeplace.placement.search.layout import load_limits, packed_start, padded_load, to_slots
 from moeplace.placement.search.nets import connectivity, layer_nets
 from moeplace.placement.search.packing import packed_imbalance
-from moeplace.placement.search.swaps import anneal_layer
+from moeplace.placement.search.swaps import anneal_layer, no_ties
+from moeplace.placement.search.ties import Ties, first_ranks
 from moeplace.placement.solvers.replicas.search import OVERLOAD, ReplicaSearch
 
 MOST_TOKENS = 40_000
 """Tokens of a layer that a search looks at; more are thinned evenly, which bounds memory and time."""
+LUKEWARM = 0.25
+"""First temperature of a run that begins at the placement in force, as a share of that of other runs."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Effort:
         copy_seconds: what the search over copies should take on an unshared core.
         hedge: weight of `robust.risk_matrix`.
         seconds: what all of it should take.
+        warm: begin at the placement in force, lukewarm, if there is one.
     """
 
     sweeps: int = 300
@@ -37,6 +41,7 @@ class Effort:
     copy_seconds: float = 0.0
     hedge: float = 0.004
     seconds: float = 0.0
+    warm: bool = False
 
     def scaled(self, factor: float) -> "Effort":
         """Less of the same: `factor` in 0..1."""
@@ -49,10 +54,13 @@ class Effort:
 
 
 class LayerSearch:
-    """The nets, limits and hedge of one layer, and the searches over them."""
+    """The nets, limits and hedge of one layer, its ties to the placement in force, and the searches over them."""
 
-    def __init__(self, problem: Problem, layer: int, cap: float | None, hedge: float, stop: np.ndarray) -> None:
+    def __init__(
+        self, problem: Problem, layer: int, cap: float | None, hedge: float, stop: np.ndarray, ties: Ties | None = None
+    ) -> None:
         assert problem.trace is not None
+        self._ties = ties
         self._problem, self._layer, self._stop = problem, layer, stop
         self._copies: ReplicaSearch | None = None
         self._cluster = problem.cluster
@@ -72,6 +80,11 @@ class LayerSearch:
         # Loads are those of all tokens, scaled: the cap must hold for them, not for the thinned ones.
         scaled_S = padded_load(problem, layer) * share
         self._nets = layer_nets(thin_TK, self._cluster.num_slots, risk_SS)._replace(load_E=scaled_S)
+        self._near = no_ties(self._cluster.num_ranks)
+        if ties is not None and ties.bind:
+            # What the objective divides by; in coherent mode a rank more costs a copy there and one back.
+            per_unit = len(thin_TK) * problem.num_layers / (2.0 if problem.mode == "coherent" else 1.0)
+            self._near = ties.near(layer, per_unit)
 
     def penalised(self, rank_S: np.ndarray) -> float:
         """Objective of a layer without replicas as the search sees it: connectivity and hedge."""
@@ -81,6 +94,10 @@ class LayerSearch:
             members = np.flatnonzero(rank_S == rank)
             total += float(self._nets.risk_EE[np.ix_(members, members)].sum()) ** 2
         load_R = np.bincount(rank_S, self._nets.load_E, minlength=self._cluster.num_ranks)
+        if len(self._near.new_ER):
+            entries = np.arange(len(rank_S))
+            excess = max(float(self._near.new_ER[entries, rank_S].sum()) - self._near.most_moves, 0.0)
+            total += float(self._near.bias_ER[entries, rank_S].sum()) + OVERLOAD * self._nets.load_E.sum() * excess
         return total + OVERLOAD * self._overload(load_R)
 
     def _overload(self, load_R: np.ndarray) -> float:
@@ -89,7 +106,9 @@ class LayerSearch:
         return over if over > 1e-6 * self._nets.load_E.sum() else 0.0
 
     def run(self, effort: Effort, rng: np.random.Generator) -> tuple[float, np.ndarray]:
-        """One run from the packed start: (penalised objective, (S,) int32 slot -> expert)."""
+        """One run from the packed start, or from the placement in force: (penalised objective, (S,) int32 slots)."""
+        if self._ties is not None and (effort.warm or self._ties.bind):
+            return self._run_from_old(self._ties, effort, rng)
         rank_S = self._start_S.copy()
         if self._problem.survive and effort.copy_seconds > 0:  # every expert has copies from the start
             return self._copy_search().run(to_slots(rank_S, self._experts), effort.hot, effort.copy_seconds, rng)
@@ -109,6 +128,28 @@ class LayerSearch:
         if copies <= 0 or effort.copy_seconds <= 0:
             return self.penalised(rank_S), slots_S
         return self._copy_search().run(slots_S, effort.hot, effort.copy_seconds, rng)
+
+    def _run_from_old(self, ties: Ties, effort: Effort, rng: np.random.Generator) -> tuple[float, np.ndarray]:
+        """Both levels together from the ties' row, which the result is never worse than."""
+        row_S = ties.rows_LS[self._layer]
+        cluster = self._cluster
+        rank_S = first_ranks(row_S, cluster.rank_of_slot, self._experts)
+        start_S = rank_S.copy()
+        hot = effort.hot * (LUKEWARM if effort.warm else 1.0)
+        copies = self._problem.redundant_slots[self._layer] > 0
+        if copies and ties.bind:
+            return self._copy_search().value(row_S), row_S
+        anneal_layer(
+            self._nets, rank_S, cluster.node_of_rank, self._limit_R, node_weight=self._problem.node_weight,
+            sweeps=effort.sweeps, hot=hot, stop=self._stop, state=seed_state(rng), near=self._near,
+        )  # fmt: skip
+        rank_S = min((rank_S, start_S), key=self.penalised)
+        slots_S = to_slots(rank_S, self._experts)
+        if not copies or effort.copy_seconds <= 0:
+            return self.penalised(rank_S), slots_S
+        search = self._copy_search()
+        found = search.run(slots_S, hot, effort.copy_seconds, rng)
+        return min(found, (search.value(row_S), row_S), key=lambda pair: pair[0])
 
     def _copy_search(self) -> ReplicaSearch:
         if self._copies is None:

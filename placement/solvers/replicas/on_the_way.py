@@ -8,6 +8,7 @@ import numpy as np
 from moeplace.placement.budget import Budget
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.packing import pack_slots
+from moeplace.placement.search.ties import Ties
 from moeplace.placement.solvers.chain.driver import search_chain
 from moeplace.placement.solvers.replicas.survival import (
     add_surviving_replicas,
@@ -20,12 +21,17 @@ _PACKINGS = 5
 
 
 def search_chain_with_replicas(
-    problem: Problem, budget: Budget, cap: float | None, seconds: float
+    problem: Problem, budget: Budget, cap: float | None, seconds: float, ties: Ties | None = None
 ) -> tuple[np.ndarray, bool]:
-    """(slots (L, S), whether the clock cut the search short): the chain search, then replicas in slots left over."""
-    slots_LS, cut = search_chain(problem, budget, cap, seconds)
+    """(slots (L, S), whether the clock cut the search short): the chain search, then replicas in slots left over.
+
+    With `ties`, first those replicas that the ranks hold already.
+    """
+    slots_LS, cut = search_chain(problem, budget, cap, seconds, ties)
     if (problem.redundant_slots > 0).any():
-        slots_LS = add_replicas_on_the_way(problem, slots_LS, cap)
+        if ties is not None:
+            slots_LS = _keep_replicas(problem, slots_LS, ties)
+        slots_LS = add_replicas_on_the_way(problem, slots_LS, cap, ties)
     return slots_LS, cut
 
 
@@ -56,22 +62,43 @@ def search_surviving_chain(
     return (slots_LS if ours <= theirs else packed_LS), cut
 
 
-def add_replicas_on_the_way(problem: Problem, slots_LS: np.ndarray, cap: float | None) -> np.ndarray:
+def _keep_replicas(problem: Problem, slots_LS: np.ndarray, ties: Ties) -> np.ndarray:
+    """Fill empty slots with experts that their rank holds already, the heaviest first: they cost no move."""
+    filled_LS = slots_LS.copy()
+    rank_of_slot = problem.cluster.rank_of_slot
+    for layer, slot in np.argwhere(slots_LS < 0):
+        rank = rank_of_slot[slot]
+        kept_E = ~ties.new_LER[layer, :, rank]
+        on_rank = filled_LS[layer, rank_of_slot == rank]
+        kept_E[on_rank[on_rank >= 0]] = False
+        if kept_E.any():
+            filled_LS[layer, slot] = int(np.where(kept_E, problem.load_LE[layer], -1.0).argmax())
+    return filled_LS
+
+
+def add_replicas_on_the_way(
+    problem: Problem, slots_LS: np.ndarray, cap: float | None, ties: Ties | None = None
+) -> np.ndarray:
     """Fill empty slots with replicas of the experts that most tokens on that rank go to; kept where it pays."""
+    price = 0.0 if ties is None else ties.price_LE
+    most_moves = np.inf if ties is None else ties.most_moves
     best = problem.evaluate(problem.placement(slots_LS))
     limit_L = np.full(problem.num_layers, np.inf) if cap is None else np.maximum(cap, best.imbalance_L)
     for layer in range(1, problem.num_layers):
         placement = problem.placement(slots_LS)
-        trial_LS = slots_LS.copy()
+        trial_LS, paid = slots_LS.copy(), 0.0
+        moves = 0 if ties is None else int(ties.moves(slots_LS, problem.cluster.rank_of_slot)[layer])
         arrive_RE = placement.copies_LER[layer - 1].T.astype(np.int64) @ problem.transitions_LEE[layer - 1]
         arrive_RE[placement.copies_LER[layer].T > 0] = 0
         for slot in np.flatnonzero(trial_LS[layer] < 0):
             rank = int(problem.cluster.rank_of_slot[slot])
             expert = int(arrive_RE[rank].argmax())
-            if arrive_RE[rank, expert] > 0:
+            if arrive_RE[rank, expert] > 0 and moves < most_moves:
                 trial_LS[layer, slot] = expert
                 arrive_RE[rank, expert] = 0
+                moves += 1
+                paid += price if isinstance(price, float) else float(price[layer, expert])
         trial = problem.evaluate(problem.placement(trial_LS))
-        if trial.copies_per_token < best.copies_per_token and (trial.imbalance_L <= limit_L + 1e-9).all():
+        if trial.copies_per_token + paid < best.copies_per_token and (trial.imbalance_L <= limit_L + 1e-9).all():
             slots_LS, best = trial_LS, trial
     return slots_LS

@@ -15,7 +15,7 @@ from moeplace.placement.search.layout import UNLIMITED, padded_transitions
 from moeplace.placement.search.nets import layer_nets
 from moeplace.placement.search.swaps import anneal_layer
 from moeplace.placement.solve import solve
-from moeplace.placement.solvers.chain.search import Chain, Cooling, anneal_chain, attraction
+from moeplace.placement.solvers.chain.search import Chain, Cooling, anneal_chain, attraction, untied
 from moeplace.placement.solvers.replicas.bit_search import anneal_bits
 from moeplace.placement.solvers.replicas.exact_search import Schedule, anneal_replicas
 from moeplace.placement.solvers.replicas.rule import rule_on, unserved
@@ -129,7 +129,8 @@ def endless(kernel: str, problem: Problem, flag: np.ndarray) -> np.ndarray:
         anneal_replicas(nets, rule, seats, unserved(rule), free_R, Schedule(5.0, 0.1, 1e18), flag, state)
     else:
         rank_LS, flow_LSS = np.tile(np.arange(12) % 3, (2, 1)), padded_transitions(problem)
-        chain = Chain(flow_LSS, cluster.cost_RR, np.ones((2, 12)), np.full((2, 3), np.inf), np.zeros((2, 12, 12)))
+        limit_LR, risk_LSS = np.full((2, 3), np.inf), np.zeros((2, 12, 12))
+        chain = Chain(flow_LSS, cluster.cost_RR, np.ones((2, 12)), limit_LR, risk_LSS, *untied(12, 3))
         table_LSR = attraction(rank_LS, flow_LSS, cluster.cost_RR)
         anneal_chain(rank_LS, chain, table_LSR, Cooling(5.0, 0.1, 0, 121, 10**18), flag, state)
         return rank_LS[0]

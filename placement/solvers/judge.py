@@ -1,0 +1,153 @@
+"""Which of several placements to hand in: constraints first, then the objective with its moves, then fewer moves.
+
+Where the objective is a mean over layers, rows of different placements may be combined, each layer's best.
+
+Shape letters: L MoE layers, S slots per layer.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moeplace.placement.bounds.problem import held_imbalance
+from moeplace.placement.objective import load_imbalance, measured, survival_deficit
+from moeplace.placement.placement import Placement
+from moeplace.placement.problem import Problem
+from moeplace.placement.search.ties import Ties
+from moeplace.placement.solvers.replicas.budget import slot_steps, with_steps
+
+SAME = 1e-9
+"""Objectives closer than this, relatively, are a tie."""
+_KEPT = 1e-6
+
+
+class Judge:
+    """Compares placements of one problem.
+
+    Args:
+        problem: gives objective, price and cap on moves.
+        ties: of the problem, None without a previous placement.
+        caps_L: (L,) imbalance that each layer is held to, None = any.
+    """
+
+    def __init__(self, problem: Problem, ties: Ties | None, caps_L: np.ndarray | None) -> None:
+        self._problem, self._ties, self._caps_L = problem, ties, caps_L
+        self._known: dict[bytes, _Values] = {}
+
+    def best(self, drafts: Sequence[np.ndarray]) -> np.ndarray:
+        """The best draft, (L, S) slots; of equal ones the one that moves least, then the first."""
+        if len(drafts) == 1:
+            return drafts[0]
+        keys = [self.key(draft) for draft in drafts]
+        order = sorted(range(len(drafts)), key=lambda i: keys[i][2])
+        best = order[0]
+        for i in order[1:]:
+            if _better(keys[i][:2], keys[best][:2]):
+                best = i
+        return drafts[best]
+
+    def key(self, slots_LS: np.ndarray) -> tuple[tuple[float, ...], float, float]:
+        """(what is broken: moves above their cap, copies missing, imbalance above the cap; objective; moves)."""
+        placement = self._problem.placement(slots_LS)
+        values = self._values(placement)
+        over = 0.0
+        if self._caps_L is not None:
+            over = float(np.maximum(values.imbalance_L - self._caps_L - _KEPT, 0.0).sum())
+        broken = (self._excess(placement), float(survival_deficit(self._problem, placement)), round(over, 4))
+        moves_L = self._moves_L(placement)
+        return broken, values.objective + float(self._price_L(placement).sum()), float(moves_L.sum())
+
+    def objective(self, slots_LS: np.ndarray) -> float:
+        """The problem's objective alone."""
+        return self._values(self._problem.placement(slots_LS)).objective
+
+    def combine(self, drafts: Sequence[np.ndarray]) -> np.ndarray | None:
+        """Each layer's best row, where layers are independent; None where they are not, or rows differ in length."""
+        if len({draft.shape for draft in drafts}) > 1:
+            return None
+        by_layer = [self._layer_values(self._problem.placement(draft)) for draft in drafts]
+        values = [value_L for value_L in by_layer if value_L is not None]
+        if len(values) < len(drafts):
+            return None
+        chosen_L = []
+        for layer in range(self._problem.num_layers):
+            order = sorted(range(len(drafts)), key=lambda i: values[i][layer][2])
+            best = order[0]
+            for i in order[1:]:
+                if _better(values[i][layer][:2], values[best][layer][:2]):
+                    best = i
+            chosen_L.append(best)
+        return np.stack([drafts[draft][layer] for layer, draft in enumerate(chosen_L)])
+
+    def _layer_values(self, placement: Placement) -> list[tuple[tuple[float, ...], float, float]] | None:
+        """`key` of each layer by itself, None if the objective is no mean over layers."""
+        layers, values = self._problem.num_layers, self._values(placement)
+        if values.objective_L is None:
+            return None
+        over_L = np.zeros(layers)
+        if self._caps_L is not None:
+            over_L = np.maximum(values.imbalance_L - self._caps_L - _KEPT, 0.0).round(4)
+        moves_L, limit = self._moves_L(placement), np.inf if self._ties is None else self._ties.most_moves
+        excess_L = np.maximum(moves_L - limit, 0.0)
+        value_L = values.objective_L / layers + self._price_L(placement)
+        return [((float(excess_L[x]), float(over_L[x])), float(value_L[x]), float(moves_L[x])) for x in range(layers)]
+
+    def _values(self, placement: Placement) -> "_Values":
+        """Evaluated once for every placement."""
+        key = placement.slot_to_expert.tobytes()
+        if key not in self._known:
+            self._known[key] = _evaluated(self._problem, placement)
+        return self._known[key]
+
+    def _moves_L(self, placement: Placement) -> np.ndarray:
+        if self._ties is None:
+            return np.zeros(placement.num_layers)
+        return self._ties.moves(placement.slot_to_expert, placement.rank_of_slot)
+
+    def _excess(self, placement: Placement) -> float:
+        limit = np.inf if self._ties is None else self._ties.most_moves
+        return float(np.maximum(self._moves_L(placement) - limit, 0.0).sum())
+
+    def _price_L(self, placement: Placement) -> np.ndarray:
+        """(L,) objective units for the moves of each layer."""
+        if self._ties is None or not self._ties.price_LE.any():
+            return np.zeros(placement.num_layers)
+        fetched_LE = (self._ties.new_LER & (placement.copies_LER > 0)).sum(axis=2)
+        return np.asarray((fetched_LE * self._ties.price_LE).sum(axis=1))
+
+
+class _Values(NamedTuple):
+    """The objective, the imbalance of each layer, and the objective by layer where it is a mean over them."""
+
+    objective: float
+    imbalance_L: np.ndarray
+    objective_L: np.ndarray | None
+
+
+def _evaluated(problem: Problem, placement: Placement) -> _Values:
+    if problem.trace is None:
+        imbalance_L = load_imbalance(problem, placement)
+        return _Values(float(imbalance_L.mean()), imbalance_L, imbalance_L)
+    evaluation = problem.evaluate(placement)
+    name, objective, _ = measured(problem, evaluation)
+    by_layer = None
+    if name == "imbalance":
+        by_layer = evaluation.imbalance_L
+    elif name == "traffic" and problem.mode == "dispatch-combine":
+        by_layer = evaluation.ranks_per_token_L + problem.node_weight * evaluation.nodes_per_token_L
+    return _Values(objective, evaluation.imbalance_L, by_layer)
+
+
+def held_caps(problem: Problem) -> np.ndarray | None:
+    """(L,) imbalance each layer is held to, by the number of slots that allows most; None without a cap."""
+    if problem.replica_budget == "per-layer" or problem.max_imbalance is None:
+        return held_imbalance(problem)
+    by_step = [held_imbalance(with_steps(problem, step)) for step in slot_steps(problem)]
+    return np.max([caps_L for caps_L in by_step if caps_L is not None], axis=0)  # type: ignore[no-any-return]
+
+
+def _better(key: tuple[tuple[float, ...], float], than: tuple[tuple[float, ...], float]) -> bool:
+    if key[0] != than[0]:
+        return key[0] < than[0]
+    return key[1] < than[1] - SAME * max(abs(than[1]), abs(key[1]))

@@ -1,0 +1,127 @@
+"""Solving again from a placement in force: never worse than staying, caps kept, prices paid, in every mode."""
+
+import datetime
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeplace.placement.cluster import Cluster
+from moeplace.placement.placement import MODES, Placement
+from moeplace.placement.problem import Problem
+from moeplace.placement.result import SolveResult
+from moeplace.placement.solve import solve
+from tests.placement.instances import skewed_trace
+from tests.placement.oracles import traffic_of
+from tests.placement.random_placements import random_placement
+
+SEEDS = (0, 1, datetime.date.today().toordinal())
+"""The last one changes with the date; a failing test prints it."""
+
+
+def moved_pairs(old: Placement, new: Placement) -> list[list[int]]:
+    """For each layer, the experts that ranks must fetch, counted set by set."""
+    fetched = []
+    for before, after in zip(old.slot_to_expert, new.slot_to_expert, strict=True):
+        layer: list[int] = []
+        for rank in range(new.num_ranks):
+            held = set(before[old.slots_on(rank)].tolist()) if rank < old.num_ranks else set()
+            layer += sorted(set(after[new.slots_on(rank)].tolist()) - held - {-1})
+        fetched.append(layer)
+    return fetched
+
+
+def value_of(problem: Problem, placement: Placement) -> float:
+    """The objective, with the price of what moves, by definition."""
+    assert problem.previous is not None
+    fetched = moved_pairs(problem.previous, placement)
+    price = sum(problem.move_price * problem.expert_bytes[layer, e] for layer, each in enumerate(fetched) for e in each)
+    if problem.trace is None:
+        return imbalance_of(problem, placement).mean() + price
+    evaluation = problem.evaluate(placement)
+    if problem.objective == "seconds":
+        return evaluation.predicted_seconds + price
+    return (evaluation.imbalance_mean if problem.mode == "allgather" else traffic_of(problem, evaluation)) + price
+
+
+def imbalance_of(problem: Problem, placement: Placement) -> np.ndarray:
+    """(L,) imbalance, loads alone split evenly over replicas."""
+    if problem.trace is not None:
+        return problem.evaluate(placement).imbalance_L
+    found = []
+    for load_E, row_S in zip(problem.load_LE, placement.slot_to_expert, strict=True):
+        copies = np.bincount(row_S[row_S >= 0], minlength=len(load_E))
+        load_R = [sum(load_E[e] / copies[e] for e in row_S[placement.slots_on(r)] if e >= 0)
+                  for r in range(placement.num_ranks)]  # fmt: skip
+        found.append(max(load_R) / np.mean(load_R))
+    return np.array(found)
+
+
+def excess_of(problem: Problem, placement: Placement) -> float:
+    """How far layers are above the cap, in all."""
+    cap = np.inf if problem.max_imbalance is None else problem.max_imbalance
+    return float(np.maximum(imbalance_of(problem, placement) - cap, 0).sum())
+
+
+def check_law(problem: Problem, result: SolveResult) -> None:
+    """What every solve from a placement in force promises, where that placement fits the cluster."""
+    previous = problem.previous
+    assert previous is not None
+    fetched = moved_pairs(previous, result.placement)
+    assert result.moved is not None
+    assert result.moved["moves_per_layer_most"] == max(len(each) for each in fetched)
+    if problem.max_moves is not None:
+        assert max(len(each) for each in fetched) <= problem.max_moves
+    stay = previous.replace(mode=problem.mode)
+    excess, staying = excess_of(problem, result.placement), excess_of(problem, stay)
+    assert excess <= staying + 1e-3 or not any("cap" in note for note in result.notes)
+    if excess >= staying - 1e-9:  # nothing was mended that would be worth a longer way
+        ours, theirs = value_of(problem, result.placement), value_of(problem, stay)
+        assert ours <= theirs * (1 + 1e-9)
+        if ours > theirs * (1 - 1e-9) and excess >= staying - 1e-9:
+            assert not any(fetched)
+
+
+def random_problem(seed: int, mode: str, replicas: bool, loads: bool) -> Problem:
+    """A small problem with a random placement in force, sometimes nodes, unequal ranks, sizes, caps and prices."""
+    rng = np.random.default_rng((seed, MODES.index(mode), replicas, loads))
+    trace = skewed_trace(int(rng.integers(1000)), tokens=120, layers=3, experts=8, top_k=int(rng.integers(1, 4)))
+    slots = [[2, 2, 2, 2], [3, 3, 3, 3], [2, 4, 3, 2]][int(rng.integers(1, 3)) if replicas else 0]
+    cluster = Cluster(np.array([[0, 0, 0, 0], [0, 0, 1, 1]][int(rng.integers(2))]), np.array(slots), np.ones(4))
+    previous = random_placement(
+        rng, layers=3, experts=8, slots_of_rank=slots, node_of_rank=cluster.node_of_rank.tolist(),
+        fill=float(rng.choice([0.0, 0.6, 1.0])),
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "mode": mode,
+        "objective": str(rng.choice(["traffic", "seconds"])),
+        "max_moves": [None, 0, 1, 2, 5][int(rng.integers(5))],
+        "max_imbalance": [None, 1.2, 1.6][int(rng.integers(3))],
+        "expert_bytes": rng.integers(1, 9, (3, 8)),
+    }
+    scale = 1e-6 if options["objective"] == "seconds" else 1e-3
+    options["move_price"] = float(rng.choice([0.0, 1.0, 30.0])) * scale
+    if loads:
+        return Problem.from_load(rng.lognormal(size=(3, 8)), cluster, previous=previous, **options)
+    if rng.integers(4) == 0 and replicas:
+        options["replica_budget"] = "global"
+    return Problem.from_trace(trace, cluster, previous=previous, **options)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("replicas", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_solve_is_worse_than_staying(mode: str, replicas: bool, seed: int) -> None:
+    """Caps on moves hold, and the objective with its moves is never above that of the placement in force."""
+    for number in range(4):
+        problem = random_problem(seed * 101 + number, mode, replicas, loads=False)
+        check_law(problem, solve(problem, time_limit=0.3, seed=seed))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("solver", ["auto", "lpt", "eplb", "cp-sat", "index-order"])
+def test_the_law_holds_for_every_solver(solver: str, seed: int) -> None:
+    """Loads alone, and every solver by name."""
+    for replicas in (False, True):
+        problem = random_problem(seed, "dispatch-combine", replicas, loads=solver in ("auto", "lpt"))
+        check_law(problem, solve(problem, solver=solver, time_limit=0.3, seed=seed))
