@@ -15,10 +15,11 @@ from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.limits import EngineLimits
-from moeplace.runtime.engine.modes import ModeRule, RecordedRouting, TracePredictor, choose_mode_rule
-from moeplace.runtime.kv.cache import KvCache, kv_bytes_per_position
+from moeplace.runtime.engine.modes import AtHome, ModeRule, RecordedRouting, TracePredictor, choose_mode_rule
+from moeplace.runtime.kv.cache import kv_bytes_per_position, kv_bytes_per_sequence
 from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.models.decoder import Decoder
+from moeplace.runtime.models.opening import ServedModel, open_model
+from moeplace.runtime.models.whole import WholeModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,16 +39,12 @@ class EngineParts:
 
     checkpoint: Checkpoint
     placement: Placement
-    decoder: Decoder
+    decoder: ServedModel
     modes: ModeRule
     node_aware: bool
     cache_rows: int
     cache_positions: int
     agreed: dict[str, str]
-
-    def make_cache(self) -> KvCache:
-        """Room for keys and values."""
-        return KvCache(self.decoder, rows=self.cache_rows, positions=self.cache_positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +63,7 @@ def prepare_engine(
     placement: Placement | None,
     choices: EngineChoices,
     *,
-    decoder: Decoder | None,
+    decoder: ServedModel | None,
     size: int,
     device: torch.device,
 ) -> EngineParts:
@@ -80,10 +77,10 @@ def prepare_engine(
         checkpoint = Checkpoint(checkpoint)
     placement = _checked_placement(checkpoint, placement, size)
     if decoder is None:
-        decoder = Decoder(checkpoint, dtype=choices.dtype, device=device)
+        decoder = open_model(checkpoint, dtype=choices.dtype, device=device)
     node_aware = choices.node_aware
     if node_aware is None:
-        node_aware = int(checkpoint.config.get("num_experts_per_tok") or 1) > 1
+        node_aware = checkpoint.top_k > 1
     modes = _mode_rule(choices, placement, decoder)
     rows, positions = _cache_size(choices.limits, decoder, size, replicated=modes.may_be_coherent)
     name = choices.mode if isinstance(choices.mode, str) else "a rule"
@@ -97,13 +94,22 @@ def prepare_engine(
     return EngineParts(checkpoint, placement, decoder, modes, node_aware, rows, positions, agreed)
 
 
-def _mode_rule(choices: EngineChoices, placement: Placement, decoder: Decoder) -> ModeRule:
-    if not isinstance(choices.mode, str):
-        return choices.mode
-    predictor = None
-    if choices.mode == "auto" and choices.recorded is not None:
-        predictor = _make_predictor(choices.recorded, placement, decoder)
-    return choose_mode_rule(choices.mode, placement, predictor)
+def _mode_rule(choices: EngineChoices, placement: Placement, decoder: ServedModel) -> ModeRule:
+    if isinstance(choices.mode, str):
+        predictor = None
+        if choices.mode == "auto" and choices.recorded is not None:
+            predictor = _make_predictor(choices.recorded, placement, decoder)
+        rule = choose_mode_rule(choices.mode, placement, predictor)
+    else:
+        rule = choices.mode
+    if not isinstance(decoder, WholeModel) or not rule.may_be_coherent:
+        return rule
+    if choices.mode == "coherent":
+        raise InputError(
+            f"family {decoder.family} cannot be served in mode coherent (because {decoder.reason}); modes "
+            "dispatch-combine and allgather can"
+        )
+    return AtHome(rule)
 
 
 def _checked_placement(checkpoint: Checkpoint, placement: Placement | None, size: int) -> Placement:
@@ -122,21 +128,21 @@ def _checked_placement(checkpoint: Checkpoint, placement: Placement | None, size
     return placement
 
 
-def _make_predictor(recorded: RecordedRouting, placement: Placement, decoder: Decoder) -> TracePredictor:
+def _make_predictor(recorded: RecordedRouting, placement: Placement, decoder: ServedModel) -> TracePredictor:
     require_same_model(recorded.trace, placement)
     kv_dim = kv_bytes_per_position(decoder) // (decoder.num_layers * decoder.dtype.itemsize)
     shape = StepShape(hidden_size=decoder.hidden_size, dtype_bytes=decoder.dtype.itemsize, kv_dim=kv_dim)
     return TracePredictor(recorded, placement, shape)
 
 
-def _cache_size(limits: EngineLimits, decoder: Decoder, ranks: int, *, replicated: bool) -> tuple[int, int]:
+def _cache_size(limits: EngineLimits, decoder: ServedModel, ranks: int, *, replicated: bool) -> tuple[int, int]:
     """Rows per rank and positions per row of the K/V cache."""
     positions = min(decoder.max_positions, 2048) if limits.max_length is None else limits.max_length
     if not 1 <= positions <= decoder.max_positions:
         raise InputError(f"max_length ({positions}) must lie in 1..{decoder.max_positions}, the model's own limit")
     rows = limits.max_sequences if replicated else limits.rank_sequences or -(-limits.max_sequences // ranks)
     if limits.kv_bytes is not None:
-        row_bytes = kv_bytes_per_position(decoder) * positions
+        row_bytes = kv_bytes_per_sequence(decoder, positions)
         rows = min(rows, limits.kv_bytes // row_bytes)
         if rows < 1:
             raise InputError(

@@ -20,18 +20,22 @@ from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.construction import EngineChoices, EngineParts, prepare_engine
-from moeplace.runtime.engine.executor import Executor, by_home
+from moeplace.runtime.engine.executor import Executor
 from moeplace.runtime.engine.limits import DEFAULT_LIMITS, EngineLimits
 from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.engine.loading import load_experts
 from moeplace.runtime.engine.modes import ModeChooser, ModeRule, Phase, RecordedRouting
+from moeplace.runtime.engine.placed_experts import by_home
 from moeplace.runtime.engine.requests import Completion, Request, RunningSequence
 from moeplace.runtime.engine.sampler import Draw, draw_tokens
 from moeplace.runtime.engine.scheduler import Scheduler
 from moeplace.runtime.engine.scoring import Scorer
+from moeplace.runtime.engine.whole_executor import SequenceStates, WholeExecutor
 from moeplace.runtime.exchange.dispatcher import TokenRows
+from moeplace.runtime.kv.cache import KvCache
 from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.models.decoder import Decoder
+from moeplace.runtime.models.opening import ServedModel
+from moeplace.runtime.models.whole import WholeModel
 
 LOCAL_TIMEOUT = 60.0
 
@@ -74,7 +78,7 @@ class Engine:
         limits: EngineLimits = DEFAULT_LIMITS,
         node_aware: bool | None = None,
         recorded: RecordedRouting | None = None,
-        decoder: Decoder | None = None,
+        decoder: ServedModel | None = None,
     ) -> None:
         """Open the checkpoint, agree with the other ranks, and read this rank's share.
 
@@ -117,21 +121,20 @@ class Engine:
         self.scheduler = self._make_scheduler()
         self.stop_ids = frozenset(self.checkpoint.stop_ids)
 
-    def _make_executor(self, parts: EngineParts) -> Executor:
-        placement, decoder = parts.placement, parts.decoder
+    def _make_executor(self, parts: EngineParts) -> Executor | WholeExecutor:
+        placement, model = parts.placement, parts.decoder
         experts = load_experts(
-            parts.checkpoint, decoder, placement, self.group.rank, staging_rows=self.limits.staging_rows
+            parts.checkpoint, placement, self.group.rank, self.limits.staging_rows, model.dtype, model.device
         )
-        window = LoadWindow(parts.checkpoint.num_layers, placement.num_experts, keep=self.limits.recent_ids)
-        return Executor(
-            decoder,
-            experts,
-            parts.make_cache(),
-            self.group,
-            placement,
-            window=window,
-            node_aware=parts.node_aware,
-        )
+        options: dict[str, Any] = {
+            "activation": parts.checkpoint.family.forms[0].activation,
+            "window": LoadWindow(parts.checkpoint.num_layers, placement.num_experts, keep=self.limits.recent_ids),
+            "node_aware": parts.node_aware,
+        }
+        room = {"rows": parts.cache_rows, "positions": parts.cache_positions}
+        if isinstance(model, WholeModel):
+            return WholeExecutor(model, experts, SequenceStates(**room), self.group, placement, **options)
+        return Executor(model, experts, KvCache(model, **room), self.group, placement, **options)
 
     def agree(self, group: RankGroup, placement: Placement) -> None:
         """Compare with the other ranks of a group what must be the same on all.

@@ -5,40 +5,31 @@ Shape letters: M tokens of this rank, B sequences of a decode pass, D hidden siz
 
 from collections.abc import Callable, Sequence
 from typing import Any
-from zlib import crc32
 
-import numpy as np
 import torch
 
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.load_window import LoadWindow
+from moeplace.runtime.engine.placed_experts import PlacedExperts, by_home
 from moeplace.runtime.engine.requests import RunningSequence
-from moeplace.runtime.exchange.dispatcher import MoeRuntime, Step, TokenDispatcher, TokenRows
-from moeplace.runtime.exchange.factory import make_dispatcher
+from moeplace.runtime.exchange.dispatcher import Step, TokenRows
 from moeplace.runtime.exchange.kv_ledger import KvLedger
-from moeplace.runtime.exchange.slot_tables import SlotTables
-from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.store import ExpertStore
+from moeplace.runtime.experts.weights import Activation
 from moeplace.runtime.kv.cache import KvCache
 from moeplace.runtime.kv.hand_over import KvPlaces, give_kv, hand_over, keep_shared
 from moeplace.runtime.kv.views import DecodeView, PrefillView
 from moeplace.runtime.models.decoder import AttentionView, Decoder
-from moeplace.runtime.models.families import activation_of
 
 
-class Executor:
+class Executor(PlacedExperts):
     """What a rank computes. All ranks must call its methods together, with the same sequences.
 
     Attributes:
         decoder: the model without routed experts.
-        runtime: placement, experts and counters as dispatchers see them.
         cache: keys and values.
-        group: the ranks.
-        placement: what is where.
-        version: how often the placement has changed.
-        window: routing seen by this rank.
     """
 
     def __init__(
@@ -49,33 +40,12 @@ class Executor:
         group: RankGroup,
         placement: Placement,
         *,
+        activation: Activation,
         window: LoadWindow,
         node_aware: bool,
     ) -> None:
-        self.decoder, self.cache, self.group = decoder, cache, group
-        self._node_aware, self.window, self._experts = node_aware, window, experts
-        self._computation = ExpertComputation(
-            experts, counters=group.counters, activation=activation_of(decoder.config)
-        )
-        self.version = 0
-        self.install(placement, version=0)
-
-    def install(self, placement: Placement, *, version: int | None = None) -> None:
-        """Serve under `placement` from the next pass on; its experts must be in their slots.
-
-        Args:
-            version: None = the next one.
-        """
-        self.placement = placement
-        self.version = self.version + 1 if version is None else version
-        tables = SlotTables.from_placement(placement, rank=self.group.rank, device=self.group.device)
-        self.runtime = MoeRuntime(tables, self._experts, self._computation, self.group.counters, self.window)
-        self._dispatchers: dict[Mode, TokenDispatcher] = {}
-
-    def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:
-        """Serve with the ranks of another group from the next pass on; see `Engine.regroup`."""
-        self.group = group
-        self.install(placement, version=version)
+        self.decoder, self.cache = decoder, cache
+        super().__init__(experts, group, placement, activation=activation, window=window, node_aware=node_aware)
 
     @torch.inference_mode()
     def prefill(self, sequences: Sequence[RunningSequence], mode: Mode, *, lengths: Sequence[int]) -> TokenRows:
@@ -96,7 +66,7 @@ class Executor:
         first = sum(tokens_of_rank[: self.group.rank])
         view = PrefillView(self.decoder, self.cache, rows=[s.row for s in mine], lengths=own) if mine else None
         rows = self._start(ids, first)
-        self._note_pass(ordered, [length_of[id(sequence)] for sequence in ordered])
+        self.note_pass(ordered, [length_of[id(sequence)] for sequence in ordered])
         rows = self._run(mode, rows, lambda token: view, Step(tuple(tokens_of_rank)))
         for sequence in ordered:
             sequence.cached = length_of[id(sequence)]
@@ -122,7 +92,7 @@ class Executor:
         step = Step(tokens_of_rank, KvLedger() if coherent else None)
         make_view = self._decode_views(ordered, step)
         rows = self._start([sequence.token_ids[sequence.cached] for sequence in mine], first)
-        self._note_pass(ordered, [1] * len(ordered))
+        self.note_pass(ordered, [1] * len(ordered))
         rows = self._run(mode, rows, make_view, step)
         if step.ledger is not None:
             rows_B, positions_B = [s.row for s in ordered], [s.cached for s in ordered]
@@ -134,12 +104,6 @@ class Executor:
                 sequence.replicated = sequence.cached
         return rows
 
-    def _note_pass(self, ordered: Sequence[RunningSequence], lengths: Sequence[int]) -> None:
-        """Tell the window whose tokens the pass serves, in their order."""
-        if self.window.recent is not None:
-            names = [crc32(sequence.request.request_id.encode()) for sequence in ordered]  # alike on all ranks
-            self.window.recent.begin_pass(np.repeat(np.array(names, np.int64), lengths))
-
     def _start(self, ids: list[int], first: int) -> TokenRows:
         device = self.decoder.device
         x = self.decoder.embed(torch.tensor(ids, dtype=torch.int64, device=device))
@@ -149,7 +113,7 @@ class Executor:
         self, mode: Mode, rows: TokenRows, make_view: Callable[[torch.Tensor], AttentionView | None], step: Step
     ) -> TokenRows:
         """All decoder layers; the tokens of this rank may change at every MoE layer."""
-        decoder, dispatcher = self.decoder, self._dispatcher(mode)
+        decoder, dispatcher = self.decoder, self.dispatcher(mode)
         view = make_view(rows.token)
         for layer in range(decoder.num_layers):
             if view is not None:
@@ -167,11 +131,6 @@ class Executor:
             rows = moved
         self.group.counters.steps += 1
         return rows
-
-    def _dispatcher(self, mode: Mode) -> TokenDispatcher:
-        if mode not in self._dispatchers:
-            self._dispatchers[mode] = make_dispatcher(mode, self.runtime, self.group, node_aware=self._node_aware)
-        return self._dispatchers[mode]
 
     def _decode_views(
         self, ordered: Sequence[RunningSequence], step: Step
@@ -224,11 +183,6 @@ class Executor:
             positions += range(count)
         places_R = [KvPlaces.of(rows, positions, self.decoder.device) for rows, positions in pairs]
         give_kv(self.cache, self.group, places_R, receivers)
-
-
-def by_home(sequences: Sequence[RunningSequence]) -> list[RunningSequence]:
-    """Sequences in the order in which a pass numbers them: by home, then as given."""
-    return sorted(sequences, key=lambda sequence: sequence.home)
 
 
 def _pick(embeddings: Any, token: torch.Tensor) -> Any:

@@ -1,25 +1,28 @@
 """Reading this rank's share of a checkpoint."""
 
 import numpy as np
+import torch
 
 from moeplace.placement.placement import Placement
 from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.experts.weights import ExpertWeights
 from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.models.decoder import Decoder
 
 
 def load_experts(
-    checkpoint: Checkpoint, decoder: Decoder, placement: Placement, rank: int, *, staging_rows: int
+    checkpoint: Checkpoint,
+    placement: Placement,
+    rank: int,
+    staging_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> ExpertStore:
     """Read the experts that `placement` gives to a rank, and no others."""
     here = placement.slots_on(rank)
-    slots = here.stop - here.start
-    hidden, expert_hidden = checkpoint.expert_shape()
-    bias = "gate_up_bias" in checkpoint.expert(0, 0)
+    slots, shapes = here.stop - here.start, checkpoint.family.forms[0].shapes
 
     def room(rows: int) -> ExpertWeights:
-        return ExpertWeights.empty(rows, hidden, expert_hidden, bias=bias, dtype=decoder.dtype, device=decoder.device)
+        return ExpertWeights.of_shapes(rows, shapes, dtype=dtype, device=device)
 
     store = ExpertStore(
         [room(slots) for _ in range(checkpoint.num_layers)],

@@ -99,6 +99,24 @@ class PredictedMode:
 
 
 @dataclass(frozen=True)
+class AtHome:
+    """What `auto` is for a model whose tokens must stay at home: another rule's choice where it leaves them there."""
+
+    rule: ModeRule
+
+    def choose(self, phase: Phase, num_tokens: int) -> ModeChoice:
+        """See `ModeRule`."""
+        choice = self.rule.choose(phase, num_tokens)
+        if choice.mode != "coherent":
+            return choice
+        return ModeChoice("dispatch-combine", "the model's layers cannot be cut, so its tokens stay at home")
+
+    @property
+    def may_be_coherent(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
 class TracePredictor:
     """A `Predictor` that replays recorded routing through the cost model, once per mode and power of two of tokens.
 
@@ -145,7 +163,8 @@ class ModeChooser:
 
     def choose(self, phase: Phase, num_tokens: int, group: RankGroup) -> Mode:
         """The mode of a pass. Predictions are rank 0's: the first time for a batch of a class, a small collective."""
-        if not isinstance(self.rule, PredictedMode) or group.size == 1:
+        rule = self.rule.rule if isinstance(self.rule, AtHome) else self.rule
+        if not isinstance(rule, PredictedMode) or group.size == 1:
             return self._tell(phase, self.rule.choose(phase, num_tokens), group)
         key = phase, batch_class(num_tokens)
         if key not in self._decided:

@@ -10,10 +10,12 @@ import torch
 from moeplace.placement.modes import Mode
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.engine.executor import Executor, by_home
+from moeplace.runtime.engine.executor import Executor
 from moeplace.runtime.engine.modes import Phase
+from moeplace.runtime.engine.placed_experts import by_home
 from moeplace.runtime.engine.requests import Request, RunningSequence
 from moeplace.runtime.engine.scheduler import Scheduler
+from moeplace.runtime.engine.whole_executor import WholeExecutor
 from moeplace.runtime.exchange.dispatcher import TokenRows
 
 ChooseMode = Callable[[Phase, int], Mode]
@@ -23,7 +25,9 @@ ChooseMode = Callable[[Phase, int], Mode]
 class Scorer:
     """Scores sequences in rows of the K/V cache that no request uses. All ranks call it together."""
 
-    def __init__(self, executor: Executor, scheduler: Scheduler, group: RankGroup, choose_mode: ChooseMode) -> None:
+    def __init__(
+        self, executor: Executor | WholeExecutor, scheduler: Scheduler, group: RankGroup, choose_mode: ChooseMode
+    ) -> None:
         self._executor, self._scheduler, self._group, self._choose_mode = executor, scheduler, group, choose_mode
 
     def score(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> list[torch.Tensor]:
@@ -74,7 +78,7 @@ class Scorer:
     def _gather_logits(self, rows: TokenRows, num_tokens: int) -> torch.Tensor:
         """(num_tokens, V): every token's logits come from one rank, the others add zero."""
         decoder = self._executor.decoder
-        logits = torch.zeros(num_tokens, decoder.vocabulary, dtype=decoder.dtype, device=decoder.device)
+        logits = torch.zeros(num_tokens, decoder.vocabulary, dtype=decoder.logits_dtype, device=decoder.device)
         logits[rows.token] = decoder.logits(rows.x)
         if self._group.size > 1:
             self._group.all_reduce(logits, kind="logits")

@@ -10,7 +10,7 @@ import torch
 
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.exchange.dispatch_combine import Copies
-from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime, Step, TokenRows, add_outputs
+from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime, RoutedTokens, Step, TokenRows, add_outputs
 
 
 class AllGatherDispatcher:
@@ -21,9 +21,17 @@ class AllGatherDispatcher:
 
     def forward(self, layer: int, block: MoeBlock, rows: TokenRows, step: Step) -> TokenRows:
         """See `TokenDispatcher`."""
-        runtime, tokens = self.runtime, len(rows)
         hidden = block.normalise(rows.x)
-        home = Copies(hidden, *runtime.choose(layer, block, hidden, rows.token))
+        home = Copies(hidden, *self.runtime.choose(layer, block, hidden, rows.token))
+        routed = self._sum(layer, home, step)
+        return TokenRows(add_outputs(rows.x, routed, block.shared(hidden)), rows.token)
+
+    def sum_experts(self, layer: int, tokens: RoutedTokens, step: Step) -> torch.Tensor:
+        """See `ExpertSums`."""
+        return self._sum(layer, Copies.of(self.runtime, layer, tokens), step)
+
+    def _sum(self, layer: int, home: Copies, step: Step) -> torch.Tensor:
+        runtime, tokens = self.runtime, len(home.slots)
         width = max(step.tokens_of_rank)
         with self.group.layer(layer, mode="allgather"):
             everyone = self._gather(home, width)
@@ -31,7 +39,7 @@ class AllGatherDispatcher:
             partial = runtime.computation.compute(layer, everyone.hidden, local, everyone.weights)
             routed = self._reduce(partial, width)[:tokens]
         runtime.counters.copies_sent += tokens * (self.group.size - 1)
-        return TokenRows(add_outputs(rows.x, routed, block.shared(hidden)), rows.token)
+        return routed
 
     def _gather(self, home: Copies, width: int) -> Copies:
         """(R * width) rows of all ranks; the padding of a rank has no experts."""

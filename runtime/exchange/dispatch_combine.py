@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 import torch
 
 from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime, Step, TokenRows, add_outputs
+from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime, RoutedTokens, Step, TokenRows, add_outputs
 from moeplace.runtime.exchange.rows import Capacity, Received, RowLayout, exchange_rows
 
 PADDED_ROWS = 256
@@ -41,6 +41,11 @@ class Copies(NamedTuple):
             weights=(self.weights.dtype, top_k),
             x=(self.hidden.dtype, self.hidden.shape[1]),
         )
+
+    @classmethod
+    def of(cls, runtime: MoeRuntime, layer: int, tokens: RoutedTokens) -> Self:
+        """Copies of tokens that know their experts."""
+        return cls(tokens.hidden, runtime.slots_for(layer, tokens.ids, tokens.token), tokens.weights)
 
     @classmethod
     def unpack(cls, layout: RowLayout, rows: torch.Tensor) -> Self:
@@ -78,12 +83,18 @@ class DispatchCombineDispatcher:
         """See `TokenDispatcher`."""
         hidden = block.normalise(rows.x)
         home = Copies(hidden, *self.runtime.choose(layer, block, hidden, rows.token))
+        routed = self._sum(layer, home, step)
+        return TokenRows(add_outputs(rows.x, routed, block.shared(hidden)), rows.token)
+
+    def sum_experts(self, layer: int, tokens: RoutedTokens, step: Step) -> torch.Tensor:
+        """See `ExpertSums`."""
+        return self._sum(layer, Copies.of(self.runtime, layer, tokens), step)
+
+    def _sum(self, layer: int, home: Copies, step: Step) -> torch.Tensor:
         with self.group.layer(layer, mode="dispatch-combine"):
             if self._node is None:
-                routed = self._direct(layer, home, step)
-            else:
-                routed = self._through_nodes(layer, home, step, self._node)
-        return TokenRows(add_outputs(rows.x, routed, block.shared(hidden)), rows.token)
+                return self._direct(layer, home, step)
+            return self._through_nodes(layer, home, step, self._node)
 
     def _direct(self, layer: int, home: Copies, step: Step) -> torch.Tensor:
         served_MR = ranks_in_use(self.runtime.tables.rank_of_slot[home.slots], self.group.size)

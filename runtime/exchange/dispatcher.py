@@ -100,10 +100,14 @@ class MoeRuntime:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Serving slots (M, K) and gate weights (M, K) of this rank's tokens; absent experts weigh nothing."""
         ids, weights = block.route(hidden, token)
+        return self.slots_for(layer, ids, token), weights
+
+    def slots_for(self, layer: int, ids: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """Serving slots (M, K) of experts (M, K), -1 = none; the window takes note of them."""
         if self.window is not None:
             names = token.cpu().numpy() if self.window.names_tokens else None  # on a GPU a copy waits for the layer
             self.window.record(layer, ids.cpu().numpy(), names)
-        return choose_slots(self.tables, layer, ids, near=self.tables.rank, rotation=token), weights
+        return choose_slots(self.tables, layer, ids, near=self.tables.rank, rotation=token)
 
 
 class TokenDispatcher(Protocol):
@@ -114,6 +118,30 @@ class TokenDispatcher(Protocol):
 
         All ranks of the group call it together, also those without tokens.
         """
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedTokens:
+    """Tokens of this rank at the experts of one layer, as the model's own block hands them over.
+
+    Attributes:
+        hidden: (M, D) rows, as experts take them.
+        ids: (M, K) int64 experts, -1 = none.
+        weights: (M, K) gate weights.
+        token: (M,) int64 index of each token in the step's batch.
+    """
+
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    token: torch.Tensor
+
+
+class ExpertSums(Protocol):
+    """An execution mode in which tokens stay where they are: it can serve the experts of any model."""
+
+    def sum_experts(self, layer: int, tokens: RoutedTokens, step: Step) -> torch.Tensor:
+        """(M, D) weighted sums of the experts of MoE layer `layer`; all ranks call it together, also without tokens."""
 
 
 def add_outputs(x: torch.Tensor, routed: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:

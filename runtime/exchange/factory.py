@@ -5,11 +5,13 @@ from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.exchange.allgather import AllGatherDispatcher
 from moeplace.runtime.exchange.coherent import CoherentDispatcher
 from moeplace.runtime.exchange.dispatch_combine import DispatchCombineDispatcher
-from moeplace.runtime.exchange.dispatcher import MoeRuntime, TokenDispatcher
+from moeplace.runtime.exchange.dispatcher import MoeRuntime
 from moeplace.runtime.exchange.local import LocalDispatcher
 
+Dispatcher = LocalDispatcher | CoherentDispatcher | AllGatherDispatcher | DispatchCombineDispatcher
 
-def make_dispatcher(mode: Mode, runtime: MoeRuntime, group: RankGroup, *, node_aware: bool) -> TokenDispatcher:
+
+def make_dispatcher(mode: Mode, runtime: MoeRuntime, group: RankGroup, *, node_aware: bool) -> Dispatcher:
     """The dispatcher of a mode for this rank; every rank of the group must make the same.
 
     Args:

@@ -3,7 +3,7 @@
 Shape letters: D hidden size, H expert hidden size, M token rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +25,7 @@ class ExpertWeights:
     """Weights of one MoE layer on one rank, by storage row.
 
     Attributes:
-        gate_up: (rows, 2H, D), the gate first.
+        gate_up: (rows, 2H, D), gate and up as the activation takes them; (rows, H, D) where experts are not gated.
         down: (rows, D, H).
         gate_up_bias: (rows, 2H) or None.
         down_bias: (rows, D) or None.
@@ -35,6 +35,14 @@ class ExpertWeights:
     down: torch.Tensor
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+
+    @classmethod
+    def of_shapes(
+        cls, rows: int, shapes: Mapping[Part, tuple[int, ...]], *, dtype: torch.dtype, device: str | torch.device
+    ) -> "ExpertWeights":
+        """Room for `rows` experts whose parts have these shapes, uninitialised."""
+        parts = {part: torch.empty(rows, *shape, dtype=dtype, device=device) for part, shape in shapes.items()}
+        return cls(**parts)
 
     @classmethod
     def empty(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from moeplace.runtime.models.decoder import Decoder
+from moeplace.runtime.models.opening import ServedModel
+from moeplace.runtime.models.whole import WholeModel
 
 
 class KvCache:
@@ -45,10 +47,18 @@ class KvCache:
         return flatten_kv(self.keys[layer][row, :, position], self.values[layer][row, :, position])
 
 
-def kv_bytes_per_position(decoder: Decoder) -> int:
+def kv_bytes_per_position(model: ServedModel) -> int:
     """Bytes that one position of one sequence takes over all layers."""
-    elements = sum(heads * dim for heads, dim in _probe_shapes(decoder))
-    return elements * decoder.num_layers * decoder.dtype.itemsize
+    if isinstance(model, WholeModel):
+        return model.state_bytes_per_position
+    elements = sum(heads * dim for heads, dim in _probe_shapes(model))
+    return elements * model.num_layers * model.dtype.itemsize
+
+
+def kv_bytes_per_sequence(model: ServedModel, positions: int) -> int:
+    """Bytes that a sequence takes over all layers, recurrent states included."""
+    fixed = model.fixed_state_bytes if isinstance(model, WholeModel) else 0
+    return max(kv_bytes_per_position(model) * positions + fixed, 1)
 
 
 def flatten_kv(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,13 @@
 """Checkpoint: Hugging Face safetensors, opened lazily. A rank reads the tensors of its own experts and nothing more.
 
-Experts on disk, by layer l and expert e:
-
-    model.layers.l.mlp.experts.e.{gate,up,down}_proj.weight           OLMoE, Qwen, DeepSeek
-    model.layers.l.block_sparse_moe.experts.e.{w1,w3,w2}.weight       Mixtral (gate, up, down)
-    model.layers.l.mlp.experts.{gate_up,down}_proj[_bias]             fused (E, ...); gpt-oss: transposed, gate and up
-                                                                      in alternate columns
+Which layers have experts, and what their parameters are, is what the family's modules say (`Family`); which tensors on
+disk they are made of is what `transformers`' tables say (`ExpertSources`).
 
 Shape letters: L MoE layers, E experts per layer, D hidden size, H expert hidden size.
 """
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -27,17 +22,10 @@ from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import read_json
 from moeplace.profiling.recording.checkpoint_files import check_checkpoint
 from moeplace.runtime.experts.weights import Part
+from moeplace.runtime.models.expert_sources import ExpertSources
+from moeplace.runtime.models.family import Family
 
 _INDEX = "model.safetensors.index.json"
-_EXPERT = re.compile(
-    r"^(?P<stem>.*layers\.(?P<layer>\d+)\.(?:mlp|block_sparse_moe)\.experts)\."
-    r"(?:(?P<expert>\d+)\.(?P<part>\w+)\.weight|(?P<fused>gate_up_proj|down_proj)(?P<bias>_bias)?)$"
-)
-_ANY_EXPERT = re.compile(r"layers\.\d+\.\w+\.experts\.")
-_NAMES = {"mlp": ("gate_proj", "up_proj", "down_proj"), "block_sparse_moe": ("w1", "w3", "w2")}
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_INTERLEAVED = ("gpt_oss",)
-"""Model types whose fused experts are (in, out), with gate and up in alternate columns."""
 _SAMPLED_BYTES = 4096
 
 
@@ -47,11 +35,12 @@ class Checkpoint:
     Attributes:
         path: the folder.
         config: content of config.json.
+        family: what `transformers` has for it.
         layer_ids: (L,) decoder-layer index of each MoE layer.
         experts_per_layer: (L,) experts of each.
 
     Raises:
-        InputError: there is no such folder, or the model is dense.
+        InputError: there is no such folder, the model is dense, or its family is not supported.
         FormatError: a file is missing, truncated or foreign, or an expert is missing.
     """
 
@@ -63,19 +52,31 @@ class Checkpoint:
         self._shard_of: dict[str, Path] = {}
         for shard in self._shards:
             self._shard_of.update(dict.fromkeys(self._opened(shard).keys(), shard))
-        self._stems: dict[int, str] = {}
-        self._find_experts()
+        self.family = Family(self.path)
+        self._sources = ExpertSources(self.family, self._shard_of)
+        self.layer_ids = np.array([form.experts.layer_id for form in self.family.forms])
+        self.experts_per_layer = np.array([form.experts.num_experts for form in self.family.forms])
+        try:
+            for layer in range(self.num_layers):
+                self._sources.check(layer, self._shape)
+        except FormatError as error:
+            raise FormatError(f"{self.path} {error}") from error
 
     @property
     def model_type(self) -> str:
-        return str(self.config["model_type"])
+        return self.family.name
 
     @property
     def num_hidden_layers(self) -> int:
-        try:
-            return int(self.config["num_hidden_layers"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{self.path / 'config.json'} does not say how many layers the model has") from error
+        """Decoder layers, dense ones included."""
+        return max(int(self.family.text_config.num_hidden_layers), int(self.layer_ids.max()) + 1)
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token, as far as the configuration says; else 2."""
+        names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+        found = next((value for name in names if (value := getattr(self.family.text_config, name, None))), 2)
+        return max(found) if isinstance(found, list) else int(found)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -86,50 +87,6 @@ class Checkpoint:
         if ids is None:
             return ()
         return tuple(ids) if isinstance(ids, list) else (int(ids),)
-
-    def _find_experts(self) -> None:
-        found: dict[int, set[int]] = {}
-        depth = self.num_hidden_layers
-        for name in self._shard_of:
-            match = _EXPERT.match(name)
-            if match is None or int(match["layer"]) >= depth:  # beyond: heads for several tokens at once
-                continue
-            layer = int(match["layer"])
-            self._stems[layer] = match["stem"]
-            experts = found.setdefault(layer, set())
-            experts.update([int(match["expert"])] if match["fused"] is None else range(self._shape(name)[0]))
-        if not found:
-            self._explain_no_experts()
-        self.layer_ids = np.array(sorted(found))
-        self.experts_per_layer = np.array([self._count_experts(layer, found[layer]) for layer in self.layer_ids])
-
-    def _explain_no_experts(self) -> None:
-        foreign = next((name for name in self._shard_of if _ANY_EXPERT.search(name)), None)
-        if foreign is not None:
-            raise FormatError(
-                f"{self.path} stores its experts in a form that is not supported ({foreign}): quantised experts must "
-                "be converted to plain tensors first"
-            )
-        raise InputError(f"{self.path} is a dense model ({self.model_type}): it has no experts to place")
-
-    def _count_experts(self, layer: int, experts: set[int]) -> int:
-        stated = next((int(self.config[key]) for key in _EXPERT_COUNTS if self.config.get(key)), None)
-        count = max(experts) + 1 if stated is None else stated
-        if experts != set(range(count)):
-            wrong = min(set(range(count)) ^ experts)
-            what = "lacks" if wrong < count else "has the superfluous"
-            raise FormatError(f"{self.path} {what} expert {wrong} of decoder layer {layer}; its layers have {count}")
-        for name in self._expert_names(self._stems[layer], count):
-            if name not in self._shard_of:
-                raise FormatError(f"{self.path} lacks the tensor {name}")
-        return count
-
-    def _expert_names(self, stem: str, count: int) -> list[str]:
-        if f"{stem}.gate_up_proj" in self._shard_of:
-            biases = ["gate_up_proj_bias", "down_proj_bias"] if f"{stem}.gate_up_proj_bias" in self._shard_of else []
-            return [f"{stem}.{part}" for part in ("gate_up_proj", "down_proj", *biases)]
-        parts = _NAMES[stem.split(".")[-2]]
-        return [f"{stem}.{expert}.{part}.weight" for expert in range(count) for part in parts]
 
     @property
     def num_layers(self) -> int:
@@ -169,22 +126,30 @@ class Checkpoint:
 
     def other_names(self) -> Iterator[str]:
         """Names of all tensors that are not routed experts of the model's own layers."""
-        for name in self._shard_of:
-            if not _ANY_EXPERT.search(name):
-                yield name
+        return (name for name in self._shard_of if name not in self._sources.names)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor.
+    def check_shapes(self) -> None:
+        """Whether tensors that go into the model unchanged have its shapes.
+
+        Raises:
+            FormatError: one has another shape.
+        """
+        state = self.family.model.state_dict()
+        for name in self.other_names():
+            target = self._sources.renamed[name]
+            if self._sources.is_converted(name) or target not in state:
+                continue
+            stored, stated = self._shape(name), list(state[target].shape)
+            if stored != stated:
+                raise FormatError(f"{self.path}: the tensor {name} has shape {stored}, its config.json says {stated}")
+
+    def slice_of(self, name: str) -> Any:
+        """A tensor as a lazy slice.
 
         Raises:
             FormatError: the checkpoint has no such tensor.
         """
-        return self._file(name).get_tensor(name)
-
-    def expert_shape(self) -> tuple[int, int]:
-        """(D, H) of the experts."""
-        parts = self.expert(0, 0)
-        return parts["down"].shape[0], parts["down"].shape[1]
+        return self._file(name).get_slice(name)
 
     def expert(self, layer: int, expert: int) -> dict[Part, torch.Tensor]:
         """The parts of one expert, in the runtime's layout; nothing else is read.
@@ -194,31 +159,12 @@ class Checkpoint:
             expert: 0 .. E-1.
 
         Returns:
-            gate_up (2H, D), down (D, H), and where the model has them gate_up_bias (2H,), down_bias (D,).
+            gate_up (2H, D), or (H, D) where experts are not gated, down (D, H), and where the model has them
+            gate_up_bias and down_bias.
         """
-        stem = self._stems[int(self.layer_ids[layer])]
-        if f"{stem}.gate_up_proj" in self._shard_of:
-            return self._fused_expert(stem, expert)
-        gate, up, down = (self.tensor(f"{stem}.{expert}.{part}.weight") for part in _NAMES[stem.split(".")[-2]])
-        return {"gate_up": torch.cat([gate, up]), "down": down}
-
-    def _fused_expert(self, stem: str, expert: int) -> dict[Part, torch.Tensor]:
-        parts: dict[Part, torch.Tensor] = {
-            "gate_up": self._row(f"{stem}.gate_up_proj", expert),
-            "down": self._row(f"{stem}.down_proj", expert),
-        }
-        if f"{stem}.gate_up_proj_bias" in self._shard_of:
-            parts["gate_up_bias"] = self._row(f"{stem}.gate_up_proj_bias", expert)
-            parts["down_bias"] = self._row(f"{stem}.down_proj_bias", expert)
-        if self.model_type not in _INTERLEAVED:
-            return parts
-        parts["gate_up"], parts["down"] = parts["gate_up"].t(), parts["down"].t()
-        for part in ("gate_up", "gate_up_bias"):
-            parts[part] = torch.cat([parts[part][::2], parts[part][1::2]])  # type: ignore[index]
-        return parts
-
-    def _row(self, name: str, row: int) -> torch.Tensor:
-        return self._file(name).get_slice(name)[row]
+        form = self.family.forms[layer]
+        values = self._sources.read(layer, expert, self.slice_of)
+        return {form.parts[name]: form.to_runtime(name, value) for name, value in values.items()}
 
     def _shape(self, name: str) -> list[int]:
         return list(self._file(name).get_slice(name).get_shape())

@@ -22,7 +22,7 @@ from moeplace.runtime.counters import Counters
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.errors import MigrationError, PeerLostError
 from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.models.decoder import Decoder
+from moeplace.runtime.models.opening import open_model
 from moeplace.runtime.service.api import MemberJob
 from moeplace.runtime.service.faults import FaultPlan
 from moeplace.runtime.service.generation import Forming, Generation
@@ -50,7 +50,7 @@ class MemberLoop:
         self._faults = FaultPlan(job.faults)
         self._checkpoint = Checkpoint(job.checkpoint)
         dtype = job.options.dtype
-        self._decoder: Decoder = Decoder(self._checkpoint, dtype=getattr(torch, dtype) if dtype else None)
+        self._decoder = open_model(self._checkpoint, dtype=getattr(torch, dtype) if dtype else None)
         self._counters = Counters()  # of all generations
         self._assignments = 0
         self._members: tuple[int, ...] = ()

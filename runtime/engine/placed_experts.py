@@ -1,0 +1,80 @@
+"""PlacedExperts: what every executor has, however its model runs between the experts: experts under a placement."""
+
+from collections.abc import Sequence
+from zlib import crc32
+
+import numpy as np
+
+from moeplace.placement.modes import Mode
+from moeplace.placement.placement import Placement
+from moeplace.runtime.comm.group import RankGroup
+from moeplace.runtime.engine.load_window import LoadWindow
+from moeplace.runtime.engine.requests import RunningSequence
+from moeplace.runtime.exchange.dispatcher import MoeRuntime
+from moeplace.runtime.exchange.factory import Dispatcher, make_dispatcher
+from moeplace.runtime.exchange.slot_tables import SlotTables
+from moeplace.runtime.experts.computation import ExpertComputation
+from moeplace.runtime.experts.store import ExpertStore
+from moeplace.runtime.experts.weights import Activation
+
+
+class PlacedExperts:
+    """The expert side of an executor.
+
+    Attributes:
+        runtime: placement, experts and counters as dispatchers see them.
+        group: the ranks.
+        placement: what is where.
+        version: how often the placement has changed.
+        window: routing seen by this rank.
+    """
+
+    def __init__(
+        self,
+        experts: ExpertStore,
+        group: RankGroup,
+        placement: Placement,
+        *,
+        activation: Activation,
+        window: LoadWindow,
+        node_aware: bool,
+    ) -> None:
+        self.group = group
+        self._node_aware, self.window, self._experts = node_aware, window, experts
+        self._computation = ExpertComputation(experts, counters=group.counters, activation=activation)
+        self.version = 0
+        self.install(placement, version=0)
+
+    def install(self, placement: Placement, *, version: int | None = None) -> None:
+        """Serve under `placement` from the next pass on; its experts must be in their slots.
+
+        Args:
+            version: None = the next one.
+        """
+        self.placement = placement
+        self.version = self.version + 1 if version is None else version
+        tables = SlotTables.from_placement(placement, rank=self.group.rank, device=self.group.device)
+        self.runtime = MoeRuntime(tables, self._experts, self._computation, self.group.counters, self.window)
+        self._dispatchers: dict[Mode, Dispatcher] = {}
+
+    def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:
+        """Serve with the ranks of another group from the next pass on; see `Engine.regroup`."""
+        self.group = group
+        self.install(placement, version=version)
+
+    def dispatcher(self, mode: Mode) -> Dispatcher:
+        """What carries a mode out under the placement in force."""
+        if mode not in self._dispatchers:
+            self._dispatchers[mode] = make_dispatcher(mode, self.runtime, self.group, node_aware=self._node_aware)
+        return self._dispatchers[mode]
+
+    def note_pass(self, ordered: Sequence[RunningSequence], lengths: Sequence[int]) -> None:
+        """Tell the window whose tokens a pass serves, in their order."""
+        if self.window.recent is not None:
+            names = [crc32(sequence.request.request_id.encode()) for sequence in ordered]  # alike on all ranks
+            self.window.recent.begin_pass(np.repeat(np.array(names, np.int64), lengths))
+
+
+def by_home(sequences: Sequence[RunningSequence]) -> list[RunningSequence]:
+    """Sequences in the order in which a pass numbers them: by home, then as given."""
+    return sorted(sequences, key=lambda sequence: sequence.home)
