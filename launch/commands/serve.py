@@ -124,9 +124,10 @@ def _make_engine(args: argparse.Namespace, group: "RankGroup", inputs: dict[str,
 
     from moeplace.runtime.engine.engine import Engine
     from moeplace.runtime.engine.limits import EngineLimits
+    from moeplace.runtime.engine.verification import needs_verification, verify_engine
 
     limits = EngineLimits(max_sequences=args.max_sequences, max_length=args.max_length, kv_bytes=args.kv_bytes)
-    return Engine(
+    engine = Engine(
         args.model,
         mode=args.mode,
         group=group,
@@ -135,3 +136,6 @@ def _make_engine(args: argparse.Namespace, group: "RankGroup", inputs: dict[str,
         node_aware=args.node_aware,
         **inputs,
     )
+    if args.verify if args.verify is not None else needs_verification(engine.checkpoint.model_type):
+        verify_engine(engine)
+    return engine

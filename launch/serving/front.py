@@ -34,6 +34,12 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
     parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence, completion included")
     parser.add_argument("--kv-bytes", type=int, metavar="B", help="K/V memory of a rank")
     parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the checkpoint's)")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="compare a short pass with the plain model before serving (default: if no recorded pass vouches for the "
+        "model's family; see docs/models.md)",
+    )
     parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for another rank")
 
 
@@ -163,6 +169,7 @@ def start_coordinator(args: argparse.Namespace, spawner: "Spawner", *, host: str
     from moeplace.placement.placement_file import load_placement
     from moeplace.runtime.service.coordinator.coordinator import Coordinator
 
+    verify_alone(args)
     options = _service_options(args)
     placement = load_placement(args.placement) if args.placement else None
     service = Coordinator(
@@ -174,6 +181,25 @@ def start_coordinator(args: argparse.Namespace, spawner: "Spawner", *, host: str
         service.close(drain=False)
         raise
     return service
+
+
+def verify_alone(args: argparse.Namespace) -> None:
+    """Before ranks are started: serve the verification's sequences on one rank, in this process.
+
+    Raises:
+        InputError: their logits are not the plain model's.
+    """
+    import torch
+
+    from moeplace.runtime.engine.engine import Engine
+    from moeplace.runtime.engine.limits import EngineLimits
+    from moeplace.runtime.engine.verification import needs_verification, verify_engine
+    from moeplace.runtime.models.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(args.model)
+    if args.verify if args.verify is not None else needs_verification(checkpoint.model_type):
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        verify_engine(Engine(checkpoint, mode="allgather", dtype=dtype, limits=EngineLimits(max_sequences=4)))
 
 
 def _service_options(args: argparse.Namespace) -> "ServiceOptions":

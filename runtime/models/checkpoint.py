@@ -56,6 +56,9 @@ class Checkpoint:
         self._sources = ExpertSources(self.family, self._shard_of)
         self.layer_ids = np.array([form.experts.layer_id for form in self.family.forms])
         self.experts_per_layer = np.array([form.experts.num_experts for form in self.family.forms])
+        dense = self._sources.unexpected_layer(self.layer_ids.tolist(), self.num_hidden_layers)
+        if dense is not None:
+            raise FormatError(f"{self.path} has experts in decoder layer {dense}, which its config.json makes dense")
         try:
             for layer in range(self.num_layers):
                 self._sources.check(layer, self._shape)

@@ -22,6 +22,8 @@ from moeplace.runtime.models.family import ExpertsForm, Family
 _NUMBERED = re.compile(r"\.(\d+)\.(?!.*\.\d+\.)")
 """The last number in a name: the expert."""
 
+_LAYER_OF_EXPERT = re.compile(r"layers\.(\d+)\.\w+\.experts\.\d+\.")
+
 
 @dataclass
 class Source:
@@ -97,7 +99,7 @@ class ExpertSources:
         for name in form.experts.parameters():
             source = self._sources.get(f"{form.experts.name}.{name}")
             if source is None:
-                raise FormatError(f"lacks {form.experts.name}.{name}, or stores it in a form that is not supported")
+                raise FormatError(self._describe_foreign(form, name))
             if not source.is_per_expert:
                 rows = shape_of(next(iter(source.names.values()))[0])[0]
                 found.update(range(rows))
@@ -109,6 +111,25 @@ class ExpertSources:
             what = "lacks" if wrong[0] < count else "has the superfluous"
             raise FormatError(f"{what} expert {wrong[0]} of decoder layer {layer_id}; its layers have {count}")
         self._check_parts(form, count)
+
+    def _describe_foreign(self, form: ExpertsForm, parameter: str) -> str:
+        """What there is instead of a parameter of experts."""
+        foreign = next((name for name, target in self.renamed.items() if f"{form.experts.name}." in target), None)
+        if foreign is None:
+            return f"lacks the tensor {form.experts.name}.{parameter}"
+        return (
+            f"stores its experts in a form that is not supported ({foreign}): quantised experts must be converted to "
+            "plain tensors first"
+        )
+
+    def unexpected_layer(self, layer_ids: Iterable[int], depth: int) -> int | None:
+        """A decoder layer that has experts on disk and none in the model."""
+        known = set(layer_ids)
+        for name in self.renamed:
+            match = _LAYER_OF_EXPERT.search(name)
+            if match is not None and int(match.group(1)) < depth and int(match.group(1)) not in known:
+                return int(match.group(1))
+        return None
 
     def _check_parts(self, form: ExpertsForm, count: int) -> None:
         for name in form.experts.parameters():

@@ -93,6 +93,10 @@ class Family:
                 f"{folder / 'config.json'} does not describe a causal language model: {reason}"
             ) from error
         self.model: Any = model.eval().requires_grad_(False)
+        quantised = getattr(self.config, "quantization_config", None)
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+            raise self.refusal(f"its weights are quantised ({method}): they must be converted to plain tensors first")
         found = find_experts(self.model)
         if not found:
             raise InputError(f"{folder} is a dense model ({self.name}): it has no experts to place")

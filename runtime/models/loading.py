@@ -29,7 +29,7 @@ def load_without_experts(checkpoint: Checkpoint, *, dtype: torch.dtype, device: 
         warnings.simplefilter("ignore")
         model, info = _without_experts(family).from_pretrained(
             None,
-            config=copy.deepcopy(family.config),
+            config=copy.deepcopy(family.model.config),
             state_dict=lazy,
             dtype=dtype,
             output_loading_info=True,

@@ -1,0 +1,76 @@
+"""Verification: one short pass of an engine compared with the plain model that `transformers` builds.
+
+A family that no recorded test has served may differ in ways that no error shows; so it is asked, once, at the start.
+Rank 0 loads the whole plain model for it, experts included, and lets it go again.
+
+Shape letters: n tokens of a sequence, V vocabulary.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from moeplace.profiling.errors import InputError
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.models.recorded import recorded_passes
+
+logger = logging.getLogger(__name__)
+
+_SHAPES = ((1, 1), (6, 2), (24, 19))
+"""Length and prompt length of each sequence: masks of several lengths, and single tokens after a prompt."""
+_TOLERANCES = {torch.float64: 1e-4, torch.float32: 2e-3}
+_COARSE, _COARSE_SHARE = 0.1, 0.75
+"""Of 16-bit types: how far a position may be off, and how many must not be; near-ties of routers may fall otherwise."""
+
+
+def needs_verification(family: str) -> bool:
+    """Whether no recorded pass vouches for a family."""
+    return not recorded_passes().get(family)
+
+
+def verify_engine(engine: Engine) -> None:
+    """Compare the logits of a few short sequences with the plain model's: a collective, before requests come.
+
+    Raises:
+        InputError: they differ, on every rank.
+    """
+    positions = engine.scheduler.positions
+    shapes = [(min(length, positions), min(prompt, positions)) for length, prompt in _SHAPES]
+    vocabulary = engine.executor.decoder.vocabulary
+    sequences = [[(5 + 11 * seed + 7 * index) % vocabulary for index in range(n)] for seed, (n, _) in enumerate(shapes)]
+    served = engine.score(sequences, prompt_lengths=[prompt for _, prompt in shapes])
+    differing = torch.zeros(1, dtype=torch.int64, device=engine.group.device)
+    if engine.group.rank == 0:
+        plain = plain_logits(engine.checkpoint.path, sequences, dtype=engine.executor.decoder.dtype)
+        differing[0] = sum(not _agree(*pair) for pair in zip(served, plain, strict=True))
+    if engine.group.size > 1:
+        engine.group.all_reduce(differing, kind="verification")
+    if differing.item():
+        family = engine.checkpoint.model_type
+        raise InputError(
+            f"family {family} is not supported (because the logits of {int(differing)} of {len(sequences)} test "
+            "sequences are not those of the plain model)"
+        )
+    engine.group.counters.reset()
+
+
+@torch.inference_mode()
+def plain_logits(folder: Path, sequences: Sequence[Sequence[int]], *, dtype: torch.dtype) -> list[torch.Tensor]:
+    """(n, V) of the plain model per sequence, one at a time and without a cache."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, experts_implementation="eager"
+    ).eval()
+    return [model(input_ids=torch.tensor([list(s)]), use_cache=False).logits[0] for s in sequences]
+
+
+def _agree(served: torch.Tensor, plain: torch.Tensor) -> bool:
+    """Whether two (n, V) logits are the same but for rounding."""
+    tolerance = _TOLERANCES.get(plain.dtype, _COARSE)
+    served, plain = served.double().cpu(), plain.double()
+    scale = plain.abs().amax(1).clamp(min=1e-6)
+    close_n = (served - plain).abs().amax(1) <= tolerance * scale
+    return bool(close_n.all() if tolerance < _COARSE else close_n.double().mean() >= _COARSE_SHARE)
