@@ -80,7 +80,24 @@ _OWN: dict[str, dict[str, Any]] = {
         "moe_topk": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]},
+    "kimi_linear": {
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    },
+    "qwen4_exp_text": {
+        "ngram_vocab_size_base": 64,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "heads_per_ngram": 2,
+        "hc_lowrank": 8,
+        "hc_count": 2,
+        "split_ngram_parts": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
@@ -105,6 +122,8 @@ def _speaks_of_experts(family: str) -> bool:
     spec = importlib.util.find_spec(f"transformers.models.{name}.modeling_{name}") if _exists(name) else None
     if family not in CONFIG_MAPPING_NAMES or spec is None or spec.origin is None:
         return False
+    if f"{family}_text" in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # what is served of it is its language model
+        return False
     if "xperts" not in Path(spec.origin).read_text(encoding="utf-8"):
         return False
     try:
@@ -112,7 +131,7 @@ def _speaks_of_experts(family: str) -> bool:
             model = build(family)
     except Exception:
         return True
-    return bool(find_experts(model)) or "xperts" in repr(model)
+    return bool(find_experts(model))
 
 
 def _exists(name: str) -> bool:
@@ -165,6 +184,8 @@ def save_family(family: str, folder: Path, *, seed: int = 0, shard_size: str = "
     for name, buffer in model.named_buffers():
         if "e_score_correction_bias" in name or "expert_bias" in name:
             buffer.normal_(0, 0.05)
+        elif "tid2eid" in name:  # a table from token to experts, which must differ
+            buffer.copy_(torch.rand(len(buffer), 8).argsort(1)[:, : buffer.shape[1]])
     model.generation_config = transformers.GenerationConfig(eos_token_id=0, pad_token_id=0, bos_token_id=0)
     model.save_pretrained(folder, max_shard_size=shard_size)
 

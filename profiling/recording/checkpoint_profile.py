@@ -12,7 +12,8 @@ from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import require_file
 from moeplace.profiling.recording.checkpoint_files import check_checkpoint
 from moeplace.profiling.recording.corpus import Tokenize, estimate_tokens, token_sequences
-from moeplace.profiling.recording.recorder import Recorder, find_routers
+from moeplace.profiling.recording.recorder import Recorder
+from moeplace.profiling.recording.routing_sources import find_sources
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
@@ -57,8 +58,8 @@ def _check_architecture(path: Path) -> None:
         raise FormatError(
             f"{path / 'config.json'} does not describe a causal language model: {_line(error)}"
         ) from error
-    if not find_routers(skeleton):
-        raise InputError(f"{path} is a dense model ({type(skeleton).__name__}): it has no MoE router to record")
+    if not find_sources(skeleton):
+        raise InputError(f"{path} is a dense model ({type(skeleton).__name__}): it has no experts to record")
 
 
 def _device(name: str) -> torch.device:

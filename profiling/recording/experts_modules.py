@@ -5,6 +5,8 @@
     parameters  a class of its own with `down_proj` and `gate_up_proj` or `up_proj`, one matrix per expert
     name        any module called `experts` that is no single feed-forward: found, so that nothing with experts is
                 called dense; others must know how its tokens are routed
+    router      a module that holds a router with `top_k` beside stacked weights (JetMoE); experts of an attention are
+                part of it and are not placed
 
 Zero-computation experts (MoE++, LongCat) are ids beyond the experts that have weights: their output is their input.
 
@@ -80,9 +82,20 @@ def _read(name: str, layer: int, module: Any, parent: Any) -> ExpertsModule | No
         total, experts = max(own[up][0], own[_DOWN][0]), min(own[up][0], own[_DOWN][0])
         null = int(getattr(module, "zero_expert_num", 0) or 0) or total - experts
         return ExpertsModule(name, layer, module, parent, experts, null, _takes_ids(module))
-    if name.rpartition(".")[2] == "experts" and not hasattr(module, _DOWN):
-        return ExpertsModule(name, layer, module, parent, _stated_experts(module), 0, _takes_ids(module))
+    if "attention" in name.rpartition(".")[0].rpartition(".")[2]:
+        return None
+    is_called_so = name.rpartition(".")[2] == "experts" and not hasattr(module, _DOWN)
+    if is_called_so or _holds_router(module):
+        return ExpertsModule(name, layer, module, parent, _stated_experts(module, parent), 0, _takes_ids(module))
     return None
+
+
+def _holds_router(module: Any) -> bool:
+    """Whether a module routes by itself into stacked weights that it holds."""
+    children = dict(module.named_children())
+    router = children.get("router", children.get("gate"))
+    stacked = [child for child in children.values() if any(p.ndim == 3 for p in child.parameters(recurse=False))]
+    return hasattr(router, "top_k") and len(stacked) > 1
 
 
 def _takes_ids(module: Any) -> bool:
@@ -91,9 +104,12 @@ def _takes_ids(module: Any) -> bool:
     return len(inspect.signature(type(module).forward).parameters) >= 4  # self, hidden, ids, weights
 
 
-def _stated_experts(module: Any) -> int:
-    """E as an attribute of the module says, else the number of its children."""
-    for key in ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"):
-        if isinstance(getattr(module, key, None), int):
-            return int(getattr(module, key))
-    return len(list(module.children()))
+def _stated_experts(module: Any, parent: Any) -> int:
+    """E as an attribute of the module or of its router says, else the rows of the router's weight."""
+    routers = [getattr(holder, name, None) for holder in (module, parent) for name in ("router", "gate")]
+    for holder in (module, *routers):
+        for key in ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"):
+            if isinstance(getattr(holder, key, None), int):
+                return int(getattr(holder, key))
+    weights = [getattr(router, "weight", None) for router in routers]
+    return next((len(weight) for weight in weights if weight is not None), len(list(module.children())))

@@ -1,15 +1,13 @@
-"""Records the routing of a Hugging Face MoE model: a forward hook on every router.
+"""Records the routing of a Hugging Face MoE model: a hook where each MoE layer shows it (see `routing_sources`).
 
-The router modules of OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3 and GPT-OSS return the tuple
-(logits (T, E), weights (T, K), ids (T, K)). A hook keeps references only; after a pass, ids and weights are put into
-one narrow array each, where they are. Copying them to the host, sorting, checking and writing wait until many tokens
-have gathered, so a pass on a GPU is never waited for, and memory does not grow with the corpus.
+A hook keeps references only; after a pass, ids and weights are put into one narrow array each, where they are. Copying
+them to the host, sorting, checking and writing wait until many tokens have gathered, so a pass on a GPU is never waited
+for, and memory does not grow with the corpus.
 
 Shape letters: T tokens of a pass, L MoE layers, E experts per layer, K top-k, D hidden size.
 """
 
 import inspect
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +19,11 @@ import torch
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.recording.cache_names import cache_of
 from moeplace.profiling.recording.gate_accuracy import GateAccuracy
+from moeplace.profiling.recording.routing_sources import Routing, RoutingSource, find_sources
 from moeplace.profiling.traces.file import TraceWriter
 
-_ROUTER_NAMES = ("gate", "router")
+_GATE_NAMES = ("gate", "router")
 _PIECE_TOKENS = 1 << 14  # appended to the file at once
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class _Pass(NamedTuple):
@@ -40,32 +38,20 @@ class _Pass(NamedTuple):
     workload: int
 
 
-class Router(NamedTuple):
-    """One router of a model and what belongs to it."""
+def find_gates(sources: Sequence[RoutingSource]) -> list[torch.nn.Module]:
+    """Routers that can be asked about any input: modules called gate or router beside the experts of each layer.
 
-    layer_id: int  # decoder-layer index
-    module: torch.nn.Module
-    num_experts: int
-    hidden_size: int
-    expert_bytes: int
-
-
-def find_routers(model: torch.nn.Module) -> list[Router]:
-    """The routers of a model in layer order: modules called gate or router that have `experts` beside them."""
-    routers = []
-    for name, block in model.named_modules():
-        children = dict(block.named_children())
-        layer = _LAYER.search(name + ".")
-        gates = [children[n] for n in _ROUTER_NAMES if n in children]
-        if layer is None or "experts" not in children or not gates:
-            continue
-        weight = dict(gates[0].named_parameters(recurse=False)).get("weight")
-        if weight is None or weight.ndim != 2:
-            continue
-        experts, hidden = weight.shape
-        held = sum(p.numel() * p.element_size() for p in children["experts"].parameters())
-        routers.append(Router(int(layer.group(1)), gates[0], experts, hidden, held // experts))
-    return sorted(routers, key=lambda router: router.layer_id)
+    Raises:
+        InputError: a layer has none.
+    """
+    gates = []
+    for source in sources:
+        children = dict(source.experts.parent.named_children())
+        gate = next((children[name] for name in _GATE_NAMES if name in children), None)
+        if gate is None:
+            raise InputError(f"decoder layer {source.experts.layer_id} has no gate whose accuracy could be measured")
+        gates.append(gate)
+    return gates
 
 
 class Recorder:
@@ -86,7 +72,7 @@ class Recorder:
         gate_accuracy: also measure cross-layer gate accuracy (more computation per pass).
 
     Raises:
-        InputError: the model has no MoE router, or its routers do not report their decision.
+        InputError: the model is dense, or nothing in it shows how tokens are routed.
     """
 
     def __init__(
@@ -100,34 +86,42 @@ class Recorder:
     ) -> None:
         self._model = model
         self._path = Path(path)
-        self._routers = find_routers(model)
+        self._sources = find_sources(model)
         config: Any = model.config
         self._name = name or str(config.name_or_path or config.model_type)
-        if not self._routers:
-            raise InputError(f"{self._name} is a dense model ({type(model).__name__}): it has no MoE router to record")
+        if not self._sources:
+            raise InputError(f"{self._name} is a dense model ({type(model).__name__}): it has no experts to record")
+        self._gate_modules = find_gates(self._sources) if gate_accuracy else []
         self.workload = 0
         self._workload_names = tuple(workload_names)
-        self._hidden_layers = int(config.num_hidden_layers)
+        text: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        stated = int(getattr(text, "num_hidden_layers", 0))
+        self._hidden_layers = max(stated, self._sources[-1].experts.layer_id + 1)
         self._measure_gates = gate_accuracy
         self._gates: GateAccuracy | None = None
-        self._outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._seen: dict[int, Routing] = {}
         self._predictions: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._gate_input: torch.Tensor | None = None
         self._nested = False
+        self._width = 0
         self._cached = 0
         self._rows_B = np.zeros(0, dtype=np.int64)
         self._next_sequence = 0
         self._writer: TraceWriter | None = None
         self._pending: list[_Pass] = []
         self._pending_tokens = 0
-        self._id_dtype = torch.int16 if max(r.num_experts for r in self._routers) < 2**15 else torch.int32
+        self._nulls = max(source.experts.num_null for source in self._sources)
+        most = max(source.experts.num_experts for source in self._sources) + self._nulls
+        self._id_dtype = torch.int16 if most < 2**15 else torch.int32
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
         if not self._path.parent.is_dir():
             raise InputError(f"cannot write {self._path}: the folder {self._path.parent} does not exist")
-        for index, router in enumerate(self._routers):
-            self._handles.append(router.module.register_forward_hook(self._router_hook(index)))
+        for index, source in enumerate(self._sources):
+            self._handles.append(source.attach(self._noting(index)))
+        for index, gate in enumerate(self._gate_modules):
+            self._handles.append(gate.register_forward_hook(self._gate_hook(index)))
         self._handles.append(self._model.register_forward_pre_hook(self._before_pass, with_kwargs=True))
         self._handles.append(self._model.register_forward_hook(self._after_pass, with_kwargs=True))
         return self
@@ -156,20 +150,25 @@ class Recorder:
         """The measurement asked for with `gate_accuracy=True`, once a pass was recorded."""
         return self._gates
 
-    def _router_hook(self, index: int) -> Any:
-        router = self._routers[index]
+    def _noting(self, index: int) -> Any:
+        def note(routing: Routing) -> None:
+            if index in self._seen:
+                layer = self._sources[index].experts.layer_id
+                raise InputError(f"decoder layer {layer} runs several times in a pass: its routing cannot be recorded")
+            self._seen[index] = routing
 
+        return note
+
+    def _gate_hook(self, index: int) -> Any:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
             if self._nested:
                 return
             if not isinstance(output, tuple) or len(output) != 3:
                 raise InputError(
-                    f"the router of layer {router.layer_id} ({type(module).__name__}) must return "
-                    f"(logits, weights, ids), not {type(output).__name__}: its model is not supported"
+                    f"the gate of decoder layer {self._sources[index].experts.layer_id} ({type(module).__name__}) must "
+                    f"return (logits, weights, ids) for its accuracy to be measured, not {type(output).__name__}"
                 )
-            self._outputs[index] = (output[2].detach(), output[1].detach())
-            if self._measure_gates:
-                self._predict(index, module, inputs[0].detach())
+            self._predict(index, module, inputs[0].detach())
 
         return hook
 
@@ -187,7 +186,7 @@ class Recorder:
         self._gate_input = gate_input
 
     def _before_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._outputs.clear()
+        self._seen.clear()
         self._gate_input = None
         cache = cache_of(_named(module, args, kwargs))
         self._cached = int(cache.get_seq_length()) if cache is not None else 0
@@ -196,23 +195,35 @@ class Recorder:
         given = _named(module, args, kwargs)
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if tokens is None or len(self._outputs) != len(self._routers):
+        if tokens is None or len(self._seen) != len(self._sources):
             raise InputError("a forward pass was recorded in part: it must have input_ids and run every MoE layer")
         rows, length = tokens.shape[:2]
         if self._cached == 0 or rows != len(self._rows_B):
             self._rows_B = self._next_sequence + np.arange(rows)
             self._next_sequence += rows
         keep = _kept(given.get("attention_mask"), length)
-        layers = range(len(self._routers))
-        ids = torch.stack([self._outputs[i][0].to(self._id_dtype) for i in layers], dim=1)
-        weights = torch.stack([self._outputs[i][1] for i in layers], dim=1)
-        self._outputs.clear()
+        ids, weights = self._stack()
+        self._seen.clear()
         if self._measure_gates:
             self._count_gates(keep, ids)
         self._pending.append(_Pass(ids, weights, keep, self._rows_B, length, self._cached, self.workload))
         self._pending_tokens += len(ids)
         if self._pending_tokens >= _PIECE_TOKENS:
             self._flush()
+
+    def _stack(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T, L, K) ids and weights of the pass; layers with fewer experts per token are filled up with none."""
+        passes = [self._seen[index] for index in range(len(self._sources))]
+        self._width = passes[0].width
+        top_k = max(routing.ids.shape[1] for routing in passes)
+        ids, weights = [], []
+        for source, routing in zip(self._sources, passes, strict=True):
+            beyond = source.experts.num_experts + source.experts.num_null
+            known = routing.ids.masked_fill(routing.ids >= beyond, -1)  # the id after the last says "no expert"
+            room = (0, top_k - known.shape[1])
+            ids.append(torch.nn.functional.pad(known.to(self._id_dtype), room, value=-1))
+            weights.append(torch.nn.functional.pad(routing.weights, room))
+        return torch.stack(ids, dim=1), torch.stack(weights, dim=1)
 
     def _flush(self) -> None:
         """Move what waits to the file; in large pieces, because each has a fixed cost."""
@@ -239,8 +250,8 @@ class Recorder:
 
     def _count_gates(self, keep: torch.Tensor | None, ids: torch.Tensor) -> None:
         if self._gates is None:
-            experts = min(router.num_experts for router in self._routers)
-            layer_ids = [router.layer_id for router in self._routers]
+            experts = min(source.experts.num_experts for source in self._sources)
+            layer_ids = [source.experts.layer_id for source in self._sources]
             self._gates = GateAccuracy(layer_ids, top_k=ids.shape[2], num_experts=experts)
         keep_T = slice(None) if keep is None else keep.cpu().numpy()
         ids_TLK = ids.cpu().numpy()
@@ -253,13 +264,14 @@ class Recorder:
         if self._writer is None:
             self._writer = TraceWriter(
                 self._path,
-                experts_per_layer=np.array([router.num_experts for router in self._routers]),
+                experts_per_layer=np.array([source.experts.num_experts for source in self._sources]),
                 top_k=top_k,
                 model=self._name,
-                layer_ids=np.array([router.layer_id for router in self._routers]),
+                layer_ids=np.array([source.experts.layer_id for source in self._sources]),
                 num_hidden_layers=self._hidden_layers,
-                expert_bytes=np.array([router.expert_bytes for router in self._routers]),
-                hidden_size=self._routers[0].hidden_size,
+                expert_bytes=np.array([source.experts.expert_bytes for source in self._sources]),
+                hidden_size=self._width,
+                null_experts=self._nulls,
                 workload_names=self._workload_names,
             ).__enter__()
         return self._writer

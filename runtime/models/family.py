@@ -79,6 +79,7 @@ class Family:
         import transformers
 
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         try:
             self.config: Any = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False

@@ -12,6 +12,7 @@ from transformers.models.olmoe import modeling_olmoe as olmoe
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
+from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.decoder import Decoder
 from moeplace.runtime.models.opening import open_model
@@ -118,7 +119,7 @@ def test_a_whole_model_refuses_coherent_and_auto_avoids_it(tmp_path: Path, monke
     """Its sentence says why; `auto` of a placement that was made for coherent serves in another mode."""
     monkeypatch.setattr(olmoe, "OlmoeSparseMoeBlock", ScaledBlock)
     save_checkpoint("olmoe", tmp_path)
-    with pytest.raises(InputError, match=r"family olmoe cannot be served in mode coherent \(because decoder layer 0 is"):
+    with pytest.raises(InputError, match=r"olmoe cannot be served in mode coherent \(because decoder layer 0 is"):
         Engine(tmp_path, mode="coherent")
     engine = Engine(tmp_path, mode="auto")
     coherent = engine.placement.replace(mode="coherent")
@@ -141,9 +142,7 @@ def failing(fail_at: int) -> Callable[..., torch.Tensor]:
 
 
 def test_a_broken_pass_leaves_no_state_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an exchange that fails in the middle, sequences count as unseen: their tokens are run again from the first."""
-    from moeplace.runtime.engine.requests import Request
-
+    """After an exchange that fails in the middle, sequences count as unseen: their tokens are run from the first."""
     monkeypatch.setattr(olmoe, "OlmoeSparseMoeBlock", ScaledBlock)
     save_checkpoint("olmoe", tmp_path)
     engine = Engine(tmp_path, mode="allgather", dtype=torch.float64)
