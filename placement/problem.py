@@ -147,7 +147,8 @@ class Problem:
             raise InfeasibleError(
                 f"MoE layer {layer} needs {need} slots for {self.experts_per_layer[layer]} experts"
                 + (f" on {copies} ranks each" if copies > 1 else "")
-                + f", but {ranks} ranks have {slots} slots: {need - slots} are missing"
+                + f", but {ranks} ranks have {slots} slots: {need - slots} are missing "
+                f"(--slots-per-rank {-(-need // ranks)} is enough)"
             )
         usable = int(np.minimum(self.cluster.slots_of_rank, self.experts_per_layer[layer]).sum())
         if need > usable:

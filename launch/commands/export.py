@@ -3,10 +3,18 @@
 import argparse
 import shlex
 import sys
+from typing import TYPE_CHECKING
+
+from moeplace.launch.options.layers import layer_range
+
+if TYPE_CHECKING:
+    from moeplace.placement.placement import Placement
 
 HELP = "write a placement as the file that a serving engine loads"
 EXAMPLE = "moeplace export p.json --to sglang --out sglang.json"
 ENGINES = ("sglang", "vllm", "trtllm", "vllm-ascend", "omni", "exflow")
+WITHOUT_DRAFT_LAYERS = ("sglang", "exflow")
+TAKES_EMPTY_SLOTS = ("omni", "exflow")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-hidden-layers", type=int, metavar="N", help="decoder layers of the model, where P does not say it"
     )
+    parser.add_argument(
+        "--mtp-layers", type=int, default=0, metavar="N", help="add N draft (MTP) layers after the last decoder layer, "
+        "experts in index order",
+    )  # fmt: skip
+    parser.add_argument(
+        "--add-layers", type=layer_range, default=(), metavar="IDS", help="add decoder layers whose routers were not "
+        "recorded, experts in index order: 0-2",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="J", help="write files, start flags and notes to J")
 
 
@@ -28,11 +44,41 @@ def run(args: argparse.Namespace) -> int:
     placement = file.placement
     if args.num_hidden_layers is not None:
         placement = placement.replace(num_hidden_layers=args.num_hidden_layers)
+    placement, notes = _fit(args, placement)
     provenance = {"command": shlex.join(["moeplace", *sys.argv[1:]]), "solver": file.solver, "evidence": file.evidence}
     export = write_engine_placement(args.out, placement, args.to, provenance=provenance)
     if args.json:
-        write_json(args.json, {"files": list(export.files), "start": export.start, "notes": list(export.notes)})
+        write_json(args.json, {"files": list(export.files), "start": export.start, "notes": [*notes, *export.notes]})
     print("\n".join(f"wrote {name}" for name in export.files))
     print(f"start {args.to} with: {export.start}")
-    print("\n".join(f"note: {note}" for note in export.notes))
+    print("\n".join(f"note: {note}" for note in (*notes, *export.notes)))
     return 0
+
+
+def _fit(args: argparse.Namespace, placement: "Placement") -> tuple["Placement", list[str]]:
+    """The placement with the layers that the flags add and without empty slots, and what to say about it.
+
+    Raises:
+        InputError: the engine has no rows for draft layers, or a layer is there already.
+    """
+    from moeplace.placement.engines.fitting import add_layers, fill_empty_slots
+    from moeplace.profiling.errors import InputError
+
+    notes = []
+    if args.mtp_layers and args.to in WITHOUT_DRAFT_LAYERS:
+        raise InputError(f"--mtp-layers ({args.mtp_layers}): {args.to} has no rows for draft layers, leave the flag out")
+    if args.mtp_layers < 0:
+        raise InputError(f"--mtp-layers ({args.mtp_layers}) must not be negative")
+    last = placement.num_hidden_layers
+    added = (*args.add_layers, *range(last, last + args.mtp_layers))
+    if added:
+        placement = add_layers(placement, added)
+        notes.append(f"decoder layers {', '.join(map(str, added))} were added, experts in index order")
+    if args.to not in TAKES_EMPTY_SLOTS:
+        placement, filled = fill_empty_slots(placement)
+        if filled:
+            notes.append(
+                f"{filled} empty slots were filled with replicas, as {args.to} needs: they cost memory and help little, "
+                "solve with fewer slots per rank or for longer"
+            )
+    return placement, notes

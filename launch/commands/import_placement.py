@@ -22,10 +22,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer-ids", type=layer_range, metavar="IDS", help="decoder layers of the MoE layers: 1-26, 3,5,7"
     )
     parser.add_argument("--num-hidden-layers", type=int, metavar="N", help="decoder layers in all")
+    parser.add_argument("--ignore-sidecar", action="store_true", help="read FILE as if it stood alone")
 
 
 def run(args: argparse.Namespace) -> int:
     return run_import_placement(args)
+
+
+def _one_number(experts: int | tuple[int, ...] | None) -> int | None:
+    """Placement files of engines have one number of experts.
+
+    Raises:
+        InputError: there are several.
+    """
+    from moeplace.profiling.errors import InputError
+
+    if isinstance(experts, tuple):
+        raise InputError(f"--num-experts {','.join(map(str, experts))} must be one number for a placement file")
+    return experts
 
 
 def run_import_placement(args: argparse.Namespace) -> int:
@@ -36,12 +50,12 @@ def run_import_placement(args: argparse.Namespace) -> int:
     options = {
         "num_ranks": args.ranks,
         "ranks_per_node": args.ranks_per_node,
-        "num_experts": args.num_experts,
+        "num_experts": _one_number(args.num_experts),
         "layer_ids": None if args.layer_ids is None else tuple(args.layer_ids),
         "num_hidden_layers": args.num_hidden_layers,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    placement = read_engine_placement(args.source, args.engine, **given)
+    placement = read_engine_placement(args.source, args.engine, ignore_sidecar=args.ignore_sidecar, **given)
     save_placement(args.out, placement, solver={"name": f"imported from {args.engine}"})
     print(
         f"{args.out}: {placement.num_layers} MoE layers, {placement.num_experts} experts, {placement.num_ranks} ranks, "

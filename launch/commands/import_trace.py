@@ -54,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks-per-node", type=int, metavar="N", help="of a placement file: ranks of a node (all in one)"
     )
     parser.add_argument(
+        "--ignore-sidecar", action="store_true", help="of a placement file: read FILE as if it stood alone"
+    )
+    parser.add_argument(
         "--separate-adapters",
         action="store_true",
         help="number the experts that each adapter's tokens used as experts of their own, after those of the base",

@@ -3,6 +3,7 @@
 import argparse
 
 _MOST_LAYERS = 1 << 16
+_MOST_SLOTS = 1 << 20
 
 
 def layer_range(text: str) -> tuple[int, ...]:
@@ -25,3 +26,12 @@ def expert_counts(text: str) -> int | tuple[int, ...]:
             raise argparse.ArgumentTypeError(f"{part!r} is not a number of experts (64), or one for some layers (64x3)")
         counts.extend([int(count)] * int(times or 1))
     return counts[0] if len(counts) == 1 and "x" not in text else tuple(counts)
+
+
+def slot_counts(text: str) -> int | list[int]:
+    """`9` as 9, `44,84` as [44, 84]."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) < _MOST_SLOTS for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of slots (9) nor one for every rank (44,84)")
+    counts = [int(part) for part in parts]
+    return counts[0] if len(counts) == 1 else counts

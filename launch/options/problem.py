@@ -6,6 +6,8 @@ from typing import Any
 
 from moeplace.placement.modes import MODES
 
+from moeplace.launch.options.layers import slot_counts
+
 SPLITS = ("all", "train", "test")
 
 
@@ -14,7 +16,10 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cluster")
     group.add_argument("--ranks", type=int, help="ranks, one GPU each")
     group.add_argument("--ranks-per-node", type=int, help="ranks of one node (default: all)")
-    group.add_argument("--slots-per-rank", type=int, help="slots per layer and rank (default: each expert once)")
+    group.add_argument(
+        "--slots-per-rank", type=slot_counts, metavar="C", help="slots per layer and rank, or one number a rank: 44,84 "
+        "(default: each expert once)",
+    )  # fmt: skip
     group.add_argument("--cluster", metavar="TOML", help="cluster description instead of the flags above")
     group.add_argument("--topology", metavar="GRAPHML", help="graph of GPUs, switches and links (GraphML)")
     group.add_argument("--calibration", metavar="C", help="measured links and expert time (`moeplace calibrate`)")
@@ -119,12 +124,29 @@ def build_cluster(args: argparse.Namespace, num_experts: int) -> Any:
             slots = even_slots(num_experts, args.ranks).tolist()
             if not all(slots):
                 raise InputError(
-                    f"ranks ({args.ranks}) must not exceed the experts of a layer ({num_experts}), "
-                    "unless --slots-per-rank allows replicas"
+                    f"ranks ({args.ranks}) exceed the experts of a layer ({num_experts}): --slots-per-rank 1 gives every "
+                    f"rank an expert, {args.ranks} slots of which {args.ranks - num_experts} hold replicas"
                 )
+            _say_uneven(num_experts, slots)
         cluster = Cluster.uniform(args.ranks, slots_per_rank=slots, ranks_per_node=args.ranks_per_node)
     calibration = load_calibration(args)
     return calibration.apply(cluster) if args.calibration else cluster
+
+
+def _say_uneven(num_experts: int, slots: list[int]) -> None:
+    """Warn, before any work, that no engine's file can say unequal ranks."""
+    import warnings
+
+    from moeplace.profiling.errors import MoeplaceWarning
+
+    if min(slots) < max(slots):
+        total = max(slots) * len(slots)
+        warnings.warn(
+            f"{num_experts} experts on {len(slots)} ranks: ranks hold {min(slots)} or {max(slots)}, which no engine's file "
+            f"can say; --slots-per-rank {max(slots)} makes them equal ({total} slots, {total - num_experts} redundant)",
+            MoeplaceWarning,
+            stacklevel=3,
+        )
 
 
 def load_calibration(args: argparse.Namespace) -> Any:

@@ -73,26 +73,43 @@ def write_engine_placement(
     return export
 
 
-def read_engine_placement(path: str | Path, engine: str, **options: Any) -> Placement:
+def read_engine_placement(
+    path: str | Path, engine: str, *, ignore_sidecar: bool = False, **options: Any
+) -> Placement:
     """Read an engine's placement file.
 
     Args:
         path: the file.
         engine: a name of ENGINES.
+        ignore_sidecar: read the file as if it stood alone.
         **options: fields of `Facts` that the file leaves open (`num_ranks`, `ranks_per_node`, `num_experts`,
             `layer_ids`, `num_hidden_layers`, `mode`); a sidecar beside the file is asked for the rest.
 
     Raises:
-        InputError: there is no such engine or file, or something needed is not known.
+        InputError: there is no such engine or file, something needed is not known, or the sidecar says that the file
+            was made for another number of ranks or experts.
         FormatError: the file is not what the engine loads, or no valid placement.
     """
     source, module = require_file(path), _engine(engine)
-    beside = _read_sidecar(source, engine)
+    beside = None if ignore_sidecar else _read_sidecar(source, engine)
+    if beside is not None:
+        _check_sidecar(source, Facts(**options), beside[0])
     known = Facts(**options) if beside is None else Facts(**options).over(beside[0])
     placement = build_placement(module.read(source, known), known, str(source), engine)
     if beside is not None and not options and placement.digest != beside[1]:
         warnings.warn(f"{source} was changed after it was exported", MoeplaceWarning, stacklevel=2)
     return placement
+
+
+def _check_sidecar(path: Path, given: Facts, beside: Facts) -> None:
+    """Refuse to read a table as if it were for another cluster or model than it was made for."""
+    for name, noun in (("num_ranks", "ranks"), ("num_experts", "experts")):
+        asked, made = getattr(given, name), getattr(beside, name)
+        if asked is not None and asked != made:
+            raise InputError(
+                f"{path} was made for {made} {noun}, as {sidecar_path(path).name} says, and not for {asked}: solve and "
+                f"export for {asked}, or read it all the same with --ignore-sidecar"
+            )
 
 
 def is_placement_file(path: str | Path, engine: str) -> bool:

@@ -34,7 +34,7 @@ def read(path: Path, known: Facts) -> Rows:
     """Read rows in any order; the number of experts per layer must be known, the slots of a rank go by rising id."""
     experts = known.num_experts
     if experts is None:
-        raise InputError(f"{path} does not say where layers end: give the number of experts per layer")
+        raise InputError(f"{path} does not say where layers end: give the number of experts per layer (--num-experts)")
     try:
         lines = require_file(path).read_text().split()
         table = np.array([[int(cell) for cell in line.split(",")] for line in lines[1:]], dtype=np.int64)

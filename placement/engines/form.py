@@ -3,6 +3,7 @@
 Shape letters: L MoE layers, E experts per layer, R ranks, C slots per rank, S = R*C slots per layer.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self, cast
@@ -11,7 +12,9 @@ import numpy as np
 
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import EMPTY_SLOT, Placement
-from moeplace.profiling.errors import FormatError, InputError
+from moeplace.profiling.errors import FormatError, InputError, MoeplaceWarning
+
+_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,11 @@ def check_form(placement: Placement, engine: str, *, allow_empty: bool = False) 
     """
     slots_R, experts_L = placement.slots_of_rank, placement.experts_per_layer
     if (slots_R != slots_R[0]).any():
-        rank = int(np.argmax(slots_R != slots_R[0]))
+        rank, most = int(np.argmax(slots_R != slots_R[0])), int(slots_R.max())
         raise InputError(
             f"{engine} needs equal slots on every rank, but in MoE layer 0 (as in all) rank {rank} has {slots_R[rank]} "
-            f"and rank 0 has {slots_R[0]}"
+            f"and rank 0 has {slots_R[0]}: solve again with --slots-per-rank {most} "
+            f"({most * len(slots_R)} slots, {most * len(slots_R) - int(experts_L.max())} of them redundant)"
         )
     if (experts_L != experts_L[0]).any():
         layer = int(np.argmax(experts_L != experts_L[0]))
@@ -114,11 +118,13 @@ def build_placement(rows: Rows, known: Facts, path: str, engine: str) -> Placeme
     facts = rows.facts.over(known)
     table = integer_rows(rows.slot_to_expert, path)
     if facts.num_ranks is None:
-        raise InputError(f"{path} does not say how many ranks there are: give the number of ranks")
+        raise InputError(f"{path} does not say how many ranks there are: give the number of ranks (--ranks)")
     slots = table.shape[1]
     if facts.num_ranks < 1 or not slots or slots % facts.num_ranks:
         raise FormatError(f"{path} has {slots} slots per layer, not a multiple of {facts.num_ranks} ranks")
+    table = _without_duplicates(table, facts, path)
     experts = int(table.max(initial=0)) + 1 if facts.num_experts is None else facts.num_experts
+    _check_experts(table, experts, facts.num_ranks, path)
     if not 1 <= experts <= slots:
         raise FormatError(f"{path} has {slots} slots per layer, which cannot hold {experts} experts")
     try:
@@ -133,6 +139,51 @@ def build_placement(rows: Rows, known: Facts, path: str, engine: str) -> Placeme
         )
     except (InputError, OverflowError) as error:
         raise FormatError(f"{path} is not a valid {engine} placement: {error}") from error
+
+
+def _without_duplicates(table: np.ndarray, facts: Facts, path: str) -> np.ndarray:
+    """The table with -1, and a warning, where a slot repeats an expert that its rank holds: what balancers waste."""
+    assert facts.num_ranks is not None
+    rows_LRC = table.reshape(len(table), facts.num_ranks, -1)
+    again_LRC = np.zeros(rows_LRC.shape, bool)
+    for slot in range(1, rows_LRC.shape[2]):
+        here_LR1 = rows_LRC[:, :, slot : slot + 1]
+        again_LRC[:, :, slot] = ((rows_LRC[:, :, :slot] == here_LR1) & (here_LR1 >= 0)).any(axis=2)
+    if not again_LRC.any():
+        return table
+    layer, rank, slot = np.argwhere(again_LRC)[0].tolist()
+    layers = np.flatnonzero(again_LRC.any(axis=(1, 2)))
+    known = facts.layer_ids is not None and len(facts.layer_ids) == len(table)
+    named = [facts.layer_ids[index] if known and facts.layer_ids else index for index in layers.tolist()]
+    kind = "decoder" if known else "MoE"
+    shown = ", ".join(map(str, named[:_SHOWN])) + (", ..." if len(named) > _SHOWN else "")
+    warnings.warn(
+        f"{path}: {int(again_LRC.sum())} slots repeat an expert that their rank holds already (first: rank {rank} holds "
+        f"expert {rows_LRC[layer, rank, slot]} twice in {kind} layer {named[0]}; {kind} layers {shown}): they are wasted, "
+        "and read as empty",
+        MoeplaceWarning,
+        stacklevel=4,
+    )
+    return np.where(again_LRC, EMPTY_SLOT, rows_LRC).reshape(table.shape)
+
+
+def _check_experts(table: np.ndarray, experts: int, ranks: int, path: str) -> None:
+    """Refuse an expert beyond those of a layer, and say what it may be."""
+    over = np.argwhere(table >= experts)
+    if not len(over):
+        return
+    layer, slot = over[0].tolist()
+    expert = int(table[layer, slot])
+    held = (table[layer].reshape(ranks, -1) == expert).any(axis=1)
+    why = ""
+    if held.all() and ranks > 1:
+        why = (
+            ": every rank holds it, as a shared expert that is placed among the routed ones; read it with "
+            f"--num-experts {int(table.max()) + 1}"
+        )
+    raise FormatError(
+        f"{path}: slot {slot} of MoE layer {layer} holds expert {expert}, which must lie in 0..{experts - 1}{why}"
+    )
 
 
 def integer_rows(rows: Any, path: str) -> np.ndarray:

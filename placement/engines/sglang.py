@@ -51,7 +51,8 @@ def read(path: Path, known: Facts) -> Rows:
         raise FormatError(f"{path}: {KEY} must be a list of rows")
     if known.layer_ids is None:
         warnings.warn(
-            f"{path} does not say which decoder layers are dense: all {len(rows)} rows are taken for MoE layers",
+            f"{path} does not say which decoder layers are dense: all {len(rows)} rows are taken for MoE layers "
+            "(--layer-ids says which are)",
             MoeplaceWarning,
             stacklevel=3,
         )

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from moeplace.placement.engines.form import Export, Facts, Rows, check_form
@@ -10,6 +11,7 @@ from moeplace.profiling.errors import FormatError
 from moeplace.profiling.files import atomic_write, require_file
 
 KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
+_SHOWN = 8
 NOTE = (
     "TensorRT-LLM ignores the section in silence unless the EP size exceeds 1, attention DP is on and the architecture "
     "is DeepSeek-V3, V3.2 or V4, GLM MoE DSA, GPT-OSS, Kimi K2.5, Mixtral, Llama 4, Nemotron-H or Qwen2/3/3.5 MoE"
@@ -29,7 +31,17 @@ def write(placement: Placement, path: Path) -> Export:
         f"--ep_size {placement.num_ranks} with --extra_llm_api_options FILE, where FILE holds "
         f"`enable_attention_dp: true` and `moe_config: {{load_balancer: {path}}}`"
     )
-    return Export((str(path),), start, (NOTE,))
+    return Export((str(path),), start, (NOTE, *_absent(placement)))
+
+
+def _absent(placement: Placement) -> tuple[str, ...]:
+    """What to say of layers that the file lacks: TensorRT-LLM stops at an MoE layer that it does not find."""
+    layers = placement.num_hidden_layers
+    missing = sorted(set(range(layers)) - set(np.asarray(placement.layer_ids).tolist()))
+    shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
+    unseen = f"no row for decoder layers {shown}: if there are MoE layers among them that no recorder sees, --add-layers"
+    draft = f"a draft (MTP) layer is looked up as layer {layers}: where the model has one, --mtp-layers 1 adds it"
+    return (f"{unseen} adds them", draft) if missing else (draft,)
 
 
 def read(path: Path, known: Facts) -> Rows:

@@ -19,6 +19,7 @@ import numpy as np
 from moeplace.profiling.containers.npz import read_npz
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import atomic_write
+from moeplace.profiling.traces.loads import is_load
 from moeplace.profiling.traces.trace import RoutingTrace
 
 FORMAT = "moeplace.trace/1"
@@ -189,6 +190,11 @@ def load_trace(path: str | Path) -> RoutingTrace:
         FormatError: it is not a trace of ours; `moeplace import` reads other formats.
     """
     arrays = dict(read_npz(path))
+    if is_load(arrays):
+        raise FormatError(
+            f"{path} holds loads without tokens: `moeplace solve` takes it, to balance load; everything that judges where "
+            "tokens go (stats, evaluate, compare, report) needs a trace"
+        )
     if "meta" not in arrays or "experts" not in arrays:
         raise FormatError(f"{path} is not a moeplace trace: use `moeplace import` for other formats")
     try:

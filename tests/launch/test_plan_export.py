@@ -144,3 +144,35 @@ def test_dense_layers_on_request(tmp_path: Path, old: Path) -> None:
     assert load_placement(again).num_hidden_layers == 4
     with pytest.raises(InputError, match="not among them"):
         run(import_placement, file, "--from", "sglang", "--out", again, "--ranks", "2", "--layer-ids", "0,7")
+
+
+def test_export_is_made_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Empty slots are filled and counted; draft layers and unseen ones are added where the engine has rows for them."""
+    file = save(tmp_path / "p.json", [[0, 1, -1, 2, 3, 0], [3, 2, 1, 1, 0, -1]], 2, layer_ids=np.array([1, 2]))
+    out = tmp_path / "b.yaml"
+    assert run(export, file, "--to", "trtllm", "--out", out, "--mtp-layers", "1", "--add-layers", "0") == 0
+    printed = capsys.readouterr().out
+    assert "decoder layers 0, 3 were added" in printed
+    assert "2 empty slots were filled" in printed
+    placement = load_placement_of(out, "trtllm")
+    assert placement.slot_to_expert.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 2, 3, 0], [3, 2, 1, 1, 0, 2], [0, 1, 2, 3, 0, 1]]
+    assert run(export, file, "--to", "trtllm", "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "no row for decoder layers 0: " in printed
+    assert "--mtp-layers 1" in printed
+    with pytest.raises(InputError, match="sglang has no rows for draft layers"):
+        run(export, file, "--to", "sglang", "--out", tmp_path / "s.json", "--mtp-layers", "1")
+
+
+def load_placement_of(path: Path, engine: str) -> Placement:
+    from moeplace.placement.engines import read_engine_placement
+
+    return read_engine_placement(path, engine)
+
+
+def test_unequal_ranks_name_the_way(tmp_path: Path) -> None:
+    """5 experts on 2 ranks, 3 and 2: the flag that makes them equal, and what it costs."""
+    fields = (np.array([3, 2]), np.zeros(2, int), np.array([5]))
+    save_placement(tmp_path / "p.json", Placement(np.array([[0, 1, 2, 3, 4]]), *fields))
+    with pytest.raises(InputError, match=r"solve again with --slots-per-rank 3 \(6 slots, 1 of them redundant\)"):
+        run(export, tmp_path / "p.json", "--to", "vllm", "--out", tmp_path / "v.jsonl")
