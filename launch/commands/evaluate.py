@@ -1,10 +1,15 @@
 """`moeplace evaluate`: what a placement costs on a trace."""
 
 import argparse
+from typing import TYPE_CHECKING
 
-from moeplace.launch.options.problem import SPLITS, index_order_like
-from moeplace.launch.tables import format_table
+from moeplace.launch.options.problem import SPLITS, add_kv_argument, index_order_like, step_shape
+from moeplace.launch.tables import Cell, format_table
 from moeplace.placement.modes import MODES
+
+if TYPE_CHECKING:
+    from moeplace.placement.placement import Placement
+    from moeplace.profiling.traces.loads import LoadStats
 
 HELP = "what a placement costs on a trace, beside index order"
 EXAMPLE = "moeplace evaluate t.trace p.json --split test"
@@ -12,14 +17,12 @@ EXAMPLE = "moeplace evaluate t.trace p.json --split test"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("trace", metavar="T", help="routing trace")
+    parser.add_argument("trace", metavar="T", help="routing trace, or a load file (balance only)")
     parser.add_argument("placement", metavar="P", help="placement file")
     parser.add_argument("--split", choices=SPLITS, default="test", help="tokens to judge by (default: %(default)s)")
     parser.add_argument("--mode", choices=MODES, help="default: its own")
     parser.add_argument("--batch", type=int, default=256, help="tokens of one step (default: %(default)s)")
-    parser.add_argument(
-        "--kv-dim", type=int, default=576, help="K/V elements per token and layer (default %(default)s)"
-    )
+    add_kv_argument(parser)
     parser.add_argument("--calibration", metavar="C", help="measured links and expert time")
     parser.add_argument("--json", metavar="FILE", help="write the figures for machines")
 
@@ -28,17 +31,20 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, print, write."""
     from moeplace.placement.cost.calibration import Calibration
     from moeplace.placement.cost.evaluation import cluster_of, evaluate
-    from moeplace.placement.cost.steps import StepShape
     from moeplace.placement.placement_file import load_placement
     from moeplace.profiling.files import require_folder_of, write_json
     from moeplace.profiling.traces.file import load_trace
+    from moeplace.profiling.traces.loads import load_if_load
 
     require_folder_of(args.json)
-    trace = load_trace(args.trace)
     placement = load_placement(args.placement)
+    loads = load_if_load(args.trace)
+    if loads is not None:
+        return _evaluate_loads(args, loads, placement)
+    trace = load_trace(args.trace)
     side = trace.split(args.split)
     calibration = Calibration.load(args.calibration) if args.calibration else None
-    shape = StepShape(batch=args.batch, hidden_size=trace.hidden_size or StepShape().hidden_size, kv_dim=args.kv_dim)
+    shape = step_shape(args, trace)
     cluster = cluster_of(placement)
     ours, base = (
         evaluate(side, p, mode=args.mode, cluster=cluster, shape=shape, calibration=calibration).summary()
@@ -48,4 +54,33 @@ def run(args: argparse.Namespace) -> int:
     print(format_table([f"{args.split} tokens", "index order", "placement"], rows))
     if args.json:
         write_json(args.json, {"split": args.split, "digest": placement.digest, **ours, "index_order": base})
+    return 0
+
+
+def _evaluate_loads(args: argparse.Namespace, loads: "LoadStats", placement: "Placement") -> int:
+    """Balance alone: where tokens go, loads do not say."""
+    import numpy as np
+
+    from moeplace.placement.cost.evaluation import cluster_of
+    from moeplace.placement.objective import load_imbalance
+    from moeplace.placement.problem import Problem
+    from moeplace.profiling.errors import InputError
+    from moeplace.profiling.files import write_json
+
+    if not np.array_equal(np.asarray(loads.experts_per_layer), placement.experts_per_layer):
+        raise InputError(
+            f"{args.placement} is for {placement.num_layers} layers of {placement.num_experts} experts, {args.trace} "
+            f"has {loads.num_layers} of {loads.num_experts}"
+        )
+    problem = Problem.from_load(loads.load, cluster_of(placement), experts_per_layer=loads.experts_per_layer)
+    figures = {}
+    for name, one in (("index_order", index_order_like(placement)), ("placement", placement)):
+        by_layer = load_imbalance(problem, one)
+        figures[name] = {"imbalance_mean": float(by_layer.mean()), "imbalance_worst": float(by_layer.max())}
+    base, ours = figures["index_order"], figures["placement"]
+    rows: list[list[Cell]] = [[name.replace("_", " "), base[name], ours[name]] for name in ours]
+    print(format_table(["loads", "index order", "placement"], rows))
+    print("(busiest rank against the mean; loads alone say nothing of where tokens go)")
+    if args.json:
+        write_json(args.json, {"split": "all", "digest": placement.digest, **ours, "index_order": base})
     return 0

@@ -66,7 +66,9 @@ def _fit(args: argparse.Namespace, placement: "Placement") -> tuple["Placement",
 
     notes = []
     if args.mtp_layers and args.to in WITHOUT_DRAFT_LAYERS:
-        raise InputError(f"--mtp-layers ({args.mtp_layers}): {args.to} has no rows for draft layers, leave the flag out")
+        raise InputError(
+            f"--mtp-layers ({args.mtp_layers}): {args.to} has no rows for draft layers, leave the flag out"
+        )
     if args.mtp_layers < 0:
         raise InputError(f"--mtp-layers ({args.mtp_layers}) must not be negative")
     last = placement.num_hidden_layers
@@ -78,7 +80,7 @@ def _fit(args: argparse.Namespace, placement: "Placement") -> tuple["Placement",
         placement, filled = fill_empty_slots(placement)
         if filled:
             notes.append(
-                f"{filled} empty slots were filled with replicas, as {args.to} needs: they cost memory and help little, "
-                "solve with fewer slots per rank or for longer"
+                f"{filled} empty slots were filled with replicas, as {args.to} needs: they cost memory and help "
+                "little, solve with fewer slots per rank or for longer"
             )
     return placement, notes

@@ -33,13 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-experts", type=expert_counts, metavar="E", help="experts per layer, or one number a layer: 64,60,48 or "
         "64x20,48x6 (default: greatest id + 1)",
     )  # fmt: skip
-    parser.add_argument("--null-experts", type=int, default=0, metavar="N", help="ids E..E+N-1 are null experts (0)")
+    parser.add_argument("--null-experts", type=int, metavar="N", help="ids E..E+N-1 are null experts (0)")
     parser.add_argument(
         "--layer-ids", type=layer_range, metavar="IDS", help="decoder layers of the MoE layers: 1-26, 3,5,7"
     )
     parser.add_argument(
         "--num-hidden-layers", type=int, default=0, metavar="N", help="decoder layers, dense ones included"
     )
+    parser.add_argument(
+        "--config", metavar="C", help="config.json of the model, or its folder: says experts, null experts, decoder "
+        "layers, hidden size, K/V size, expert bytes and name, where the flags do not",
+    )  # fmt: skip
     parser.add_argument("--model", default="", metavar="NAME", help="name of the model")
     parser.add_argument("--expert-bytes", type=int, metavar="B", help="bytes of one expert's weights")
     parser.add_argument("--hidden-size", type=int, default=0, metavar="D", help="hidden size of the model")
@@ -80,23 +84,25 @@ def _import_trace(args: argparse.Namespace) -> int:
     from moeplace.profiling.files import require_file
     from moeplace.profiling.imports.canonical import ImportOptions
     from moeplace.profiling.imports.sources import import_from
+    from moeplace.profiling.model_facts import ModelFacts, read_model_facts
 
     if args.source_format in ONLY_PLACEMENTS:
         require_file(args.source)
     for name in ("ranks", "ranks_per_node"):
         if getattr(args, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} is for placement files, {args.source} is none")
+    facts = read_model_facts(args.config) if args.config else ModelFacts()
     options = ImportOptions(
         top_k=args.top_k,
-        num_experts=args.num_experts,
-        null_experts=args.null_experts,
+        num_experts=args.num_experts or facts.num_experts or None,
+        null_experts=facts.null_experts if args.null_experts is None else args.null_experts,
         layer_ids=args.layer_ids,
-        num_hidden_layers=args.num_hidden_layers,
-        model=args.model,
-        expert_bytes=args.expert_bytes,
-        hidden_size=args.hidden_size,
-        kv_dim=args.kv_dim,
-        shared_experts=args.shared_experts,
+        num_hidden_layers=args.num_hidden_layers or facts.num_hidden_layers,
+        model=args.model or facts.model,
+        expert_bytes=args.expert_bytes or facts.expert_bytes or None,
+        hidden_size=args.hidden_size or facts.hidden_size,
+        kv_dim=args.kv_dim or facts.kv_dim,
+        shared_experts=args.shared_experts or facts.shared_experts,
         fill_value=args.fill_value,
         drop_padding=args.drop_padding,
         strict=args.strict,

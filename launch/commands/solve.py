@@ -156,6 +156,8 @@ def _write(args: argparse.Namespace, result: Any, evidence: dict[str, Any]) -> N
 
 def _solve_loads(args: argparse.Namespace, no_trace: Exception) -> int:
     """A file of loads instead of a trace: balance only."""
+    import numpy as np
+
     from moeplace.placement.objective import load_imbalance
     from moeplace.placement.problem import Problem
     from moeplace.placement.solve import solve
@@ -175,7 +177,8 @@ def _solve_loads(args: argparse.Namespace, no_trace: Exception) -> int:
         mode=mode,
         layer_ids=loads.layer_ids,
         num_hidden_layers=loads.num_hidden_layers,
-        **problem_options(args, None, cluster),
+        **({"expert_bytes": np.full(loads.load.shape, loads.expert_bytes)} if loads.expert_bytes else {}),
+        **problem_options(args, loads, cluster),
     )
     with progress("solving") as report:
         result = solve(problem, solver=args.solver, time_limit=args.time_limit, seed=args.seed, report=report)

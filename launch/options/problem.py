@@ -4,9 +4,8 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from moeplace.placement.modes import MODES
-
 from moeplace.launch.options.layers import slot_counts
+from moeplace.placement.modes import MODES
 
 SPLITS = ("all", "train", "test")
 
@@ -46,9 +45,7 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, default=256, help="tokens of one step over all ranks (default %(default)s)"
     )
-    parser.add_argument(
-        "--kv-dim", type=int, default=576, help="K/V elements per token and layer (default %(default)s)"
-    )
+    add_kv_argument(parser)
     parser.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fit", choices=SPLITS, default="train",
@@ -57,6 +54,14 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
                         help="otherwise hold out one tag at a time and report each (default: %(default)s)")  # fmt: skip
     parser.add_argument("--mix", metavar="A=3,B=1", help="fit to and judge on this mix of workloads or of adapters "
                         "(`base` = none) instead of the trace's own")  # fmt: skip
+
+
+def add_kv_argument(parser: Any) -> None:
+    """--kv-dim."""
+    parser.add_argument(
+        "--kv-dim", type=int, metavar="N", help="K/V elements per token and layer (default: what the trace or load "
+        "file says of its model, else 576)",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,8 @@ def build_cluster(args: argparse.Namespace, num_experts: int) -> Any:
             slots = even_slots(num_experts, args.ranks).tolist()
             if not all(slots):
                 raise InputError(
-                    f"ranks ({args.ranks}) exceed the experts of a layer ({num_experts}): --slots-per-rank 1 gives every "
-                    f"rank an expert, {args.ranks} slots of which {args.ranks - num_experts} hold replicas"
+                    f"ranks ({args.ranks}) exceed the experts of a layer ({num_experts}): --slots-per-rank 1 gives "
+                    f"every rank an expert, {args.ranks} slots of which {args.ranks - num_experts} hold replicas"
                 )
             _say_uneven(num_experts, slots)
         cluster = Cluster.uniform(args.ranks, slots_per_rank=slots, ranks_per_node=args.ranks_per_node)
@@ -142,8 +147,9 @@ def _say_uneven(num_experts: int, slots: list[int]) -> None:
     if min(slots) < max(slots):
         total = max(slots) * len(slots)
         warnings.warn(
-            f"{num_experts} experts on {len(slots)} ranks: ranks hold {min(slots)} or {max(slots)}, which no engine's file "
-            f"can say; --slots-per-rank {max(slots)} makes them equal ({total} slots, {total - num_experts} redundant)",
+            f"{num_experts} experts on {len(slots)} ranks: ranks hold {min(slots)} or {max(slots)}, which no engine's "
+            f"file can say; --slots-per-rank {max(slots)} makes them equal ({total} slots, "
+            f"{total - num_experts} redundant)",
             MoeplaceWarning,
             stacklevel=3,
         )
@@ -156,13 +162,20 @@ def load_calibration(args: argparse.Namespace) -> Any:
     return Calibration.load(args.calibration) if args.calibration else None
 
 
-def problem_options(args: argparse.Namespace, trace: Any, cluster: Any) -> dict[str, Any]:
-    """Keyword arguments of `Problem.from_trace` that the flags state."""
-    from moeplace.placement.cost.calibration import Calibration
+def step_shape(args: argparse.Namespace, known: Any) -> Any:
+    """Sizes of a step: as the flags say, else as the trace or the load file knows them, else nominal ones."""
     from moeplace.placement.cost.steps import StepShape
+
+    nominal = StepShape()
+    kv_dim = args.kv_dim if args.kv_dim is not None else known.kv_dim or nominal.kv_dim
+    return StepShape(batch=args.batch, hidden_size=known.hidden_size or nominal.hidden_size, kv_dim=kv_dim)
+
+
+def problem_options(args: argparse.Namespace, known: Any, cluster: Any) -> dict[str, Any]:
+    """Keyword arguments of `Problem.from_trace` or `from_load` that the flags and a trace or load file state."""
+    from moeplace.placement.cost.calibration import Calibration
     from moeplace.placement.placement_file import load_placement
 
-    hidden = trace.hidden_size if trace is not None and trace.hidden_size else StepShape().hidden_size
     return {
         "objective": args.objective,
         "max_imbalance": args.max_imbalance,
@@ -171,7 +184,7 @@ def problem_options(args: argparse.Namespace, trace: Any, cluster: Any) -> dict[
         "previous": load_placement(args.previous) if args.previous else None,
         "max_moves": args.max_moves,
         "move_price": args.move_price,
-        "shape": StepShape(batch=args.batch, hidden_size=hidden, kv_dim=args.kv_dim),
+        "shape": step_shape(args, known),
         "calibration": load_calibration(args) or Calibration(cluster.intra, cluster.inter),
     }
 

@@ -131,13 +131,16 @@ def _replan_options(args: argparse.Namespace) -> dict[str, Any]:
     """What re-placement needs to know beside the service; read before any rank starts."""
     from moeplace.placement.cost.calibration import Calibration
     from moeplace.placement.cost.steps import StepShape
+    from moeplace.profiling.model_facts import facts_of
     from moeplace.profiling.traces.file import load_trace
     from moeplace.runtime.models.checkpoint import Checkpoint
 
-    config = Checkpoint(args.model).config
+    facts, nominal = facts_of(Checkpoint(args.model).config), StepShape()
     return {
         "shape": StepShape(
-            batch=args.max_sequences, hidden_size=int(config.get("hidden_size", StepShape().hidden_size))
+            batch=args.max_sequences,
+            hidden_size=facts.hidden_size or nominal.hidden_size,
+            kv_dim=facts.kv_dim or nominal.kv_dim,
         ),
         "calibration": Calibration.load(args.calibration) if args.calibration else None,
         "reference": load_trace(args.trace) if args.trace else None,

@@ -4,7 +4,14 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moeplace.launch.options.problem import add_cluster_arguments, build_cluster, load_calibration, split_sides
+from moeplace.launch.options.problem import (
+    add_cluster_arguments,
+    add_kv_argument,
+    build_cluster,
+    load_calibration,
+    split_sides,
+    step_shape,
+)
 from moeplace.launch.tables import Cell, format_table
 
 if TYPE_CHECKING:
@@ -25,7 +32,7 @@ def add_verdict_arguments(parser: argparse.ArgumentParser) -> None:
     add_cluster_arguments(parser)
     group = parser.add_argument_group("verdict", "what placement would gain on that cluster; with --ranks or the like")
     group.add_argument("--batch", type=int, default=256, help="tokens of one step over all ranks (default %(default)s)")
-    group.add_argument("--kv-dim", type=int, default=576, help="K/V elements per token and layer (default %(default)s)")
+    add_kv_argument(group)
     group.add_argument(
         "--time-limit", type=float, default=60.0, metavar="S",
         help="seconds of all searches together; replays come on top (default: %(default)s)",
@@ -106,12 +113,12 @@ class _Shares:
 
 def _terms(args: argparse.Namespace, trace: "RoutingTrace") -> "Terms":
     from moeplace.placement.cost.calibration import Calibration
-    from moeplace.placement.cost.steps import StepShape
     from moeplace.placement.studies.verdict import Terms
 
     cluster = build_cluster(args, trace.num_experts)
-    shape = StepShape(args.batch, trace.hidden_size or StepShape().hidden_size, kv_dim=args.kv_dim)
-    return Terms(cluster, shape, load_calibration(args) or Calibration(cluster.intra, cluster.inter), args.seed)
+    return Terms(
+        cluster, step_shape(args, trace), load_calibration(args) or Calibration(cluster.intra, cluster.inter), args.seed
+    )
 
 
 def describe_judgement(document: dict[str, Any]) -> Iterator[str]:

@@ -62,5 +62,6 @@ def step_of_token(num_tokens: int, batch: int) -> np.ndarray:
 
 
 def default_shape(trace: RoutingTrace) -> StepShape:
-    """Sizes of a step with the trace's hidden size."""
-    return StepShape(hidden_size=trace.hidden_size) if trace.hidden_size else StepShape()
+    """Sizes of a step with what the trace knows of its model."""
+    nominal = StepShape()
+    return StepShape(hidden_size=trace.hidden_size or nominal.hidden_size, kv_dim=trace.kv_dim or nominal.kv_dim)

@@ -73,9 +73,7 @@ def write_engine_placement(
     return export
 
 
-def read_engine_placement(
-    path: str | Path, engine: str, *, ignore_sidecar: bool = False, **options: Any
-) -> Placement:
+def read_engine_placement(path: str | Path, engine: str, *, ignore_sidecar: bool = False, **options: Any) -> Placement:
     """Read an engine's placement file.
 
     Args:

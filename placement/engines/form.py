@@ -158,9 +158,9 @@ def _without_duplicates(table: np.ndarray, facts: Facts, path: str) -> np.ndarra
     kind = "decoder" if known else "MoE"
     shown = ", ".join(map(str, named[:_SHOWN])) + (", ..." if len(named) > _SHOWN else "")
     warnings.warn(
-        f"{path}: {int(again_LRC.sum())} slots repeat an expert that their rank holds already (first: rank {rank} holds "
-        f"expert {rows_LRC[layer, rank, slot]} twice in {kind} layer {named[0]}; {kind} layers {shown}): they are wasted, "
-        "and read as empty",
+        f"{path}: {int(again_LRC.sum())} slots repeat an expert that their rank holds already, are wasted and read as "
+        f"empty (first: rank {rank} holds expert {rows_LRC[layer, rank, slot]} twice in {kind} layer {named[0]}; "
+        f"{kind} layers {shown})",
         MoeplaceWarning,
         stacklevel=4,
     )

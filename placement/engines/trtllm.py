@@ -39,7 +39,9 @@ def _absent(placement: Placement) -> tuple[str, ...]:
     layers = placement.num_hidden_layers
     missing = sorted(set(range(layers)) - set(np.asarray(placement.layer_ids).tolist()))
     shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
-    unseen = f"no row for decoder layers {shown}: if there are MoE layers among them that no recorder sees, --add-layers"
+    unseen = (
+        f"no row for decoder layers {shown}: if there are MoE layers among them that no recorder sees, --add-layers"
+    )
     draft = f"a draft (MTP) layer is looked up as layer {layers}: where the model has one, --mtp-layers 1 adds it"
     return (f"{unseen} adds them", draft) if missing else (draft,)
 

@@ -54,7 +54,9 @@ def read(path: Path, known: Facts) -> Rows:
         rows = documents[0]
         if rows and isinstance(rows[0], int):
             if known.layer_ids is None:
-                raise FormatError(f"{path} has one list for all layers: give the layer ids (--layer-ids) to say how many there are")
+                raise FormatError(
+                    f"{path} has one list for all layers: give the layer ids (--layer-ids) to say how many there are"
+                )
             rows = [rows] * len(known.layer_ids)
         return Rows(rows)
     records = [item for item in documents if isinstance(item, dict) and item.get("record_type") == RECORD]

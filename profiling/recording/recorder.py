@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from moeplace.profiling.errors import InputError
+from moeplace.profiling.model_facts import facts_of
 from moeplace.profiling.recording.cache_names import cache_of
 from moeplace.profiling.recording.gate_accuracy import GateAccuracy
 from moeplace.profiling.recording.routing_sources import Routing, RoutingSource, find_sources
@@ -97,6 +98,7 @@ class Recorder:
         text: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         stated = int(getattr(text, "num_hidden_layers", 0))
         self._hidden_layers = max(stated, self._sources[-1].experts.layer_id + 1)
+        self._facts = facts_of(config.to_dict())
         self._measure_gates = gate_accuracy
         self._gates: GateAccuracy | None = None
         self._seen: dict[int, Routing] = {}
@@ -272,6 +274,8 @@ class Recorder:
                 expert_bytes=np.array([source.experts.expert_bytes for source in self._sources]),
                 hidden_size=self._width,
                 null_experts=self._nulls,
+                kv_dim=self._facts.kv_dim,
+                shared_experts=self._facts.shared_experts,
                 workload_names=self._workload_names,
             ).__enter__()
         return self._writer

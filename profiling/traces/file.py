@@ -192,8 +192,8 @@ def load_trace(path: str | Path) -> RoutingTrace:
     arrays = dict(read_npz(path))
     if is_load(arrays):
         raise FormatError(
-            f"{path} holds loads without tokens: `moeplace solve` takes it, to balance load; everything that judges where "
-            "tokens go (stats, evaluate, compare, report) needs a trace"
+            f"{path} holds loads without tokens: `moeplace solve` takes it, to balance load, and `evaluate`; "
+            "what judges where tokens go (stats, compare, report) needs a trace"
         )
     if "meta" not in arrays or "experts" not in arrays:
         raise FormatError(f"{path} is not a moeplace trace: use `moeplace import` for other formats")
@@ -219,6 +219,8 @@ _METADATA = (
     "num_hidden_layers",
     "expert_bytes",
     "hidden_size",
+    "kv_dim",
+    "shared_experts",
     "null_experts",
     "notes",
 )

@@ -21,6 +21,9 @@ WITHOUT_TOKENS = (
 )
 
 
+_SIZES = ("expert_bytes", "hidden_size", "kv_dim", "shared_experts")
+
+
 @dataclass(frozen=True, eq=False)
 class LoadStats:
     """How many token assignments every expert received.
@@ -32,6 +35,10 @@ class LoadStats:
         num_hidden_layers: decoder layers in all, dense ones included; 0 = up to the last MoE layer.
         model: name of the model.
         notes: remarks on where the counts come from.
+        expert_bytes: bytes of one expert's weights, 0 when unknown.
+        hidden_size: hidden size D of the model, 0 when unknown.
+        kv_dim: K/V elements of a token and decoder layer, 0 when unknown.
+        shared_experts: shared experts of an MoE layer.
 
     Raises:
         InputError: shapes disagree, a load is negative, or no token was counted.
@@ -43,6 +50,10 @@ class LoadStats:
     num_hidden_layers: int = 0
     model: str = ""
     notes: tuple[str, ...] = ()
+    expert_bytes: int = 0
+    hidden_size: int = 0
+    kv_dim: int = 0
+    shared_experts: int = 0
 
     def __post_init__(self) -> None:
         load_LE = np.asarray(self.load)
@@ -88,7 +99,7 @@ class LoadStats:
         arrays = all(
             np.array_equal(getattr(self, n), getattr(other, n)) for n in ("load", "experts_per_layer", "layer_ids")
         )
-        plain = ("num_hidden_layers", "model", "notes")
+        plain = ("num_hidden_layers", "model", "notes", *_SIZES)
         return arrays and all(getattr(self, name) == getattr(other, name) for name in plain)
 
 
@@ -105,6 +116,7 @@ def save_load(path: str | Path, stats: LoadStats) -> None:
         "num_hidden_layers": stats.num_hidden_layers,
         "model": stats.model,
         "notes": list(stats.notes),
+        **{name: getattr(stats, name) for name in _SIZES},
     }
     with atomic_write(path) as file:
         np.savez(file, load=stats.load, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8))
@@ -129,6 +141,16 @@ def load_load(path: str | Path) -> LoadStats:
         raise FormatError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(f"{path} is not a moeplace load file: its metadata is damaged") from error
+
+
+def load_if_load(path: str | Path) -> LoadStats | None:
+    """The load file at `path`, None where it is another file.
+
+    Raises:
+        InputError: there is no such file.
+        FormatError: it is no `.npz`, or a damaged load file.
+    """
+    return load_load(path) if is_load(dict(read_npz(path))) else None
 
 
 def is_load(arrays: dict[str, np.ndarray]) -> bool:

@@ -48,6 +48,8 @@ class RoutingTrace:
         num_hidden_layers: decoder layers in all, dense ones included.
         expert_bytes: (L, E) int64 bytes of each expert's weights, or None when unknown.
         hidden_size: hidden size D of the model, 0 when unknown.
+        kv_dim: K/V elements of a token and decoder layer, 0 when unknown.
+        shared_experts: shared experts of an MoE layer, which need no placement.
         null_experts: number of null experts per layer.
         notes: remarks on how the trace came to be, such as "pseudo-sequences of 128 tokens".
         adapter: (T,) integers, index into `adapter_names` of the adapter that served the token, -1 = the base model; or
@@ -75,6 +77,8 @@ class RoutingTrace:
     notes: tuple[str, ...] = ()
     adapter: np.ndarray | None = None
     adapter_names: tuple[str, ...] = ()
+    kv_dim: int = 0
+    shared_experts: int = 0
     validate: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -211,6 +215,8 @@ class RoutingTrace:
             "model",
             "num_hidden_layers",
             "hidden_size",
+            "kv_dim",
+            "shared_experts",
             "null_experts",
             "notes",
         )

@@ -155,7 +155,12 @@ def test_export_is_made_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "decoder layers 0, 3 were added" in printed
     assert "2 empty slots were filled" in printed
     placement = load_placement_of(out, "trtllm")
-    assert placement.slot_to_expert.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 2, 3, 0], [3, 2, 1, 1, 0, 2], [0, 1, 2, 3, 0, 1]]
+    assert placement.slot_to_expert.tolist() == [
+        [0, 1, 2, 3, 0, 1],
+        [0, 1, 2, 2, 3, 0],
+        [3, 2, 1, 1, 0, 2],
+        [0, 1, 2, 3, 0, 1],
+    ]
     assert run(export, file, "--to", "trtllm", "--out", out) == 0
     printed = capsys.readouterr().out
     assert "no row for decoder layers 0: " in printed

@@ -56,6 +56,10 @@ def write_load(out: str | Path, table: CountTable, options: ImportOptions, findi
         num_hidden_layers=options.num_hidden_layers or table.num_hidden_layers or counted,
         model=options.model or table.model,
         notes=tuple(findings.notes),
+        expert_bytes=options.expert_bytes or 0,
+        hidden_size=options.hidden_size,
+        kv_dim=options.kv_dim,
+        shared_experts=options.shared_experts,
     )
     save_load(out, stats)
     assert stats.layer_ids is not None

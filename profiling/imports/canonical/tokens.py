@@ -92,6 +92,8 @@ def write_trace(
         "num_hidden_layers": hidden_layers,
         "expert_bytes": options.expert_bytes,
         "hidden_size": options.hidden_size,
+        "kv_dim": options.kv_dim,
+        "shared_experts": options.shared_experts,
         "null_experts": options.null_experts,
         "workload_names": outline.workload_names,
         "adapter_names": outline.adapter_names,
