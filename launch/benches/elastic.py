@@ -17,8 +17,9 @@ from moeplace.launch.progress import progress
 from moeplace.profiling.errors import MoeplaceError
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
-from moeplace.runtime.service.api import ServiceEvent, ServiceOptions
+from moeplace.runtime.event import Event
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
+from moeplace.runtime.service.options import ServiceOptions
 from moeplace.runtime.service.spawner import LocalSpawner
 
 NUMBER_TYPE = "float64"
@@ -71,7 +72,7 @@ def elastic_bench(job: ElasticJob, *, timeout: float) -> dict[str, Any]:
     }
 
 
-def seconds_to_token(killed_at: Sequence[float], events: Sequence[ServiceEvent]) -> list[float]:
+def seconds_to_token(killed_at: Sequence[float], events: Sequence[Event]) -> list[float]:
     """From each kill to the first token of the generation that followed."""
     resumed = [event.time for event in events if event.kind == "resumed"]
     return [min((then for then in resumed if then > moment), default=math.inf) - moment for moment in killed_at]
@@ -129,7 +130,7 @@ def _seconds_per_token(steps: Sequence[tuple[float, int, int]]) -> float:
     return sum(s for s, _, _ in steps) / sum(n for _, n, _ in steps)
 
 
-def _serve(job: ElasticJob, driver: ElasticDriver, timeout: float) -> list[ServiceEvent]:
+def _serve(job: ElasticJob, driver: ElasticDriver, timeout: float) -> list[Event]:
     """Run the driver against a service; the event log."""
     options = ServiceOptions(
         mode=job.mode,

@@ -197,7 +197,7 @@ class ElasticDriver:
     def _await(self, condition: Condition) -> None:
         service = self._service
         assert service is not None
-        if not service.wait_for(lambda status: condition(status) or not status.serving, timeout=self._time_left()):
+        if not service.wait_for(lambda status: condition(status) or status.ended, timeout=self._time_left()):
             raise MoeplaceError(f"the service did not finish a change in time: {service.status()}")
         self._require_serving()
 
@@ -218,7 +218,7 @@ class ElasticDriver:
     def _require_serving(self) -> None:
         assert self._service is not None
         status = self._service.status()
-        if not status.serving:
+        if status.ended:
             raise MoeplaceError(f"the service has ended: {status.reason}")
 
     def _time_left(self) -> float:

@@ -15,12 +15,12 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from moeplace.runtime.service.api import MemberJob
+from moeplace.runtime.service.options import MemberJob
+from moeplace.runtime.service.spawner import member_environment
 
 logger = logging.getLogger(__name__)
 
 _LOST = -9
-_PASSED_ON = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")
 
 
 class RankActor:
@@ -69,6 +69,14 @@ class RayMember:
     def is_alive(self) -> bool:
         """See `Member`."""
         return self.wait(0) is None
+
+    def has_started(self) -> bool:
+        """See `Member`: until then the cluster has no room for it."""
+        return bool(ray.wait([self._process], timeout=0)[0])
+
+    def last_words(self) -> str:
+        """See `Member`: Ray keeps them."""
+        return ""
 
     def kill(self) -> None:
         """See `Member`."""
@@ -119,7 +127,7 @@ class RaySpawner:
         """See `Spawner`. Where the cluster has no room, the member starts when it has."""
         bundle = self._take_bundle()
         strategy = PlacementGroupSchedulingStrategy(bundle.group, placement_group_bundle_index=0)
-        environment = {"env_vars": _environment(job.host)}
+        environment = {"env_vars": member_environment(job.host)}
         actor = ray.remote(RankActor).options(
             **self._options, scheduling_strategy=strategy, runtime_env=environment, name=None
         )
@@ -167,12 +175,3 @@ class RaySpawner:
                 return
             self._vacant.remove(bundle)
         remove_placement_group(bundle.group)
-
-
-def _environment(host: str) -> dict[str, str]:
-    """One thread per rank, and the networks that were named here; the loopback interface where the store is there."""
-    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    if host.startswith("127."):
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    return environment

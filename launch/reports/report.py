@@ -20,7 +20,7 @@ from moeplace.placement.placement import Placement
 from moeplace.placement.placement_file import PlacementFile
 from moeplace.profiling.files import atomic_write
 from moeplace.profiling.traces.trace import RoutingTrace
-from moeplace.runtime.replanning.event_log import Event
+from moeplace.runtime.event import Event
 
 
 @dataclass(frozen=True, eq=False)

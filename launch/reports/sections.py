@@ -26,7 +26,7 @@ from moeplace.launch.reports.standing import (
 from moeplace.launch.reports.timeline import event_table, timeline_chart
 from moeplace.launch.reports.travel import CHANCE_EDGES, flow_caption, flow_chart, travel_chart
 from moeplace.launch.reports.views import PlacementView
-from moeplace.runtime.replanning.event_log import Event
+from moeplace.runtime.event import Event
 
 _MOST_BOUNDARIES = 5
 

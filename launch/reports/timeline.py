@@ -10,7 +10,7 @@ from html import escape
 
 from moeplace.launch.reports.scatter import round_ticks
 from moeplace.launch.reports.svg import WIDTH, element, number, picture, text
-from moeplace.runtime.replanning.event_log import Event
+from moeplace.runtime.event import Event
 
 _LEFT, _LANE, _CAPTION, _CURVE, _AXIS = 64.0, 26.0, 20.0, 110.0, 34.0
 _REVIEW_ENDS = {"kept": "", "candidate-kept": "", "move": "good", "review-failed": "bad", "placement-changed": "bad"}

@@ -5,7 +5,7 @@ import threading
 from types import TracebackType
 from typing import Self
 
-from moeplace.runtime.service.api import Service, ServiceEvent
+from moeplace.runtime.service.api import Event, Service
 
 logger = logging.getLogger("moeplace.service")
 
@@ -19,7 +19,7 @@ class EventLogger:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._last: ServiceEvent | None = None
+        self._last: Event | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moeplace-events", daemon=True)
 

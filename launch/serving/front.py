@@ -10,8 +10,9 @@ from moeplace.launch.options.replanning import replan_window
 from moeplace.placement.modes import MODES
 
 if TYPE_CHECKING:
-    from moeplace.runtime.service.api import Service, ServiceOptions, Spawner
+    from moeplace.runtime.service.api import Service
     from moeplace.runtime.service.coordinator.coordinator import Coordinator
+    from moeplace.runtime.service.options import ServiceOptions, Spawner
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -207,7 +208,7 @@ def verify_alone(args: argparse.Namespace) -> None:
 
 def _service_options(args: argparse.Namespace) -> "ServiceOptions":
     from moeplace.runtime.engine.limits import EngineLimits
-    from moeplace.runtime.service.api import ServiceOptions
+    from moeplace.runtime.service.options import ServiceOptions
 
     return ServiceOptions(
         mode=args.mode,

@@ -5,39 +5,21 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import require_file, require_folder_of
+from moeplace.runtime.event import Event
 
 logger = logging.getLogger(__name__)
 
 _START = '{"time": '
 """With which every line begins, also one that was cut off."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """One thing that happened.
-
-    Attributes:
-        time: seconds since the epoch.
-        step: of the service.
-        kind: one word with hyphens, for programs.
-        sentence: for people.
-        figures: what the sentence rests on; a figure that is not finite is None.
-    """
-
-    time: float
-    step: int
-    kind: str
-    sentence: str
-    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 class EventLog:
@@ -66,9 +48,9 @@ class EventLog:
                 raise InputError(f"cannot write {path}: {error.strerror}") from error
 
     def add(self, kind: str, sentence: str, *, step: int, **figures: Any) -> Event:
-        """Note what happened now."""
+        """Note what happened now; a figure that is not finite becomes None."""
         clean = {name: _finite(value) for name, value in figures.items()}
-        event = Event(self._clock(), step, kind, sentence, clean)
+        event = Event(self._clock(), kind, sentence, clean, step)
         self.events.append(event)
         if self._file is not None:
             try:
@@ -126,10 +108,10 @@ def _event(document: dict[str, Any]) -> Event:
     figures = document.get("figures", {})
     event = Event(
         float(document["time"]),
-        int(document.get("step", 0)),
         str(document["kind"]),
         str(document["sentence"]),
         dict(figures),
+        int(document.get("step", 0)),
     )
     if not math.isfinite(event.time):
         raise ValueError("time")

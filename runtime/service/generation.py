@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from moeplace.placement.modes import Mode
+from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.errors import PeerLostError
@@ -29,6 +30,7 @@ class Generation:
         mode: execution mode of the placement.
         slots: per rank (L, C) the experts of its slots, at the start; None = ranks go on with what they hold.
         delivered: tokens that the coordinator has of each request in flight, after a loss; None = nobody was lost.
+        applied: commands of the log that a generation of members which have served nothing begins after.
     """
 
     number: int
@@ -37,6 +39,7 @@ class Generation:
     mode: Mode = "dispatch-combine"
     slots: list[list[list[int]]] | None = None
     delivered: Mapping[str, list[int]] | None = None
+    applied: int = 0
 
     @classmethod
     def of(cls, number: int, node_of_member: Mapping[int, int], **fields: Any) -> Self:
@@ -114,3 +117,9 @@ class Forming:
         assert self._thread is not None
         self._thread.join(seconds)
         return not self._thread.is_alive()
+
+
+def slots_of(placement: Placement, rank: int) -> list[list[int]]:
+    """(L, C) the experts of a rank's slots, as plain data."""
+    slots: list[list[int]] = placement.slot_to_expert[:, placement.slots_on(rank)].tolist()
+    return slots

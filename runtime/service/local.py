@@ -10,7 +10,7 @@ It is what `moeplace serve --http` runs on one rank, and the oracle of services 
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -21,12 +21,12 @@ from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.errors import MigrationError
+from moeplace.runtime.event import Event
 from moeplace.runtime.migration.live import LiveMigration
-from moeplace.runtime.service.api import FinishReason, ServiceEvent, ServiceStatus, TokenEvent
+from moeplace.runtime.service.api import FinishReason, ServiceStatus
+from moeplace.runtime.service.local_requests import LocalRequests, OnEvent
 
 logger = logging.getLogger(__name__)
-
-OnEvent = Callable[[TokenEvent], None]
 
 _MEMBER = 0
 _BYTES_PER_STEP = 8 << 20
@@ -55,12 +55,10 @@ class LocalService:
         self._submitted: list[Request] = []
         self._cancelled: list[str] = []
         self._replacement: Placement | None = None
-        self._listeners: dict[str, OnEvent] = {}
-        self._log: list[ServiceEvent] = []
+        self._log: list[Event] = []
         self._closing, self._abandon, self._reason = False, False, ""
+        self._requests = LocalRequests()
         # Of the service's thread alone.
-        self._sent: dict[str, int] = {}
-        self._tokens = 0
         self._migration: LiveMigration | None = None
         self._counted_at = 0.0
         self._status = self._first_status()
@@ -68,23 +66,23 @@ class LocalService:
         self._thread = threading.Thread(target=self._run, name="moeplace-service", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, on_event: OnEvent) -> None:
+    def submit(self, request: Request, on_event: OnEvent) -> str:
+        """See `Service`."""
         engine = self._engine  # what is looked at here does not change, whatever its thread does
         request.require_fit(positions=engine.scheduler.positions, vocabulary=engine.executor.decoder.vocabulary)
         with self._changed:
             if self._closing or self._reason:
                 raise MoeplaceError(f"request {request.request_id!r} is not served: {self._reason or 'it is closing'}")
-            if request.request_id in self._listeners:
-                raise InputError(f"request {request.request_id!r} is already in flight; names must be unique")
-            self._listeners[request.request_id] = on_event
-            self._submitted.append(request)
+            known = self._requests.take(request, on_event)
+            self._submitted.append(known)
             self._changed.notify_all()
+        return known.request_id
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, *, ticket: str | None = None) -> None:
+        """See `Service`."""
         with self._changed:
-            if request_id in self._listeners:
-                self._cancelled.append(request_id)
-                self._changed.notify_all()
+            self._cancelled += self._requests.tickets_of(request_id, ticket)
+            self._changed.notify_all()
 
     def scale(self, num_ranks: int, *, leaving: Sequence[int] | None = None) -> None:
         if num_ranks != 1 or leaving:
@@ -103,11 +101,14 @@ class LocalService:
     def status(self) -> ServiceStatus:
         with self._changed:
             waiting = self._status.waiting + len(self._submitted)
-            serving = not self._closing and not self._reason
+            ended = not self._thread.is_alive()
             reason = self._reason or ("it is closing" if self._closing else "")
-        return replace(self._status, waiting=waiting, serving=serving, reason=reason)
+        if ended and not reason:
+            reason = "internal error: the thread of the service has ended"
+        serving = not reason
+        return replace(self._status, waiting=waiting, serving=serving, reason=reason, ended=ended)
 
-    def events(self) -> list[ServiceEvent]:
+    def events(self) -> list[Event]:
         with self._changed:
             return list(self._log)
 
@@ -161,51 +162,32 @@ class LocalService:
             if self._abandon:
                 return False
         for request in submitted:
-            self._engine.add_request(request)
+            self._engine.add_request(request)  # what cannot fit was refused, and tickets are never used twice
         for request_id in cancelled:
             self._drop(request_id)
         if replacement is not None:
             self._start_migration(replacement)
         return not (scheduler.is_idle and self._migration is None and self._closing)
 
-    def _drop(self, request_id: str) -> None:
+    def _drop(self, ticket: str) -> None:
         """Nothing happens when it has finished meanwhile."""
-        self._engine.scheduler.cancel(request_id)
-        self._tell(request_id, None, "cancelled")
+        self._engine.scheduler.cancel(ticket)
+        self._requests.tell(ticket, None, "cancelled")
 
-    def _tell(self, request_id: str, token_ids: Sequence[int] | None, reason: FinishReason | None = None) -> None:
-        """Tokens that the listener has not heard of; None = no new ones."""
-        with self._changed:
-            listener = self._listeners.get(request_id)
-            if reason is not None:
-                self._listeners.pop(request_id, None)
-        sent = self._sent.pop(request_id, 0)
-        if listener is None:
-            return
-        new = tuple(token_ids[sent:]) if token_ids is not None else ()
-        if reason is None:
-            self._sent[request_id] = sent + len(new)
-        self._tokens += len(new)
-        if new or reason is not None:
-            self._call(listener, TokenEvent(request_id, new, reason))
-
-    def _call(self, listener: OnEvent, event: TokenEvent) -> None:
-        try:
-            listener(event)
-        except Exception as error:  # a defect of the listener must not end the others
-            logger.error("the listener of request %r failed: %s: %s", event.request_id, type(error).__name__, error)
-            self.cancel(event.request_id)
+    def _tell(self, ticket: str, token_ids: Sequence[int], reason: FinishReason | None = None) -> None:
+        if not self._requests.tell(ticket, token_ids, reason):
+            with self._changed:
+                self._cancelled.append(ticket)
 
     def _end_all(self, reason: FinishReason, sentence: str) -> None:
         with self._changed:
             self._reason = sentence
-            listeners, self._listeners = self._listeners, {}
             self._note("failed" if reason == "failed" else "closed", sentence)
             self._changed.notify_all()
-        for request_id, listener in listeners.items():
-            error = sentence if reason == "failed" else None
-            self._call(listener, TokenEvent(request_id, (), reason, error))
-        self._status = replace(self._status, waiting=0, running=0, active=(), routable=(), allocated=())
+        self._requests.end_all(reason, sentence if reason == "failed" else None)
+        self._status = replace(
+            self._status, waiting=0, running=0, active=(), routable=(), allocated=(), tokens=self._requests.num_tokens
+        )
 
     def _start_migration(self, placement: Placement) -> None:
         try:
@@ -228,7 +210,7 @@ class LocalService:
 
     def _note(self, kind: str, sentence: str, **figures: Any) -> None:
         with self._changed:  # re-entrant
-            self._log.append(ServiceEvent(time.time(), kind, sentence, figures))
+            self._log.append(Event(time.time(), kind, sentence, figures))
 
     def _first_status(self) -> ServiceStatus:
         engine = self._engine
@@ -267,7 +249,7 @@ class LocalService:
             waiting=len(scheduler.waiting),
             running=len(scheduler.running),
             steps=engine.group.counters.steps,
-            tokens=self._tokens,
+            tokens=self._requests.num_tokens,
             changing=progress is not None,
             migration=None
             if progress is None

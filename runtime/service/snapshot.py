@@ -118,7 +118,11 @@ def take_snapshot_of(scheduler: Scheduler, members: Sequence[int]) -> tuple[Held
 
 
 def continue_from(
-    snapshots: Sequence[Snapshot], *, replicated: bool, delivered: Mapping[str, Sequence[int]] | None
+    snapshots: Sequence[Snapshot],
+    *,
+    replicated: bool,
+    delivered: Mapping[str, Sequence[int]] | None,
+    applied: int = 0,
 ) -> Continuation:
     """What follows from the snapshots of all members of a generation.
 
@@ -127,7 +131,10 @@ def continue_from(
         replicated: whether a sequence has its row on all ranks; then it can get another home.
         delivered: tokens that were made known of each request in flight, which cannot be taken back; sequences that
             are not named have ended. None = as the snapshots say.
+        applied: commands that are done where all members are new.
     """
+    if not any(snapshot.progress for snapshot in snapshots):
+        return Continuation(applied, 1, 0, (), (), tuple(range(len(snapshots))))
     first = max(snapshots, key=lambda snapshot: snapshot.progress)  # the lowest rank of equals
     running: list[HeldSequence] = []
     again: list[HeldSequence] = []

@@ -5,17 +5,23 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
-from moeplace.runtime.service.api import MemberJob
+from moeplace.runtime.service.options import MemberJob
+
+_LAST_BYTES = 4000
+_PASSED_ON = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")
 
 
 class LocalMember:
     """A started process."""
 
-    def __init__(self, member_id: int, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(self, member_id: int, process: "subprocess.Popen[bytes]", words: IO[bytes]) -> None:
         self.member_id = member_id
-        self._process = process
+        self._process, self._words = process, words
 
     @property
     def pid(self) -> int:
@@ -25,6 +31,10 @@ class LocalMember:
     def is_alive(self) -> bool:
         """See `Member`."""
         return self._process.poll() is None
+
+    def has_started(self) -> bool:
+        """See `Member`."""
+        return True
 
     def kill(self) -> None:
         """See `Member`."""
@@ -37,34 +47,41 @@ class LocalMember:
         except subprocess.TimeoutExpired:
             return None
 
+    def last_words(self) -> str:
+        """See `Member`."""
+        if self._words.closed:
+            return ""
+        size = os.fstat(self._words.fileno()).st_size
+        content = os.pread(self._words.fileno(), _LAST_BYTES, max(size - _LAST_BYTES, 0))
+        return content.decode(errors="replace").strip()
+
+    def release(self) -> None:
+        """Close what is open for it."""
+        self._words.close()
+        if self._process.stdin is not None:
+            with suppress(OSError):
+                self._process.stdin.close()
+
 
 class LocalSpawner:
-    """Starts `python -m moeplace.runtime.service.member.loop`, one thread each.
+    """Starts `python -m moeplace.runtime.service.member.start`, one thread each.
+
+    They end with this process, however it ends: see there. What they print goes to `member-ID.log` in a folder, or
+    without one to files that have no name, so that nothing is left behind.
 
     Attributes:
-        folder: what members print, `member-ID.log`; deleted with the spawner unless it was given.
+        folder: None = none was given.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="moeplace-members-") if folder is None else None
-        self.folder = Path(self._temporary.name if self._temporary else folder or ".")
+        self.folder = None if folder is None else Path(folder)
         self._started: list[LocalMember] = []
+        # Members are killed when the thread that started them ends: so it is one that lives as long as the spawner.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="spawner")
 
     def start(self, member_id: int, job: MemberJob) -> LocalMember:
         """See `Spawner`."""
-        command = [sys.executable, "-m", "moeplace.runtime.service.member.loop", json.dumps(job.to_json())]
-        with (self.folder / f"member-{member_id}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env=_environment(job.host),
-                start_new_session=True,  # Ctrl-C is for the coordinator, which ends its members in order
-            )
-        member = LocalMember(member_id, process)
-        self._started.append(member)
-        return member
+        return self._starter.submit(self._start, member_id, job).result()
 
     def close(self) -> None:
         """See `Spawner`."""
@@ -73,14 +90,41 @@ class LocalSpawner:
                 member.kill()
         for member in self._started:
             member.wait(10.0)
-        if self._temporary is not None:
-            self._temporary.cleanup()
+            member.release()
+        self._starter.shutdown()
+
+    def _start(self, member_id: int, job: MemberJob) -> LocalMember:
+        words: IO[bytes] = tempfile.TemporaryFile() if self.folder is None else self._log(member_id)  # noqa: SIM115
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "moeplace.runtime.service.member.start", str(os.getpid())],
+                stdout=words,
+                stderr=words,
+                stdin=subprocess.PIPE,  # the job, which holds a secret, and our end of it as a sign of life
+                env={**os.environ, **member_environment(job.host, chatter=os.environ.get("TORCH_CPP_LOG_LEVEL"))},
+                start_new_session=True,  # Ctrl-C is for the coordinator, which ends its members in order
+            )
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # it has ended already, which its exit code says
+                process.stdin.write(json.dumps(job.to_json()).encode() + b"\n")
+                process.stdin.flush()
+        except OSError:
+            words.close()
+            raise
+        member = LocalMember(member_id, process, words)
+        self._started.append(member)
+        return member
+
+    def _log(self, member_id: int) -> IO[bytes]:
+        assert self.folder is not None
+        return (self.folder / f"member-{member_id}.log").open("w+b")
 
 
-def _environment(host: str) -> dict[str, str]:
-    """One thread per rank, the loopback interface for gloo where the store is there, no chatter of the store."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+def member_environment(host: str, *, chatter: str | None = None) -> dict[str, str]:
+    """One thread per rank, no chatter of the store unless it is wanted, and the networks that were named here; the
+    loopback interface for gloo where the store is there."""
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["TORCH_CPP_LOG_LEVEL"] = chatter or "ERROR"
     if host.startswith("127.") and Path("/sys/class/net/lo").exists():
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return environment
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    return environment | {name: os.environ[name] for name in _PASSED_ON if name in os.environ}

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Self
 
-from moeplace.runtime.service.api import ServiceEvent
+from moeplace.runtime.event import Event
 
 
 class EventInjector:
@@ -23,7 +23,7 @@ class EventInjector:
         self.faults.setdefault(member, []).append(fault)
         return self
 
-    def check(self, events: Sequence[ServiceEvent]) -> None:
+    def check(self, events: Sequence[Event]) -> None:
         """Each fault has fired, exactly once, and nothing else was lost."""
         lost = Counter(
             event.figures["member"] for event in events if event.kind in ("loss", "join-failed") and event.figures

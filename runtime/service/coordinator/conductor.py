@@ -1,436 +1,339 @@
-"""Conductor: what the coordinator does about what happens. One call of `handle` per report, no thread, no waiting.
+"""Conductor: what follows from what happens to a service. Reports in, actions out (see `reports` and `actions`).
 
-Reports come from members (ready, prepared, loaded, serving, step, counters, replaced, refused, lost, stopped, failed),
-from those who watch over them (died, late, linger, deadline, planned) and from callers (wish, cancel).
+    actions = conductor.handle({"kind": "died", "member": 3}, now=time.time())
+
+It has no thread, no store, no process and no clock: the coordinator reports to it, one report at a time, and carries
+its actions out in their order. Reports may come late or twice, and those of members that are gone still come; what they
+name and is no more is ignored. So all that can happen can be tried without a process.
 """
 
 import logging
-import time
-from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moeplace.placement.migration.file import plan_to_json
 from moeplace.placement.placement import Placement
-from moeplace.placement.replacement.width import rebalance
-from moeplace.placement.replacement.width_plan import WidthPlan, plan_width
-from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.service.api import ServiceEvent, ServiceOptions, TokenEvent
-from moeplace.runtime.service.command_log import CommandLog
+from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.engine.routing_window import RoutedRows
+from moeplace.runtime.service.api import RequestRecord, ServiceStatus
+from moeplace.runtime.service.coordinator.actions import Action, CommandLog, Document, Outbox, Put, Remind
 from moeplace.runtime.service.coordinator.figures import ServiceFigures
-from moeplace.runtime.service.coordinator.membership import Membership
-from moeplace.runtime.service.coordinator.requests import Deliver, RequestLedger
-from moeplace.runtime.service.coordinator.succession import Succession
-from moeplace.runtime.service.member.serving import slots_of
-from moeplace.runtime.service.routing_request import RoutingRequest
-from moeplace.runtime.service.store import Document, ServiceStore
+from moeplace.runtime.service.coordinator.generations import Generations
+from moeplace.runtime.service.coordinator.reports import find_fault, is_token
+from moeplace.runtime.service.coordinator.requests import RequestDesk
+from moeplace.runtime.service.coordinator.routing_request import RoutingRequest
+from moeplace.runtime.service.options import ServiceOptions
 
 logger = logging.getLogger(__name__)
 
-_LATE = 5.0
-"""Most seconds that a member may notice the loss of a rank later than the first one, before it counts as hung."""
-
-
 _LINGERING = 10.0
 """Seconds that a member may take to end after a generation without it has begun."""
-MAX_EVENTS = 10_000
-"""Of the event log; older ones are forgotten."""
-
-
-class Helper(Protocol):
-    """What takes time, and comes back as a report."""
-
-    def start_member(self) -> None:
-        """Start another member; "ready" or "died" follows."""
-
-    def remind(self, seconds: float, report: Document) -> None:
-        """Report something after some time."""
-
-    def plan(self, number: int, make: Callable[[], WidthPlan]) -> None:
-        """Plan in the background; "planned" follows, with the plan or an error."""
 
 
 class Conductor:
     """See the module.
 
     Attributes:
-        members, succession, log, ledger, figures: what the coordinator knows.
-        is_serving: whether requests are being answered.
-        reason: see `ServiceStatus`.
         is_over: the service has ended; nothing more is done.
-        events: the event log.
-        deliveries: what is to be told to those who asked; the caller takes it.
-        replacements: placements that callers want.
-        steps, waiting, running, version, migration: see `ServiceStatus`.
         limits: what a request has to keep to, as a member told; empty before.
-        on_step: called with every report of a step.
     """
 
-    def __init__(
-        self,
-        store: ServiceStore,
-        checkpoint: Checkpoint,
-        placement: Placement,
-        options: ServiceOptions,
-        helper: Helper,
-        *,
-        ranks: int,
-    ) -> None:
-        self._store, self._checkpoint, self._options, self._helper = store, checkpoint, options, helper
-        self.log = CommandLog(store)
-        self.routing = RoutingRequest(self.log)
-        self.succession = Succession(store, self.log, placement.mode)
-        self.members = Membership(desired=ranks, placement=placement)
-        self.ledger, self.figures = RequestLedger(), ServiceFigures()
-        self.is_serving = self.is_over = False
-        self.reason = "the members are starting"
-        self.events: deque[ServiceEvent] = deque(maxlen=MAX_EVENTS)
-        self.deliveries: list[tuple[Deliver, TokenEvent]] = []
-        self.replacements: deque[Placement] = deque()
-        self.steps = self.waiting = self.running = self.version = 0
-        self.migration: Mapping[str, Any] | None = None
-        self.limits: Mapping[str, int] = {}
-        self.stopped: set[int] = set()
-        self.on_step: Callable[[Document], None] | None = None
-        self._assigned: dict[int, int] = {}
-        self._noticed: set[int] = set()  # members that have noticed that a rank is lost
-        self._loaded: set[int] = set()
-        self._errors: dict[int, str] = {}
-        self._plans = 0
-        self._replacing: Document | None = None  # a re-placement that is planned or under way
+    def __init__(self, placement: Placement, options: ServiceOptions, *, ranks: int) -> None:
+        self._out = Outbox()
+        self._log = CommandLog(self._out)
+        self._desk = RequestDesk(self._log, self._out)
+        self._routing = RoutingRequest(self._log)
+        self._figures = ServiceFigures()
+        self._generations = Generations(placement, options, self._log, self._out, ranks=ranks)
+        self._members = self._generations.members
+        self._options = options
+        self.is_over = False
+        self.limits: dict[str, int] = {}
+        self._waiting = self._running = 0
+        self._stopping: set[int] | None = None  # members that are to end in order and have not yet
         self._lost_at: float | None = None
+        self._handlers: dict[str, Callable[[Document], None]] = {
+            name.removeprefix("_on_"): getattr(self, name) for name in dir(self) if name.startswith("_on_")
+        }
 
-    def handle(self, report: Document) -> None:
-        """Do what follows from a report."""
-        kind = report["kind"]
-        if self.is_over and kind not in ("died", "stopped", "step"):
-            return
-        getattr(self, f"_on_{kind}")(report)
-        if not self.is_over:
-            self._pursue()
+    # Calls
 
-    @property
-    def is_changing(self) -> bool:
-        """Whether a change of ranks or of the placement is wanted or under way."""
-        members = self.members
-        going = self.succession.is_changing or self._replacing is not None or bool(self.replacements)
-        return (
-            going
-            or bool(members.joining)
-            or len(members.wanted) != members.desired
-            or (members.next_step().kind != "none")
-        )
+    def begin(self, now: float, *, restored: Sequence[RequestRecord] = (), taken: int = 0) -> list[Action]:
+        """Start the members; with the requests in flight of a service before, and its number of tickets."""
+        self._desk.restore(restored, taken=taken)
+        if restored:
+            self._out.now = now
+            self._out.note("restored", f"{len(restored)} requests in flight are taken up again", requests=len(restored))
+        self._out.add(Remind(self._generations.liveness.interval, {"kind": "look"}))
+        return self.handle({"kind": "wish"}, now)
 
-    def note(self, kind: str, sentence: str, **figures: Any) -> None:
-        """Write into the event log."""
-        logger.info("%s: %s", kind, sentence)
-        self.events.append(ServiceEvent(time.time(), kind, sentence, figures))
+    def handle(self, report: Document, now: float) -> list[Action]:
+        """Take a report; what is to be done. One that cannot be used is noted, and ends nothing."""
+        self._out.now = now
+        if fault := find_fault(report):
+            self._out.note("bad-report", f"a report was ignored: {fault}")
+        elif not self.is_over or report["kind"] in ("died", "stopped", "step"):
+            try:
+                self._handlers[report["kind"]](report)
+                self._pursue()
+            except Exception as error:
+                logger.exception("a report of the kind %r failed", report["kind"])
+                self._out.note("bad-report", f"a report ({report['kind']}) failed: {type(error).__name__}: {error}")
+        return self._out.take()
+
+    def submit(self, request: Request) -> str:
+        """Take a request; its ticket. Call `take_actions` afterwards, as after the calls below.
+
+        Raises:
+            InputError: it can never fit, or a token id is out of range.
+            MoeplaceError: the service has ended, or does not know yet what fits.
+        """
+        if self.is_over or not self.limits:
+            raise MoeplaceError(f"request {request.request_id!r} is not served: {self._generations.reason}")
+        request.require_fit(positions=self.limits["positions"], vocabulary=self.limits["vocabulary"])
+        return self._desk.take(request)
+
+    def cancel(self, request_id: str, ticket: str | None) -> None:
+        """See `Service`."""
+        self._desk.cancel(request_id, ticket)
+
+    def scale(self, num_ranks: int, leaving: Sequence[int] | None) -> None:
+        """See `Service`."""
+        members = self._members
+        if not self._generations.is_serving:
+            raise MoeplaceError(f"the ranks cannot change: {self._generations.reason}")
+        going = members.choose_leaving(num_ranks, leaving)
+        for member in going:
+            members.members[member].leaving = True
+            if member not in members.active:
+                self._generations.kill(member, "it was told to leave before it was a rank")
+        self._generations.want(num_ranks)
+        self._out.note("scale", f"{num_ranks} ranks are wanted", ranks=num_ranks, leaving=going)
+        self._pursue()
+
+    def replace(self, placement: Placement) -> None:
+        """See `Service`."""
+        active = self._members.active
+        if placement.num_ranks != len(active):
+            raise InputError(f"the placement is for {placement.num_ranks} ranks, but {len(active)} are active")
+        self._generations.replacing.wanted.append(placement)
+        self._pursue()
+
+    def routing(self) -> list[RoutedRows] | None:
+        """Recent routing of all ranks; None = they have been asked for it."""
+        parts = self._routing.collect()
+        if parts is None and self._generations.is_serving:
+            self._routing.ask(self._members.active)
+        return parts
 
     def end(self, reason: str) -> None:
-        """Answer no more; requests in flight fail."""
-        self.is_over, self.is_serving, self.reason = True, False, reason
-        for request_id in list(self.ledger.entries):
-            self._end_request(request_id, "failed", reason)
+        """Answer no more; requests in flight fail. Members that are ranks end in order, the others at once."""
+        self.is_over = True
+        self._generations.end(reason)
+        self._desk.end_all(reason)
+        active = self._generations.obedient
+        for member in set(self._members.members) - active:
+            self._generations.kill(member, reason)
+        self._stopping = active
+        if active:
+            self._log.append({"kind": "stop"})
+        self._let_go()
 
-    def _fail(self, reason: str) -> None:
-        self.note("failed", reason)
-        self.end(reason)
-        for state in self.members.members.values():
-            state.process.kill()
+    def take_actions(self) -> list[Action]:
+        """What is to be done after a call."""
+        return self._out.take()
 
-    # Requests
+    # What can be seen
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the members that were to end in order have."""
+        return self._stopping is not None and not self._stopping
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have not ended."""
+        return len(self._desk.entries)
+
+    @property
+    def placement(self) -> Placement:
+        """In force; before anything is, that of the start."""
+        return self._members.placement
+
+    def load(self) -> np.ndarray | None:
+        """(L, E) int64 routed assignments per expert since the start; None = none were reported."""
+        return self._figures.load()
+
+    def find(self, request_id: str) -> RequestRecord | None:
+        """The newest request in flight under a name."""
+        return self._desk.find(request_id)
+
+    def status(self) -> ServiceStatus:
+        """See `Service`."""
+        members, generations = self._members, self._generations
+        return ServiceStatus(
+            generation=generations.number,
+            placement_version=generations.replacing.version,
+            placement_digest=members.placement.digest,
+            desired=members.desired,
+            allocated=tuple(sorted(members.members)),
+            active=members.active,
+            routable=members.routable,
+            waiting=self._waiting + self._desk.num_aside,
+            running=self._running,
+            steps=self._out.steps,
+            tokens=self._desk.num_tokens,
+            migration=generations.replacing.migration,
+            counters=self._figures.counters(),
+            imbalance_per_layer=self._figures.imbalance_per_layer(members.active),
+            changing=generations.is_changing,
+            serving=generations.is_serving,
+            reason=generations.reason,
+            ended=self.is_over,
+        )
+
+    # Reports of the ranks at work
+
+    def _on_pass(self, report: Document) -> None:
+        if report["generation"] == self._generations.number:
+            self._desk.begin_pass(report["tickets"])
 
     def _on_step(self, report: Document) -> None:
-        for request_id, index, token, reason in report["tokens"]:
-            self._hear(request_id, index, [token], reason)
-        self.steps += 1
-        self.waiting, self.running, self.migration = report["waiting"], report["running"], report["migration"]
-        self.log.forget(report["applied"])
-        if self._lost_at is not None and report["tokens"] and not self.succession.is_changing:
-            seconds = time.time() - self._lost_at
-            self._lost_at = None
-            self.note("resumed", f"the first token came {seconds:.2f} s after the loss was noticed", seconds=seconds)
-        if self.on_step is not None:
-            self.on_step(report)
+        for told in report["tokens"]:
+            if is_token(told):
+                ticket, index, token, reason = told
+                self._desk.hear(ticket, index, [token], reason)
+            else:
+                self._out.note("bad-report", f"a token was ignored: {told!r:.80}")
+        self._out.steps += 1
+        self._log.forget(report["applied"])
+        if report["generation"] == self._generations.number:
+            self._generations.note_step(report.get("migration"))
+            self._waiting, self._running = report["waiting"], report["running"]
+            if self._lost_at is not None and report["tokens"]:
+                seconds, self._lost_at = self._out.now - self._lost_at, None
+                told = f"the first token came {seconds:.2f} s after the loss was noticed"
+                self._out.note("resumed", told, seconds=seconds)
+
+    def _on_queue(self, report: Document) -> None:
+        """The ranks have come to rest, or to another request, by a command."""
+        if report["generation"] == self._generations.number:
+            self._waiting, self._running = report["waiting"], report["running"]
 
     def _on_refused(self, report: Document) -> None:
-        self._end_request(report["request_id"], "failed", report["error"])
-
-    def _on_cancel(self, report: Document) -> None:
-        if report["request_id"] in self.ledger.entries:
-            self.log.append({"kind": "cancel", "request_id": report["request_id"]})
-            self._end_request(report["request_id"], "cancelled")
-
-    def _hear(self, request_id: str, index: int, tokens: list[int], reason: Literal["stop", "length"] | None) -> None:
-        delivery = self.ledger.deliver(request_id, index, tokens, reason)
-        if delivery is not None:
-            self.deliveries.append(delivery)
-
-    def _end_request(self, request_id: str, reason: Literal["cancelled", "failed"], error: str | None = None) -> None:
-        delivery = self.ledger.end(request_id, reason, error)
-        if delivery is not None:
-            self.deliveries.append(delivery)
+        self._desk.drop(report["request_id"], "failed", report["error"])
 
     def _on_counters(self, report: Document) -> None:
-        self.figures.report(report["member"], report["counters"], report["tokens_per_layer"], report["load"])
+        self._figures.report(report["member"], report["counters"], report["tokens_per_layer"], report["load"])
 
     def _on_routing(self, report: Document) -> None:
-        self.routing.take(report)
+        self._routing.take(report)
 
-    # Generations
+    def _on_planned(self, report: Document) -> None:
+        self._generations.take_plan(report["number"], report["plan"])
+
+    def _on_replaced(self, report: Document) -> None:
+        self._generations.take_replaced(report)
+
+    # Reports on members
 
     def _on_ready(self, report: Document) -> None:
-        state = self.members.members.get(report["member"])
+        state = self._members.members.get(report["member"])
         if state is not None:
             state.ready = True
             self.limits = report["limits"]
 
+    def _on_alive(self, report: Document) -> None:
+        if report["member"] in self._members.members:
+            liveness = self._generations.liveness
+            liveness.hear(report["member"], report["turn"], is_idle=report["idle"], now=self._out.now)
+
+    def _on_look(self, _: Document) -> None:
+        liveness = self._generations.liveness
+        for member, why in liveness.look(self._out.now).items():
+            self._generations.kill(member, why)
+        self._out.add(Remind(liveness.interval, {"kind": "look"}))
+
     def _on_prepared(self, report: Document) -> None:
-        if not report["error"] and self.succession.note_prepared(report["member"], report["generation"]):
-            self.succession.open()
+        self._generations.take_prepared(report["member"], report["generation"], report["error"])
 
     def _on_loaded(self, report: Document) -> None:
-        self._loaded.add(report["member"])
-        opened = self.succession.opened
-        if opened is not None and self._loaded >= set(opened.members):
-            self._store.put("loaded", True)
+        self._generations.take_loaded(report["member"], report["generation"])
 
     def _on_serving(self, report: Document) -> None:
         """A generation has begun on all its members."""
-        before = self.members.active
-        if not self.succession.settle(report["generation"]):
+        lingering = self._generations.take_serving(report)
+        if lingering is None:
             return
-        current = self.members.current = self.succession.settled
-        assert current is not None
-        self._noticed = set()
-        self.figures.begin_generation()
-        self.routing.give_up()
-        self._take_placement(report)
-        self.waiting, self.running = report["waiting"], report["running"]
-        for request_id, added in report["known"].items():
-            self._hear(request_id, 0, added, None)
-        self._ask_again(report)
-        if not self.is_serving:
-            self.is_serving, self.reason = True, ""
-        self.note(
-            "serving",
-            f"generation {current.number} serves with the members {list(current.members)}",
-            generation=current.number,
-            members=list(current.members),
-            adopted=report["adopted"],
-        )
-        for member, state in self.members.members.items():
-            if state.leaving and member not in current.members:
-                self._helper.remind(_LINGERING, {"kind": "linger", "member": member})
-        joined = [member for member in current.members if before and member not in before]
-        if joined:
-            self.note("joined", f"the members {joined} are ranks now", members=joined)
-
-    def _ask_again(self, report: Document) -> None:
-        """Requests that the ranks were told of and do not know: their last tokens were lost with a rank."""
-        for request_id, entry in self.ledger.entries.items():
-            if entry.command < report["applied"] and request_id not in report["known"]:
-                command = {"kind": "add", "request": entry.request.to_json(), "added": list(entry.tokens)}
-                entry.command = self.log.append(command)
+        self._figures.begin_generation()
+        self._routing.give_up()
+        self._log.forget(report["applied"])
+        self._waiting, self._running = report["waiting"], report["running"]
+        self._desk.ask_again(report["known"], applied=report["applied"])
+        self._desk.begin_pass(report["seated"])
+        for member in lingering:
+            self._out.add(Remind(_LINGERING, {"kind": "linger", "member": member}))
 
     def _on_lost(self, report: Document) -> None:
-        """A member has noticed that a rank is lost; normally the end of that one is reported as well."""
-        newest = self.succession.newest
-        if newest is None or newest.number != report["generation"]:
-            return
-        if not self._noticed:
-            self._helper.remind(min(_LATE, self._options.timeout), {"kind": "late", "generation": newest.number})
-        self._noticed.add(report["member"])
-        if self._noticed >= set(newest.members):  # they live, their connections do not
-            self.note("loss", f"all members lost their connections: {report['error']}")
-            self._succeed()
+        if self._generations.take_lost(report["member"], report["generation"], report["error"]):
+            self._follow_loss(is_death=False)
 
     def _on_late(self, report: Document) -> None:
-        newest = self.succession.newest
-        if newest is None or newest.number != report["generation"]:
-            return
-        for member in set(newest.members) - self._noticed:
-            if member in self.members.members:
-                self._errors.setdefault(member, "it hung")
-                self.members.members[member].process.kill()
+        if self._generations.is_disconnected(report["generation"]):
+            self._follow_loss(is_death=False)
 
     def _on_failed(self, report: Document) -> None:
-        self._errors[report["member"]] = report["error"]
+        self._generations.expect_end(report["member"], report["error"], is_final=report["final"])
 
     def _on_stopped(self, report: Document) -> None:
-        self.stopped.add(report["member"])
+        if self._stopping is not None:
+            self._stopping.discard(report["member"])
+            self._let_go()
 
     def _on_deadline(self, report: Document) -> None:
-        member = report["member"]
-        if member in self.members.members and member not in self.members.active:
-            self._errors[member] = f"it was no rank after {self._options.start_timeout:g} s"
-            self.members.members[member].process.kill()
+        self._generations.check_start(report["member"], has_started=report["started"])
 
     def _on_linger(self, report: Document) -> None:
         """A member that was to leave has not ended by itself."""
-        state = self.members.members.get(report["member"])
-        if state is not None and report["member"] not in self.members.active:
-            state.process.kill()
+        if report["member"] not in self._members.active:
+            self._generations.kill(report["member"], "it did not leave by itself")
 
     def _on_died(self, report: Document) -> None:
         member = report["member"]
-        state = self.members.members.pop(member, None)
-        newest = self.succession.newest
-        if state is None or self.is_over:
-            return
-        why = self._errors.get(member) or f"its process ended with code {report['code']}"
-        if newest is not None and member in newest.members:
-            self._lose(member, why)
-        elif state.leaving:
-            self.note("left", f"member {member} has left", member=member, code=report["code"])
-        elif self.succession.settled is None:
-            self._fail(f"member {member} could not start: {why}")
-        else:
-            self._give_up_joining(member, why)
-
-    def _lose(self, member: int, why: str) -> None:
-        if self.succession.settled is None:
-            self._fail(f"member {member} was lost before the service began: {why}")
-            return
-        self._lost_at = time.time()
-        if not self.members.wanted:  # those that were about to leave are all there is
-            for state in self.members.members.values():
-                state.leaving = False
-        if not self._options.keep_width:
-            self.members.desired = len(self.members.wanted)
-        self.note("loss", f"member {member} was lost: {why}", member=member)
-        self._succeed()
-
-    def _succeed(self) -> None:
-        newest = self.succession.newest
-        assert newest is not None
-        self.succession.withdraw()
-        self._noticed, self._replacing, self.migration = set(), None, None
-        alive = [m for m in newest.members if m in self.members.members and self.members.members[m].process.is_alive()]
-        if not any(member in self.members.active for member in alive):
-            self._fail("all ranks were lost")
-            return
-        self.succession.succeed(self.members.nodes(alive), self.ledger.delivered())
-
-    def _give_up_joining(self, member: int, why: str) -> None:
-        self.succession.withdraw()
-        self.members.desired = len(self.members.wanted)
-        self.reason = f"member {member} could not join: {why}"
-        self.note("join-failed", self.reason, member=member)
-
-    # Width and placement
-
-    def _pursue(self) -> None:
-        """Take the next step towards what is wanted, if nothing is under way."""
-        members = self.members
-        while len(members.members) - sum(s.leaving for s in members.members.values()) < members.desired:
-            self._helper.start_member()
-        if self.succession.is_changing or self._replacing is not None:
-            return
-        if self.succession.settled is None:
-            if all(state.ready for state in members.members.values()):
-                self._start()
-            return
-        step = members.next_step()
-        if step.kind == "regroup":
-            self._propose(step.members)
-        elif step.kind == "rebalance":
-            self._rebalance(step.members)
-        elif self.replacements:
-            self._replace(self.replacements.popleft())
-
-    def _start(self) -> None:
-        placement = self.members.placement
-        assert placement is not None
-        members = sorted(self.members.members)
-        self._propose(tuple(members), slots=[slots_of(placement, rank) for rank in range(placement.num_ranks)])
-
-    def _propose(self, members: tuple[int, ...], **fields: Any) -> None:
-        new = [member for member in members if member not in self.members.active]
-        assignments = {member: self._assigned.get(member, 0) for member in new}
-        self._assigned.update({member: count + 1 for member, count in assignments.items()})
-        self.succession.propose(self.members.nodes(members), assignments, **fields)
-
-    def _rebalance(self, holders: tuple[int, ...]) -> None:
-        """Let `holders` hold all experts, with as little moved as possible."""
-        placement, load = self.members.placement, self.figures.load()
-        assert placement is not None
-        ranks = [self.members.active.index(member) for member in holders]
-        self._plan("width", lambda: self._plan_to(placement, rebalance(placement, holders=ranks, load=load)))
-
-    def _replace(self, goal: Placement) -> None:
-        placement = self.members.placement
-        assert placement is not None
-        if goal.num_ranks != placement.num_ranks:
-            wanted = f"the placement is for {goal.num_ranks} ranks, but {placement.num_ranks} are active"
-            self.note("replace-failed", wanted)
-            return
-        goal = placement.replace(slot_to_expert=goal.slot_to_expert, slots_of_rank=goal.slots_of_rank)
-        self._plan("placement", lambda: self._plan_to(placement, goal))
-
-    def _plan_to(self, placement: Placement, goal: Placement) -> WidthPlan:
-        size = self.limits["expert_bytes"]
-        return plan_width(placement, goal, expert_bytes=size, staging_bytes=size)
-
-    def _plan(self, what: Literal["width", "placement"], make: Callable[[], WidthPlan]) -> None:
-        self._plans += 1
-        self._replacing = {"number": self._plans, "what": what}
-        self._helper.plan(self._plans, make)
-
-    def _on_planned(self, report: Document) -> None:
-        replacing = self._replacing
-        if replacing is None or replacing["number"] != report["number"]:
-            return  # for ranks that are no more
-        made: WidthPlan | str = report["plan"]
-        if isinstance(made, str):
-            self._finish_replacing({"error": made})
-            return
-        replacing["bytes_lower_bound"] = made.least_bytes
-        slots = made.goal.slots_of_rank.tolist()
-        self.log.append({"kind": "replace", "plan": plan_to_json(made.plan), "slots_of_rank": slots})
-
-    def _on_replaced(self, report: Document) -> None:
-        if self._replacing is not None:
-            self._take_placement(report)
-            self._finish_replacing(report)
-
-    def _finish_replacing(self, report: Document) -> None:
-        replacing, self._replacing, self.migration = self._replacing, None, None
-        assert replacing is not None
-        figures = {name: report.get(name, 0) for name in ("bytes_moved", "commits", "seconds")}
-        figures |= {"what": replacing["what"], "bytes_lower_bound": replacing.get("bytes_lower_bound", 0)}
-        if not report["error"]:
-            sentence = f"placement version {self.version} serves; {figures['bytes_moved']} bytes moved"
-            self.note("replaced", sentence, version=self.version, **figures)
-            return
-        self.reason = f"the re-placement was taken back: {report['error']}"
-        self.note("replace-failed", self.reason, **figures)
-        if replacing["what"] == "width":
-            self._stay_as_it_is()
-
-    def _stay_as_it_is(self) -> None:
-        """After a change of width that failed: those that hold experts stay, the others go."""
-        routable = self.members.routable
-        for member, state in self.members.members.items():
-            state.leaving = member not in routable
-        self.members.desired = len(self.members.wanted)
-
-    def _take_placement(self, report: Document) -> None:
-        current, checkpoint = self.members.current, self._checkpoint
-        assert current is not None
-        parts = [np.array(own, np.int32).reshape(checkpoint.num_layers, -1) for own in report["slots"]]
-        self.version = report["version"]
-        self.members.placement = Placement(
-            np.hstack(parts),
-            np.array([part.shape[1] for part in parts]),
-            current.node_of_rank,
-            checkpoint.experts_per_layer,
-            checkpoint.layer_ids,
-            checkpoint.num_hidden_layers,
-            current.mode,
-        )
+        self._generations.liveness.forget(member)
+        if self._stopping is not None:
+            self._members.members.pop(member, None)
+            self._stopping.discard(member)
+            self._let_go()
+        elif self._generations.take_death(member, report):
+            self._follow_loss(is_death=True)
 
     def _on_wish(self, _: Document) -> None:
         """A caller wants something; `_pursue` sees what."""
+
+    def _follow_loss(self, *, is_death: bool) -> None:
+        """The ranks that are left go on, or new ones start."""
+        if is_death:
+            self._lost_at = self._out.now
+            if self._generations.was_in_force:
+                self._desk.blame()
+        if not self._generations.succeed(self._desk.delivered()):
+            self._routing.give_up()
+            self._waiting, self._running = self.num_in_flight, 0
+
+    def _pursue(self) -> None:
+        """Take the next step towards what is wanted, if nothing is under way."""
+        if self.is_over:
+            return
+        failure = self._generations.pursue(load=self._figures.load(), expert_bytes=self.limits.get("expert_bytes", 0))
+        if failure:
+            self._out.note("failed", failure)
+            self.end(failure)
+        elif self._generations.is_serving and not self._generations.is_forming:
+            self._desk.try_one_aside()
+
+    def _let_go(self) -> None:
+        """Members that have stopped wait for the word that all have, so that no group breaks under another."""
+        if self.is_stopped:
+            self._out.add(Put("stopped", True))

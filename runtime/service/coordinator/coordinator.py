@@ -4,41 +4,61 @@
         service.wait_until_serving(timeout=120)
         service.submit(Request("a", (1, 2, 3)), print)
 
-It hosts the store, starts members, and passes what happens to its `Conductor`, which knows what was asked and delivered
-and forms the next generation when members come, go or die. So no rank is special, and any may be lost.
+It hosts the store, starts members, and carries out what its `Conductor` wants done about what they report. No rank is
+special, and any may be lost, all of them too. With a state folder it may be lost itself: another one that is given the
+folder takes up the requests that had not ended.
 """
 
 import logging
+import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace as with_changes
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
 import numpy as np
-import torch.distributed as dist
 
-from moeplace.placement.cluster import even_slots
-from moeplace.placement.placement import Placement, index_order
+from moeplace.placement.placement import Placement
 from moeplace.placement.replacement.width_plan import WidthPlan
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.traces.trace import RoutingTrace
-from moeplace.runtime.engine.modes import choose_mode_rule
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.routing_window import join_rows
+from moeplace.runtime.event import Event
 from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.service.api import Member, MemberJob, ServiceEvent, ServiceOptions, ServiceStatus, Spawner
+from moeplace.runtime.service.api import RequestRecord, ServiceStatus, TokenEvent
+from moeplace.runtime.service.coordinator.actions import (
+    Accept,
+    Action,
+    Append,
+    Delete,
+    Document,
+    DropGroup,
+    Kill,
+    MakePlan,
+    Note,
+    Put,
+    Remind,
+    StartMember,
+    Tell,
+)
 from moeplace.runtime.service.coordinator.conductor import Conductor
-from moeplace.runtime.service.coordinator.membership import MemberState
-from moeplace.runtime.service.coordinator.requests import Deliver
-from moeplace.runtime.service.member.serving import sentence_of
-from moeplace.runtime.service.store import Document, ServiceEndedError, ServiceStore
+from moeplace.runtime.service.coordinator.first import first_placement, member_options
+from moeplace.runtime.service.coordinator.helpers import Deliveries, OnEvent, Reminders, make_plan
+from moeplace.runtime.service.coordinator.journal import Journal
+from moeplace.runtime.service.errors import sentence_of
+from moeplace.runtime.service.options import Member, MemberJob, ServiceOptions, Spawner
+from moeplace.runtime.service.store import ForgedError, ServiceEndedError, ServiceStore, serve_store
 
 logger = logging.getLogger(__name__)
 
+MAX_EVENTS = 10_000
+"""Of the event log; older ones are forgotten."""
 _STOPPING = 10.0
 """Seconds that members may take to end in order."""
 
@@ -55,6 +75,8 @@ class Coordinator:
         options: ServiceOptions | None = None,
         placement: Placement | None = None,
         host: str = "127.0.0.1",
+        state: str | Path | None = None,
+        secret: str | None = None,
         faults: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,
         on_step: Callable[[Document], None] | None = None,
     ) -> None:
@@ -62,28 +84,38 @@ class Coordinator:
 
         Args:
             placement: None = experts in index order.
-            host: address of this process that members can reach.
-            faults: per member id, what it shall do to itself; see `moeplace.runtime.service.faults`.
+            host: address of this machine at which members reach this process; nothing listens on any other.
+            state: folder that outlives this process, see `Journal`; None = requests end with it.
+            secret: with which messages are signed; None = one of its own, which spawners hand on.
+            faults: per member id, -1 = all: what it shall do to itself; see `moeplace.runtime.service.faults`.
             on_step: called, from the thread of the coordinator, with what rank 0 reports of every step.
 
         Raises:
-            InputError: the model is dense, or the placement is for another model or number of ranks.
+            InputError: the model is dense, the placement is for another model or number of ranks, there would be a rank
+                without an expert, or the address or the state folder cannot be used.
         """
         self._checkpoint, self._spawner, self._host = Checkpoint(checkpoint), spawner, host
-        first = _first_placement(self._checkpoint, placement, ranks)
-        self._options = _options(options or ServiceOptions(), first, ranks)
-        self._faults = dict(faults or {})
-        self._server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        first = first_placement(self._checkpoint, placement, ranks)
+        self._options = member_options(options or ServiceOptions(), first, ranks)
+        self._faults, self._on_step = dict(faults or {}), on_step
+        self._secret = secrets.token_hex(32) if secret is None else secret
+        self._server = serve_store(host)
+        self._journal = Journal(state)
         self._prefix = f"moeplace/{uuid4().hex[:8]}"
         self._store = self._connect()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._plans: dict[int, WidthPlan | str] = {}
-        self._nodes = first.node_of_rank.tolist()
-        self._conductor = Conductor(self._store, self._checkpoint, first, self._options, self, ranks=ranks)
-        self._conductor.on_step = on_step
+        self._processes: dict[int, Member] = {}
+        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._failure = ""
+        self._is_closed = False
+        self._reminders, self._deliveries = Reminders(self._tell), Deliveries()
+        self._conductor = Conductor(first, self._options, ranks=ranks)
         self._thread = threading.Thread(target=self._handle_reports, name="coordinator", daemon=True)
-        self._tell({"kind": "wish"})
+        with self._changed:
+            restored, taken = self._journal.in_flight(), self._journal.taken
+            self._carry_out(self._conductor.begin(time.time(), restored=restored, taken=taken))
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -92,101 +124,92 @@ class Coordinator:
     def __exit__(self, *_: object) -> None:
         self.close(drain=False)
 
+    # Waiting
+
     def wait_until_serving(self, *, timeout: float) -> None:
         """Wait for the first generation.
 
         Raises:
             MoeplaceError: it does not serve within `timeout` seconds, or a member failed; says why.
         """
-        conductor = self._conductor
-        with self._changed:
-            self._changed.wait_for(lambda: conductor.is_serving or conductor.is_over, timeout)
-            if not conductor.is_serving:
-                raise MoeplaceError(f"the service does not answer: {conductor.reason}")
+        self.wait_for(lambda status: status.serving or status.ended, timeout=timeout)
+        status = self.status()
+        if not status.serving:
+            raise MoeplaceError(f"the service does not answer: {status.reason}")
 
     def wait_for(self, condition: Callable[[ServiceStatus], bool], *, timeout: float) -> bool:
         """Whether the status comes to meet a condition within `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: condition(self.status()), timeout)
 
-    def submit(self, request: Request, on_event: Deliver) -> None:
-        """See `Service`."""
-        with self._lock:
-            if self._conductor.is_over:
-                raise MoeplaceError(f"request {request.request_id!r} is not served: {self._conductor.reason}")
-            self._check(request)
-            entry = self._conductor.ledger.add(request, on_event)
-            entry.command = self._conductor.log.append({"kind": "add", "request": request.to_json()})
+    # Calls
 
-    def cancel(self, request_id: str) -> None:
+    def submit(self, request: Request, on_event: OnEvent) -> str:
         """See `Service`."""
-        self._tell({"kind": "cancel", "request_id": request_id})
+        with self._acting() as conductor:
+            ticket = conductor.submit(request)
+            self._deliveries.listen(ticket, on_event)
+        return ticket
+
+    def find(self, request_id: str) -> RequestRecord | None:
+        """The newest request under a name, one that has ended too; of those, the last 10,000 are kept."""
+        with self._lock:
+            return self._conductor.find(request_id) or self._journal.find(request_id)
+
+    def follow(self, request_id: str, on_event: OnEvent, *, first: int = 0) -> bool:
+        """Hear of the newest request under a name from token `first` on, as a client that has lost its connection, or
+        whose coordinator was started again; whether it is known."""
+        with self._lock:
+            record = self.find(request_id)
+            if record is None:
+                return False
+            event = TokenEvent(request_id, record.token_ids, record.finish_reason, record.error)
+            self._deliveries.repeat(Tell(record.ticket, 0, event), on_event, first=first)
+            return True
+
+    def cancel(self, request_id: str, *, ticket: str | None = None) -> None:
+        """See `Service`."""
+        with self._acting() as conductor:
+            conductor.cancel(request_id, ticket)
 
     def scale(self, num_ranks: int, *, leaving: Sequence[int] | None = None) -> None:
         """See `Service`."""
-        with self._lock:
-            members = self._conductor.members
-            if not self._conductor.is_serving:
-                raise MoeplaceError(f"the ranks cannot change: {self._conductor.reason}")
-            going = members.choose_leaving(num_ranks, leaving)
-            for member in going:
-                members.members[member].leaving = True
-                if member not in members.active:
-                    members.members[member].process.kill()
-            members.desired = num_ranks
-            self._conductor.note("scale", f"{num_ranks} ranks are wanted", ranks=num_ranks, leaving=going)
-        self._tell({"kind": "wish"})
+        with self._acting() as conductor:
+            conductor.scale(num_ranks, leaving)
 
     def replace(self, placement: Placement) -> None:
         """See `Service`."""
         self._checkpoint.check_placement(placement)
-        with self._lock:
-            active = self._conductor.members.active
-            if placement.num_ranks != len(active):
-                raise InputError(f"the placement is for {placement.num_ranks} ranks, but {len(active)} are active")
-            self._conductor.replacements.append(placement)
-        self._tell({"kind": "wish"})
+        with self._acting() as conductor:
+            conductor.replace(placement)
 
     def status(self) -> ServiceStatus:
-        """See `Service`."""
+        """See `Service`. When a thread of it has ended, nothing is served."""
         with self._lock:
-            conductor, members = self._conductor, self._conductor.members
-            return ServiceStatus(
-                generation=0 if members.current is None else members.current.number,
-                placement_version=conductor.version,
-                placement_digest="" if members.placement is None else members.placement.digest,
-                desired=members.desired,
-                allocated=tuple(sorted(members.members)),
-                active=members.active,
-                routable=members.routable,
-                waiting=conductor.waiting,
-                running=conductor.running,
-                steps=conductor.steps,
-                tokens=conductor.ledger.num_tokens,
-                migration=conductor.migration,
-                counters=conductor.figures.counters(),
-                imbalance_per_layer=conductor.figures.imbalance_per_layer(members.active),
-                changing=conductor.is_changing,
-                serving=conductor.is_serving,
-                reason=conductor.reason,
-            )
+            status = self._conductor.status()
+        if status.ended:
+            return status
+        dead = [t.name for t in (self._reminders.thread, self._deliveries.thread, self._thread) if not t.is_alive()]
+        if self._failure or (dead and self._thread.ident is not None):
+            reason = self._failure or f"internal error: the thread of the {dead[0]} has ended"
+            return with_changes(status, serving=False, reason=reason)
+        return status
 
-    def events(self) -> list[ServiceEvent]:
+    def events(self) -> list[Event]:
         """See `Service`."""
         with self._lock:
-            return list(self._conductor.events)
+            return list(self._events)
 
     @property
     def placement(self) -> Placement:
         """The placement in force."""
         with self._lock:
-            assert self._conductor.members.placement is not None
-            return self._conductor.members.placement
+            return self._conductor.placement
 
     def load(self) -> np.ndarray | None:
         """(L, E) int64 routed assignments per expert since the start, a second old at most; None = none yet."""
         with self._lock:
-            return self._conductor.figures.load()
+            return self._conductor.load()
 
     def recent_routing(self) -> RoutingTrace | None:
         """Recent tokens of all ranks; None = they have been asked for and are not there yet, ask again.
@@ -196,13 +219,11 @@ class Coordinator:
         """
         if not self._options.limits.recent_ids:
             raise InputError("recent routing is not kept: recent_ids (0) must be at least 1")
-        with self._lock:
-            conductor = self._conductor
-            parts = conductor.routing.collect()
-            if parts is None:
-                conductor.routing.ask(conductor.members.active)
-                return None
-            size = conductor.limits["expert_bytes"]
+        with self._acting() as conductor:
+            parts = conductor.routing()
+            size = conductor.limits.get("expert_bytes", 0)
+        if parts is None:
+            return None
         checkpoint = self._checkpoint
         return join_rows(
             parts,
@@ -216,42 +237,118 @@ class Coordinator:
     def member(self, member_id: int) -> Member:
         """The process of a member that is alive."""
         with self._lock:
-            return self._conductor.members.members[member_id].process
+            return self._processes[member_id]
 
     def close(self, *, drain: bool = True, timeout: float = 60.0) -> None:
-        """See `Service`."""
-        conductor = self._conductor
+        """See `Service`. With a state folder, requests that have not ended are kept for another coordinator."""
         with self._changed:
+            if self._is_closed:
+                return
+            self._is_closed = True
             if drain:
-                self._changed.wait_for(lambda: not conductor.ledger.entries or conductor.is_over, timeout)
-            conductor.end("the service was closed")
-            processes = self._stop_ranks()
-        for process in processes:
-            process.wait(_STOPPING)
+                self._changed.wait_for(lambda: not self._conductor.num_in_flight or self._conductor.is_over, timeout)
+            self._conductor.end("the service was closed")
+            self._carry_out(self._conductor.take_actions())
+            self._changed.wait_for(lambda: self._conductor.is_stopped, _STOPPING)
+            processes = list(self._processes.values())
+        deadline = time.monotonic() + _STOPPING
+        for process in processes if self._conductor.is_stopped else ():
+            process.wait(max(deadline - time.monotonic(), 0.0))
         self._spawner.close()
+        self._reminders.close()
         self._tell({"kind": "end"})
         if threading.current_thread() is not self._thread:
             self._thread.join(_STOPPING)
+        self._deliveries.close()
+        if threading.current_thread() is not self._deliveries.thread:
+            self._deliveries.thread.join(_STOPPING)
+        with self._lock:
+            self._journal.close()
 
-    def _stop_ranks(self) -> list[Member]:
-        """Let active members end in order, the others at once."""
-        conductor, members = self._conductor, self._conductor.members
-        active = set(members.active) & set(members.members)
-        for member, state in members.members.items():
-            if member not in active:
-                state.process.kill()
-        if active:
-            conductor.log.append({"kind": "stop"})
-            self._changed.wait_for(lambda: active & set(members.members) <= conductor.stopped, _STOPPING)
-            self._store.put("stopped", True)
-        return [members.members[member].process for member in active & set(members.members)]
+    # Reports in, actions out
 
-    # What takes time (see `Helper`)
+    @contextmanager
+    def _acting(self) -> Iterator[Conductor]:
+        """A call of the conductor, and what it wants done."""
+        with self._changed:
+            yield self._conductor
+            self._carry_out(self._conductor.take_actions())
+            self._changed.notify_all()
 
-    def start_member(self) -> None:
-        """See `Helper`."""
-        members = self._conductor.members
-        member_id = members.next_id()
+    def _handle_reports(self) -> None:
+        try:
+            store = self._connect()
+            while (report := self._next_report(store)).get("kind") != "end":
+                if report.get("kind") == "planned":
+                    report["plan"] = self._plans.pop(report["number"], "it was lost")
+                with self._changed:
+                    self._carry_out(self._conductor.handle(report, time.time()))
+                    self._changed.notify_all()
+                if self._on_step is not None and report.get("kind") == "step":
+                    self._on_step(report)
+        except Exception as error:
+            logger.exception("the coordinator failed")
+            with self._changed:
+                self._failure = f"the coordinator failed: {sentence_of(error)}"
+                self._conductor.end(self._failure)
+                with suppress(Exception):
+                    self._carry_out(self._conductor.take_actions())
+                self._changed.notify_all()
+
+    def _next_report(self, store: ServiceStore) -> Document:
+        while True:
+            try:
+                return store.next_report()
+            except ForgedError as error:
+                with self._lock:
+                    self._events.append(Event(time.time(), "forged-report", str(error)))
+
+    def _carry_out(self, actions: Sequence[Action]) -> None:
+        """Do what the conductor wants. What is told is written first; the lock is held."""
+        kept = [action for action in actions if isinstance(action, Accept | Tell)]
+        if kept:
+            self._keep(kept)
+        for action in actions:
+            if isinstance(action, Tell):
+                self._deliveries.tell(action)
+            elif isinstance(action, Note):
+                logger.info("%s: %s", action.event.kind, action.event.sentence)
+                self._events.append(action.event)
+            elif isinstance(action, StartMember):
+                self._start_member(action)
+            elif isinstance(action, Kill):
+                self._kill(action.member)
+            elif isinstance(action, Remind):
+                self._reminders.add(action.seconds, action.report)
+            elif isinstance(action, MakePlan):
+                threading.Thread(target=self._plan, args=(action,), name=f"plan-{action.number}", daemon=True).start()
+            elif not isinstance(action, Accept):
+                self._write(action)
+
+    def _keep(self, actions: Sequence[Accept | Tell]) -> None:
+        try:
+            with self._journal.writing():
+                for action in actions:
+                    if isinstance(action, Accept):
+                        self._journal.accept(action)
+                    else:
+                        self._journal.tell(action)
+        except MoeplaceError as error:  # a full disk must not end a service
+            logger.error("%s", error)
+            self._events.append(Event(time.time(), "state-lost", str(error)))
+
+    def _write(self, action: Put | Delete | DropGroup | Append) -> None:
+        if isinstance(action, Put):
+            self._store.put(action.key, action.value)
+        elif isinstance(action, Delete):
+            self._store.delete(action.keys)
+        elif isinstance(action, DropGroup):
+            self._store.delete_group(action.generation)
+        else:
+            self._store.append(action.index, action.command)
+
+    def _start_member(self, action: StartMember) -> None:
+        member_id = action.member
         job = MemberJob(
             member_id,
             self._host,
@@ -259,106 +356,58 @@ class Coordinator:
             self._prefix,
             str(self._checkpoint.path),
             self._options,
-            tuple(self._faults.get(member_id, ())),
+            (*self._faults.get(member_id, ()), *self._faults.get(-1, ())),
+            self._secret,
         )
-        node = self._nodes[member_id] if member_id < len(self._nodes) else self._emptiest_node()
-        process = self._spawner.start(member_id, job)
-        members.members[member_id] = MemberState(process, node)
+        try:
+            process = self._spawner.start(member_id, job)
+        except Exception as error:
+            logger.exception("member %d could not be started", member_id)
+            self._tell({"kind": "died", "member": member_id, "code": None, "error": sentence_of(error)})
+            return
+        self._processes[member_id] = process
         threading.Thread(target=self._watch, args=(process,), name=f"watch-{member_id}", daemon=True).start()
-        self.remind(self._options.start_timeout, {"kind": "deadline", "member": member_id})
 
-    def remind(self, seconds: float, report: Document) -> None:
-        """See `Helper`."""
-        timer = threading.Timer(seconds, self._tell, (report,))
-        timer.daemon = True
-        timer.start()
-
-    def plan(self, number: int, make: Callable[[], WidthPlan]) -> None:
-        """See `Helper`."""
-
-        def work() -> None:
-            try:
-                self._plans[number] = make()
-            except Exception as error:
-                logger.exception("no plan")
-                self._plans[number] = sentence_of(error)
-            self._tell({"kind": "planned", "number": number})
-
-        threading.Thread(target=work, name=f"plan-{number}", daemon=True).start()
+    def _kill(self, member_id: int) -> None:
+        process = self._processes.get(member_id)
+        try:
+            if process is not None:
+                process.kill()
+        except Exception:
+            logger.exception("member %d could not be killed", member_id)
 
     def _watch(self, process: Member) -> None:
         """Tell when a member has ended: what it reported before is in the queue already."""
-        while (code := process.wait(3600.0)) is None:
-            pass
-        self._tell({"kind": "died", "member": process.member_id, "code": code})
-
-    def _emptiest_node(self) -> int:
-        nodes = [state.node for state in self._conductor.members.members.values()]
-        return min(set(self._nodes), key=lambda node: (nodes.count(node), node))
-
-    def _handle_reports(self) -> None:
-        store = self._connect()
-        while True:
-            report = store.next_report()
-            if report["kind"] == "end":
-                self._deliver()
-                return
-            if report["kind"] == "planned":
-                report["plan"] = self._plans.pop(report["number"])
-            with self._changed:
-                try:
-                    self._conductor.handle(report)
-                except Exception as error:
-                    logger.exception("the coordinator failed")
-                    self._conductor.end(f"the coordinator failed: {sentence_of(error)}")
-                self._changed.notify_all()
-            self._deliver()
-
-    def _deliver(self) -> None:
-        """Tell those who asked, without the lock."""
+        member_id, words = process.member_id, ""
+        try:
+            while (code := process.wait(3600.0)) is None:
+                pass
+            words = process.last_words() if code else ""
+        except Exception as error:
+            logger.exception("member %d cannot be watched", member_id)
+            code, words = -1, sentence_of(error)
+        told = f"its process ended with code {code}"
+        if words:
+            told = f"{told}: {words.splitlines()[-1][:200]}"
+            logger.info("the last that member %d printed:\n%s", member_id, words)
         with self._lock:
-            deliveries = list(self._conductor.deliveries)
-            self._conductor.deliveries.clear()
-        for on_event, event in deliveries:
-            try:
-                on_event(event)
-            except Exception:
-                logger.exception("who asked for request %r could not take an event", event.request_id)
+            self._processes.pop(member_id, None)
+        self._tell({"kind": "died", "member": member_id, "code": code, "error": told})
 
-    def _check(self, request: Request) -> None:
-        limits = self._conductor.limits
-        if not limits:
-            raise MoeplaceError(f"request {request.request_id!r} is not served: {self._conductor.reason}")
-        request.require_fit(positions=limits["positions"], vocabulary=limits["vocabulary"])
+    def _plan(self, action: MakePlan) -> None:
+        try:
+            self._plans[action.number] = make_plan(action)
+        except Exception as error:
+            logger.exception("no plan")
+            self._plans[action.number] = sentence_of(error)
+        self._tell({"kind": "planned", "number": action.number})
 
     def _tell(self, report: Document) -> None:
+        if report.get("kind") == "deadline":
+            process = self._processes.get(report["member"])
+            report = {**report, "started": process is None or process.has_started()}
         with suppress(ServiceEndedError):
             self._store.report(report)
 
     def _connect(self) -> ServiceStore:
-        return ServiceStore.connect(self._host, self._server.port, self._prefix)
-
-
-def _first_placement(checkpoint: Checkpoint, placement: Placement | None, ranks: int) -> Placement:
-    """The placement of the start, with the layers of the checkpoint."""
-    if ranks < 1:
-        raise InputError(f"ranks ({ranks}) must be at least 1")
-    fields: dict[str, Any] = {
-        "layer_ids": checkpoint.layer_ids,
-        "num_hidden_layers": checkpoint.num_hidden_layers,
-    }
-    if placement is None:
-        slots = even_slots(int(checkpoint.experts_per_layer.max()), ranks)
-        return index_order(checkpoint.experts_per_layer, slots, np.zeros(ranks, np.int64), **fields)
-    if placement.num_ranks != ranks:
-        raise InputError(f"the placement is for {placement.num_ranks} ranks, but {ranks} are to be started")
-    checkpoint.check_placement(placement)
-    return placement.replace(**fields)
-
-
-def _options(options: ServiceOptions, placement: Placement, ranks: int) -> ServiceOptions:
-    """Options whose K/V memory per rank does not depend on how many ranks there are."""
-    limits = options.limits
-    if choose_mode_rule(options.mode, placement).may_be_coherent or limits.rank_sequences is not None:
-        return options
-    return with_changes(options, limits=with_changes(limits, rank_sequences=-(-limits.max_sequences // ranks)))
+        return ServiceStore.connect(self._host, self._server.port, self._prefix, self._secret)

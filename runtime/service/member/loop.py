@@ -1,39 +1,35 @@
-"""Member: one rank of a service, from its start to its end.
-
-`python -m moeplace.runtime.service.member.loop JSON` runs one.
+"""Member: one rank of a service, from its start to its end. `member.start` is its process.
 
 start -> read the dense weights -> wait to be assigned -> connect -> open -> serve -> (next generation) -> end
 """
 
-import json
 import logging
-import os
-import sys
 import traceback
 from contextlib import suppress
 
-import numpy as np
 import torch
 
-from moeplace.placement.placement import Placement
-from moeplace.placement.replacement.width import Adoption, adopt
+from moeplace.profiling.errors import FormatError, InputError
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
-from moeplace.runtime.engine.engine import Engine
-from moeplace.runtime.errors import MigrationError, PeerLostError
+from moeplace.runtime.errors import PeerLostError
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.opening import open_model
-from moeplace.runtime.service.api import MemberJob
+from moeplace.runtime.service.errors import sentence_of
 from moeplace.runtime.service.faults import FaultPlan
 from moeplace.runtime.service.generation import Forming, Generation
-from moeplace.runtime.service.member.serving import Outcome, Serving, sentence_of
-from moeplace.runtime.service.snapshot import Snapshot, continue_from, take_snapshot_of
+from moeplace.runtime.service.member.entry import Entrance
+from moeplace.runtime.service.member.heartbeat import Heartbeat
+from moeplace.runtime.service.member.serving import Outcome
+from moeplace.runtime.service.options import MemberJob
 from moeplace.runtime.service.store import ServiceEndedError, ServiceStore
 
 logger = logging.getLogger(__name__)
 
 _POLL = 0.01
 """Seconds between two looks whether a group has connected or its generation is over."""
+_BEATS_PER_TIMEOUT = 5
+_LONGEST_BEAT = 2.0
 
 
 class MemberLoop:
@@ -47,16 +43,19 @@ class MemberLoop:
         torch.set_num_threads(1)
         self.job = job
         self._store = self._connect()
+        every = min(job.options.timeout / _BEATS_PER_TIMEOUT, _LONGEST_BEAT)
+        self._heartbeat = Heartbeat(self._connect, job.member_id, every=every)
         self._faults = FaultPlan(job.faults)
+        self._faults.reach("starting")
         self._checkpoint = Checkpoint(job.checkpoint)
         dtype = job.options.dtype
         self._decoder = open_model(self._checkpoint, dtype=getattr(torch, dtype) if dtype else None)
         self._counters = Counters()  # of all generations
+        self._entrance = Entrance(
+            job, self._checkpoint, self._decoder, self._store, self._faults, self._heartbeat, self._prepare_next
+        )
         self._assignments = 0
-        self._members: tuple[int, ...] = ()
-        self._adopted = 0
         self._group: RankGroup | None = None
-        self._serving: Serving | None = None
         self._prepared: Forming | None = None
 
     def run(self) -> None:
@@ -66,6 +65,7 @@ class MemberLoop:
         while forming is not None:
             forming = self._take_part(forming)
         self._close_group()
+        self._heartbeat.stop()
 
     def _limits(self) -> dict[str, int]:
         """What requests and plans have to keep to."""
@@ -85,13 +85,32 @@ class MemberLoop:
             return self._follow(number, outcome)
         return self._follow_loss(number, sentence)
 
+    def _serve(self, generation: Generation, group: RankGroup) -> Outcome:
+        """Go on where the members were, in their new group.
+
+        Raises:
+            PeerLostError: a member was lost.
+        """
+        self._heartbeat.begin()
+        snapshots = self._entrance.exchange_snapshots(group)
+        self._close_group()  # everybody has left the generation before
+        self._group = group
+        serving = self._entrance.enter(generation, group, snapshots)
+        while True:
+            outcome = serving.run()
+            if outcome is not None:
+                serving.report_counters()
+                return outcome
+
     def _follow_loss(self, number: int, sentence: str) -> Forming | None:
         """The generation after a loss, None = it goes on without this member, which was about to leave."""
         self._leave_broken_group(number, sentence)
+        self._heartbeat.rest()
         generation = self._read_generation(self._store.read(f"successor/{number}"))
         return self._start_forming(generation) if self.job.member_id in generation.members else None
 
     def _follow(self, number: int, outcome: Outcome) -> Forming | None:
+        self._heartbeat.rest()
         if outcome.kind == "switch":
             prepared = self._prepared
             if prepared is not None and prepared.generation.number == outcome.generation:
@@ -120,7 +139,7 @@ class MemberLoop:
         """Connect in the background, by a connection to the store that serves this group alone."""
         forming = Forming(generation)
         self._faults.reach("forming")
-        timeout = self.job.options.timeout
+        timeout = self.job.options.step_timeout  # slow is not hung: heartbeats tell who is
         forming.start(self._connect(), self.job.member_id, timeout=timeout, counters=self._counters)
         return forming
 
@@ -138,157 +157,22 @@ class MemberLoop:
         forming.group.observer = self._faults.reach
         return forming.group
 
-    def _serve(self, generation: Generation, group: RankGroup) -> Outcome:
-        """Go on where the members were, in their new group.
-
-        Raises:
-            PeerLostError: a member was lost.
-        """
-        content = json.dumps(self._snapshot().to_json()).encode()
-        gathered = group.all_gather_bytes(content, kind="snapshots")
-        snapshots = [Snapshot.from_json(json.loads(content)) for content in gathered]
-        self._close_group()  # everybody has left the generation before
-        self._group = group
-        serving = self._continue(generation, snapshots)
-        self._share_reference(snapshots)
-        if group.rank == 0:
-            self._report_serving(generation, serving)
-        while True:
-            outcome = serving.run()
-            if outcome is not None:
-                return outcome
-
-    def _snapshot(self) -> Snapshot:
-        serving, member = self._serving, self.job.member_id
-        if serving is None:
-            return Snapshot(member)
-        engine, group = serving.engine, self._members
-        return Snapshot(
-            member,
-            progress=serving.progress,
-            applied=serving.applied,
-            version=engine.executor.version,
-            slots=serving.own_slots(),
-            has_reference=engine.executor.runtime.experts.contents.reference is not None,
-            sequences=take_snapshot_of(engine.scheduler, group),
-        )
-
-    def _continue(self, generation: Generation, snapshots: list[Snapshot]) -> Serving:
-        """Take the experts that this rank is to have, and the sequences."""
-        adoption, group = self._adopt(generation, snapshots), self._group
-        assert group is not None
-        version = max(snapshot.version for snapshot in snapshots) + (generation.slots is None)
-        if self._serving is None:
-            self._serving = self._start_serving(adoption.placement)
-            self._serving.engine.executor.install(adoption.placement, version=version)
-        else:
-            self._take_experts(adoption, group.rank)
-            self._serving.engine.regroup(group, adoption.placement, version=version)
-        serving, scheduler = self._serving, self._serving.engine.scheduler
-        start = continue_from(snapshots, replicated=scheduler.replicated, delivered=generation.delivered)
-        start.fill(scheduler, rank=group.rank)
-        serving.take_over(generation.number, applied=start.applied, progress=start.progress)
-        self._members = generation.members
-        self._adopted = len(adoption.adopted)
-        if scheduler.replicated and start.newcomers and start.running:
-            replicated = [held.replicated for held in start.running]
-            serving.engine.executor.give_kv(scheduler.running, replicated, start.newcomers)
-            for sequence, count in zip(scheduler.running, replicated, strict=True):
-                sequence.replicated = count
-        return serving
-
-    def _adopt(self, generation: Generation, snapshots: list[Snapshot]) -> Adoption:
-        """The placement that follows from what each member holds, or that of the start."""
-        checkpoint = self._checkpoint
-        slots = generation.slots if generation.slots is not None else [snapshot.slots for snapshot in snapshots]
-        held = [np.array(own, np.int32).reshape(checkpoint.num_layers, -1) for own in slots]
-        return adopt(
-            held,
-            checkpoint.experts_per_layer,
-            generation.node_of_rank,
-            layer_ids=checkpoint.layer_ids,
-            num_hidden_layers=checkpoint.num_hidden_layers,
-            mode=generation.mode,
-        )
-
-    def _start_serving(self, placement: Placement) -> Serving:
-        """The engine, with the experts that the placement gives to this rank read from the checkpoint."""
-        options = self.job.options
-        engine = Engine(
-            self._checkpoint,
-            placement,
-            mode=options.mode,
-            group=self._group,
-            limits=options.limits,
-            node_aware=options.node_aware,
-            decoder=self._decoder,
-        )
-        return Serving(
-            engine,
-            self._store,
-            member=self.job.member_id,
-            options=options,
-            prepare=self._prepare_next,
-            faults=self._faults,
-        )
-
-    def _take_experts(self, adoption: Adoption, rank: int) -> None:
-        """Read from the checkpoint what fell to this rank."""
-        assert self._serving is not None
-        store, placement = self._serving.engine.executor.runtime.experts, adoption.placement
-        here = placement.slots_on(rank)
-        store.resize(here.stop - here.start)
-        for layer, expert in [(layer, expert) for layer, expert, taker in adoption.adopted if taker == rank]:
-            slot = placement.slot_to_expert[layer, here].tolist().index(expert)
-            parts = self._checkpoint.expert(layer, expert)
-            store.load(layer, int(store.row_of_slot[layer, slot]), expert, parts)
-            if not store.contents.is_intact(layer, int(store.row_of_slot[layer, slot]), expert):
-                raise MigrationError(f"expert {expert} of MoE layer {layer} reads from the checkpoint with other bytes")
-
-    def _share_reference(self, snapshots: list[Snapshot]) -> None:
-        """Let all members know the checksums of all experts."""
-        group, serving = self._group, self._serving
-        assert group is not None
-        assert serving is not None
-        contents = serving.engine.executor.runtime.experts.contents
-        knowing = [rank for rank, snapshot in enumerate(snapshots) if snapshot.has_reference]
-        if len(knowing) == len(snapshots):
-            return
-        if knowing:
-            contents.receive_reference(group, serving.engine.placement, root=knowing[0])
-            return
-        self._store.report({"kind": "loaded", "member": self.job.member_id})
-        self._store.read("loaded")  # reading the experts takes members different times: no collective waits for it
-        contents.share_reference(group, serving.engine.placement)
-
-    def _report_serving(self, generation: Generation, serving: Serving) -> None:
-        scheduler = serving.engine.scheduler
-        known = [(s.request.request_id, s.added) for s in scheduler.running]
-        known += [(request.request_id, scheduler.added(request)) for request in scheduler.waiting]
-        self._store.report(
-            {
-                "kind": "serving",
-                "generation": generation.number,
-                "applied": serving.applied,
-                "known": {name: list(added) for name, added in known},
-                "running": len(scheduler.running),
-                "waiting": len(scheduler.waiting),
-                "adopted": self._adopted,
-                **serving.describe_placement(),
-            }
-        )
-
     def _prepare_next(self, generation: Generation) -> None:
         if self.job.member_id in generation.members:
+            self._drop_prepared()
             self._prepared = self._start_forming(generation)
+
+    def _drop_prepared(self) -> None:
+        """A generation that was prepared and given up."""
+        if self._prepared is not None and self._prepared.group not in (None, self._group):
+            assert self._prepared.group is not None
+            self._prepared.group.close()
+        self._prepared = None
 
     def _leave_broken_group(self, number: int, reason: str) -> None:
         """Close the group at once, so that others who wait on it fail as well instead of waiting for the timeout."""
-        if self._serving is not None:
-            self._serving.drop_replacement()
-        if self._prepared is not None and self._prepared.group is not None:
-            self._prepared.group.close()
-        self._prepared = None
+        self._entrance.drop_replacement()
+        self._drop_prepared()
         self._close_group()
         self._store.report({"kind": "lost", "member": self.job.member_id, "generation": number, "error": reason})
 
@@ -298,31 +182,22 @@ class MemberLoop:
         self._group = None
 
     def _connect(self) -> ServiceStore:
-        return ServiceStore.connect(self.job.host, self.job.port, self.job.prefix)
+        job = self.job
+        return ServiceStore.connect(job.host, job.port, job.prefix, job.secret)
 
 
 def run_member(job: MemberJob) -> int:
     """Be a member; 0 = left or stopped in order, 1 = failed (the coordinator knows why) or the coordinator is gone."""
-    loop = None
     try:
-        loop = MemberLoop(job)
-        loop.run()
+        MemberLoop(job).run()
     except ServiceEndedError:
         return 1
     except Exception as error:
         traceback.print_exc()
         with suppress(ServiceEndedError):
-            store = ServiceStore.connect(job.host, job.port, job.prefix)
-            store.report({"kind": "failed", "member": job.member_id, "error": sentence_of(error)})
+            store = ServiceStore.connect(job.host, job.port, job.prefix, job.secret)
+            final = isinstance(error, InputError | FormatError)  # another member would find the same
+            told = {"kind": "failed", "member": job.member_id, "error": sentence_of(error), "final": final}
+            store.report(told)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
-    code = run_member(MemberJob.from_json(json.loads(sys.argv[1])))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads of groups that never connected may still wait for their timeout; an ordinary exit would wait for them, or
-    # be aborted by them.
-    os._exit(code)

@@ -7,22 +7,19 @@ same commands at the same boundary. When there is nothing to do, each rank waits
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import islice
+from typing import Literal
 
-import numpy as np
-
-from moeplace.placement.migration.file import plan_from_json
-from moeplace.placement.placement import EMPTY_SLOT, Placement, with_slots
-from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.engine import Engine, Stepped
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.step_check import check_step
-from moeplace.runtime.errors import DisagreementError, MigrationError
-from moeplace.runtime.migration.live import LiveMigration
-from moeplace.runtime.service.api import ServiceOptions
 from moeplace.runtime.service.faults import FaultPlan
-from moeplace.runtime.service.generation import Generation
-from moeplace.runtime.service.routing_request import to_text
+from moeplace.runtime.service.generation import Generation, slots_of
+from moeplace.runtime.service.member.heartbeat import Heartbeat
+from moeplace.runtime.service.member.slot_change import SlotChange
+from moeplace.runtime.service.options import ServiceOptions
+from moeplace.runtime.service.routing_text import to_text
 from moeplace.runtime.service.store import Document, ServiceStore
 
 COUNTERS_EVERY = 1.0
@@ -37,29 +34,12 @@ class Outcome:
     generation: int = 0
 
 
-@dataclass(eq=False)
-class Replacement:
-    """A re-placement under way.
-
-    Attributes:
-        migration: what moves the experts, among ranks with the slots of before and after together.
-        before, after: (R,) slots per rank.
-        begun: by the monotonic clock.
-        bytes_planned: of the plan.
-    """
-
-    migration: LiveMigration
-    before: np.ndarray
-    after: np.ndarray
-    begun: float
-    bytes_planned: int
-
-
 class Serving:
     """One member at work.
 
     Attributes:
         engine: this rank's.
+        generation: number of the one in force.
         applied: commands that are done.
         progress: steps and commands that are done.
     """
@@ -73,16 +53,17 @@ class Serving:
         options: ServiceOptions,
         prepare: Callable[[Generation], None],
         faults: FaultPlan,
+        heartbeat: Heartbeat,
     ) -> None:
         """`prepare` lets the group of a generation that is to follow connect, beside the steps."""
         self.engine = engine
         self._prepare = prepare
-        self.applied = self.progress = 0
-        self._store, self._member, self._faults = store, member, faults
-        self._options, self._generation = options, 0
-        self._replacement: Replacement | None = None
-        self._slots_before: np.ndarray | None = None  # while a re-placement adds empty slots
+        self.applied = self.progress = self.generation = 0
+        self._store, self._member, self._faults, self._heartbeat = store, member, faults, heartbeat
+        self._options = options
+        self._replacing = SlotChange(engine, options, faults)
         self._last_counters = self._turn_ended = 0.0
+        self._is_counted = True  # whether all that was done has been reported
 
     def run(self) -> Outcome | None:
         """One turn: a step and what follows it, or one command. None = there is more to do in this generation.
@@ -91,15 +72,17 @@ class Serving:
             PeerLostError: a rank is gone; the state is that of the last boundary, up to what `Snapshot` says.
         """
         if self._is_idle:
-            self._turn_ended = 0.0
-            return self._apply(self._store.read(f"log/{self.applied}"))
+            return self._await_command()
+        self._heartbeat.begin()
         is_leader = self.engine.group.rank == 0
         note = self._store.log_length() if is_leader else 0
-        applied_before, moving = self.applied, self._replacement is not None
+        applied_before, moving = self.applied, self._replacing.is_moving
         begin = self._turn_ended or time.perf_counter()
+        self._announce_pass(is_leader)
         self._faults.reach("step")
         stepped = self.engine.step_with_note(note)
         self.progress += 1
+        self._is_counted = False
         self._faults.reach("step", after=True)
         self._advance()
         if self._options.check_steps:
@@ -108,40 +91,56 @@ class Serving:
         if is_leader:
             seconds = self._turn_ended - begin
             self._report_step(stepped, applied_before, seconds=seconds, moving=moving)
-        self._report_counters()
+        if time.monotonic() - self._last_counters >= COUNTERS_EVERY:
+            self.report_counters()
         while self.applied < stepped.note:
             outcome = self._apply(self._store.read(f"log/{self.applied}"))
             if outcome is not None:
                 return outcome
         return None
 
+    def _await_command(self) -> Outcome | None:
+        """With nothing to do: what there is to be known is told, then the next command is waited for."""
+        self._turn_ended = 0.0
+        self.report_counters()
+        self._report_queue()
+        self._heartbeat.rest()
+        command = self._store.read(f"log/{self.applied}")
+        self._heartbeat.begin()
+        return self._apply(command)
+
+    def _announce_pass(self, is_leader: bool) -> None:
+        """Let the coordinator know which requests may get a place in this pass: if it ends badly, it is one of them."""
+        scheduler = self.engine.scheduler
+        if not scheduler.waiting:
+            return
+        room = scheduler.rows * (1 if scheduler.replicated else scheduler.num_ranks) - len(scheduler.running)
+        tickets = [request.request_id for request in islice(scheduler.waiting, max(room, 0))]
+        if is_leader and tickets:
+            self._store.report({"kind": "pass", "generation": self.generation, "tickets": tickets})
+        if not self._faults.is_empty:
+            for ticket in tickets:
+                self._faults.reach(f"request:{ticket.partition(':')[2]}")
+
     def own_slots(self) -> tuple[tuple[int, ...], ...]:
-        """(L, C) the experts of this rank's slots, without the empty ones that a re-placement added."""
-        placement, rank = self.engine.placement, self.engine.group.rank
-        own = placement.slot_to_expert[:, placement.slots_on(rank)]
-        used = np.flatnonzero((own != EMPTY_SLOT).any(axis=0))
-        count = int(used[-1]) + 1 if len(used) else 0
-        if self._slots_before is not None:
-            own = own[:, : max(count, int(self._slots_before[rank]))]
-        return tuple(map(tuple, own.tolist()))
+        """See `SlotChange`."""
+        return self._replacing.own_slots()
 
     def drop_replacement(self) -> None:
         """A rank is gone, and so is what was on its way."""
-        if self._replacement is not None:
-            self._replacement.migration.discard()
-            self._replacement = None
+        self._replacing.drop()
 
     def take_over(self, generation: int, *, applied: int, progress: int) -> None:
         """Begin a generation."""
-        self._generation, self._turn_ended = generation, 0.0
+        self.generation, self._turn_ended = generation, 0.0
         if self.engine.window.recent is not None:
             self.engine.window.recent.restart()  # ranks that are new begin with pass 0
         self.applied, self.progress = applied, progress
-        self._slots_before = None
+        self._replacing.forget()
 
     @property
     def _is_idle(self) -> bool:
-        return self.engine.scheduler.is_idle and self._replacement is None
+        return self.engine.scheduler.is_idle and not self._replacing.is_moving
 
     def _apply(self, command: Document) -> Outcome | None:
         self.applied += 1
@@ -152,12 +151,15 @@ class Serving:
         elif kind == "cancel":
             self.engine.scheduler.cancel(command["request_id"])
         elif kind == "replace":
-            self._begin_replacement(command)
+            if command["generation"] == self.generation:  # else it is for ranks that are no more
+                self._report_replaced(self._replacing.begin(command))
         elif kind == "routing":
             self._report_routing(command["number"])
         elif kind == "prepare":
-            self._prepare(Generation.from_json(command["generation"]))
-        elif kind == "stop" or command["generation"] > self._generation:  # older ones have been followed already
+            generation = Generation.from_json(command["generation"])
+            if generation.number > self.generation:
+                self._prepare(generation)
+        elif kind == "stop" or command["generation"] > self.generation:  # older ones have been followed already
             return Outcome(kind, command.get("generation", 0))
         return None
 
@@ -171,68 +173,17 @@ class Serving:
             return
         self.engine.scheduler.resume(request, command.get("added", ()))
 
-    def _begin_replacement(self, command: Document) -> None:
-        """Make room for the slots of before and after together, then migrate in it."""
-        plan = plan_from_json(command["plan"])
-        before, after = self.engine.placement.slots_of_rank, np.array(command["slots_of_rank"])
-        self._slots_before = before
-        try:
-            self._take_slots(plan.layout.old_slots_of_rank)
-            limit = self._options.bytes_per_step
-            migration = LiveMigration(self.engine, plan, bytes_per_step=limit, probe=self._probe())
-        except (InputError, DisagreementError) as error:
-            self._take_slots(before)
-            self._slots_before = None
-            self._report_replaced(str(error))
-            return
-        self._replacement = Replacement(migration, before, after, time.monotonic(), plan.bytes)
-
-    def _probe(self) -> list[list[int]]:
-        """A token sequence for the checks of a re-placement, the same on all ranks; none where none is wanted."""
-        length = min(self._options.probe_tokens, self.engine.scheduler.positions)
-        vocabulary = self.engine.executor.decoder.vocabulary
-        return [np.random.default_rng(length).integers(vocabulary, size=length).tolist()] if length else []
-
     def _advance(self) -> None:
-        replacement = self._replacement
-        if replacement is None:
-            return
-        self._faults.reach("migration")
-        error = ""
-        try:
-            progress = replacement.migration.advance()
-        except (MigrationError, DisagreementError) as failure:
-            error, progress = str(failure), replacement.migration.progress
-        self._faults.reach("migration", after=True)
-        if progress.state == "moving":
-            return
-        self._replacement = self._slots_before = None
-        self._take_slots(replacement.after if progress.state == "done" else replacement.before)
-        figures = {"bytes_moved": progress.bytes_moved, "commits": progress.commits}
-        self._report_replaced(error, seconds=time.monotonic() - replacement.begun, **figures)
-
-    def _take_slots(self, slots_of_rank: np.ndarray) -> None:
-        """Serve the same experts with more or fewer slots, empty ones: this rank's business alone."""
-        engine = self.engine
-        if np.array_equal(engine.placement.slots_of_rank, slots_of_rank):
-            return
-        placement, rank = with_slots(engine.placement, slots_of_rank), engine.group.rank
-        if slots_of_rank[rank] != engine.placement.slots_of_rank[rank]:
-            engine.executor.runtime.experts.resize(int(slots_of_rank[rank]))
-        engine.executor.install(placement, version=engine.executor.version)
+        self._report_replaced(self._replacing.advance())
 
     def _report_step(self, stepped: Stepped, applied: int, *, seconds: float, moving: bool) -> None:
         reasons = {completion.request_id: completion.finish_reason for completion in stepped.completions}
         tokens = [[name, index, token, reasons.get(name)] for name, index, token in stepped.drawn]
-        scheduler, migration = self.engine.scheduler, None
-        if self._replacement is not None:
-            progress = self._replacement.migration.progress
-            planned = self._replacement.bytes_planned
-            migration = {"bytes_moved": progress.bytes_moved, "bytes_planned": planned, "commits": progress.commits}
+        scheduler, migration = self.engine.scheduler, self._replacing.figures()
         self._store.report(
             {
                 "kind": "step",
-                "generation": self._generation,
+                "generation": self.generation,
                 "ranks": self.engine.group.size,
                 "applied": applied,
                 "tokens": tokens,
@@ -245,9 +196,16 @@ class Serving:
             }
         )
 
-    def _report_replaced(self, error: str, **figures: Any) -> None:
+    def _report_queue(self) -> None:
         if self.engine.group.rank == 0:
-            self._store.report({"kind": "replaced", "error": error, **self.describe_placement(), **figures})
+            scheduler = self.engine.scheduler
+            told = {"waiting": len(scheduler.waiting), "running": len(scheduler.running)}
+            self._store.report({"kind": "queue", "generation": self.generation, **told})
+
+    def _report_replaced(self, ended: Document | None) -> None:
+        """A re-placement has ended, or None = it has not."""
+        if ended is not None and self.engine.group.rank == 0:
+            self._store.report({"kind": "replaced", **self.describe_placement(), **ended})
 
     def _report_routing(self, number: int) -> None:
         recent = self.engine.window.recent
@@ -261,11 +219,11 @@ class Serving:
         slots = [slots_of(placement, rank) for rank in range(placement.num_ranks)]
         return {"slots": slots, "version": self.engine.executor.version, "digest": placement.digest}
 
-    def _report_counters(self) -> None:
-        now = time.monotonic()
-        if now - self._last_counters < COUNTERS_EVERY:
+    def report_counters(self) -> None:
+        """What this rank has counted, unless that is known."""
+        if self._is_counted:
             return
-        self._last_counters = now
+        self._last_counters, self._is_counted = time.monotonic(), True
         engine = self.engine
         engine.flush_counts()
         counters = engine.group.counters
@@ -279,14 +237,3 @@ class Serving:
                 "load": engine.window.load.tolist(),
             }
         )
-
-
-def slots_of(placement: Placement, rank: int) -> list[list[int]]:
-    """(L, C) the experts of a rank's slots, as plain data."""
-    return placement.slot_to_expert[:, placement.slots_on(rank)].tolist()
-
-
-def sentence_of(error: BaseException) -> str:
-    """One sentence for a failure."""
-    text = str(error) if isinstance(error, MoeplaceError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())

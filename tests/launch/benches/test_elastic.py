@@ -16,7 +16,7 @@ from moeplace.placement.migration.relabel import moves
 from moeplace.placement.placement import index_order
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.files import read_json
-from moeplace.runtime.service.api import ServiceEvent
+from moeplace.runtime.event import Event
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5])
@@ -76,7 +76,7 @@ def test_lost_and_changed_requests_fail() -> None:
 
 def test_seconds_to_token() -> None:
     """Worked by hand: two kills, each counted to the first token after it."""
-    events = [ServiceEvent(time, kind, "") for time, kind in ((1.0, "resumed"), (2.5, "loss"), (3.0, "resumed"))]
+    events = [Event(time, kind, "") for time, kind in ((1.0, "resumed"), (2.5, "loss"), (3.0, "resumed"))]
     assert seconds_to_token([0.5, 2.0], events) == [0.5, 1.0]
     assert seconds_to_token([4.0], events) == [math.inf]
 

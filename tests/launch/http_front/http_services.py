@@ -12,7 +12,8 @@ from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.engine.requests import Request
-from moeplace.runtime.service.api import FinishReason, ServiceEvent, ServiceStatus, TokenEvent
+from moeplace.runtime.event import Event
+from moeplace.runtime.service.api import FinishReason, ServiceStatus, TokenEvent
 
 WAIT = 20.0
 """Seconds after which something that must happen has not."""
@@ -96,7 +97,7 @@ class ManualService:
             reason=self.reason,
         )
 
-    def events(self) -> list[ServiceEvent]:
+    def events(self) -> list[Event]:
         return []
 
     def close(self, *, drain: bool = True, timeout: float = 60.0) -> None:

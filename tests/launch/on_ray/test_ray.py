@@ -22,7 +22,8 @@ from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
-from moeplace.runtime.service.api import ServiceOptions, TokenEvent
+from moeplace.runtime.service.api import TokenEvent
+from moeplace.runtime.service.options import ServiceOptions
 from tests.shared_data import tiny_moe_path
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")

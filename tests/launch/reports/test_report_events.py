@@ -12,7 +12,8 @@ from moeplace.launch.reports.timeline import Bar, bars_between, event_table, tim
 from moeplace.placement.placement_file import save_placement
 from moeplace.profiling.errors import FormatError
 from moeplace.profiling.traces.file import save_trace
-from moeplace.runtime.replanning.event_log import Event, EventLog
+from moeplace.runtime.event import Event
+from moeplace.runtime.replanning.event_log import EventLog
 from tests.launch.reports.test_report import check_page, make_trace, striped
 
 
@@ -60,7 +61,7 @@ def test_what_is_no_sweep_is_refused(document: Any) -> None:
 
 
 def event(time: float, kind: str, **figures: Any) -> Event:
-    return Event(time, int(10 * time), kind, f"about <{kind}>", figures)
+    return Event(time, kind, f"about <{kind}>", figures, step=int(10 * time))
 
 
 HISTORY = [
@@ -92,9 +93,9 @@ def test_timeline_draws_every_lane() -> None:
     assert 'class="mark"' in drawing
     assert 'class="seen"' in drawing
     assert 'class="front"' in drawing
-    for events in (HISTORY[:1], HISTORY[:3], [Event(5, step, "kept", "") for step in (1, 90)]):
+    for events in (HISTORY[:1], HISTORY[:3], [Event(5, "kept", "", step=step) for step in (1, 90)]):
         assert "nan" not in timeline_chart(events)
-    assert "steps since the first event" in timeline_chart([Event(5, step, "kept", "") for step in (1, 90)])
+    assert "steps since the first event" in timeline_chart([Event(5, "kept", "", step=step) for step in (1, 90)])
 
 
 def test_table_tells_decisions_and_counts_routine() -> None:

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from moeplace.launch.serving.event_logger import EventLogger
-from moeplace.runtime.service.api import ServiceEvent
+from moeplace.runtime.event import Event
 from tests.launch.http_front.http_services import ManualService
 
 
@@ -14,9 +14,9 @@ class Eventful(ManualService):
 
     def __init__(self) -> None:
         super().__init__()
-        self.log: list[ServiceEvent] = []
+        self.log: list[Event] = []
 
-    def events(self) -> list[ServiceEvent]:
+    def events(self) -> list[Event]:
         return self.log[-3:]
 
 
@@ -26,12 +26,12 @@ def test_every_event_once(caplog: pytest.LogCaptureFixture) -> None:
     logger = EventLogger(service)
     with caplog.at_level(logging.INFO, "moeplace.service"):
         for number, kind in enumerate(("joined", "loss", "replace-failed", "loss", "failed", "left")):
-            service.log.append(ServiceEvent(0.0, kind, f"event {number}"))
+            service.log.append(Event(0.0, kind, f"event {number}"))
             if number % 2:
                 logger.log_new()
         logger.log_new()
         with EventLogger(service):
-            service.log = [ServiceEvent(0.0, "loss", "the last")]
+            service.log = [Event(0.0, "loss", "the last")]
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert lines[:-1] == [
         *(("INFO", "joined: event 0"), ("WARNING", "loss: event 1"), ("WARNING", "replace-failed: event 2")),

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,11 @@ from moeplace.runtime.replanning.controller import Controller, ControllerSetting
 from moeplace.runtime.replanning.event_log import EventLog
 from moeplace.runtime.replanning.replanner import Replanner
 from moeplace.runtime.replanning.review_process import ReviewProcess
-from moeplace.runtime.service.api import ServiceOptions
-from moeplace.runtime.service.command_log import CommandLog
+from moeplace.runtime.service.coordinator.actions import Append, CommandLog, Outbox
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
-from moeplace.runtime.service.routing_request import RoutingRequest, from_text, to_text
+from moeplace.runtime.service.coordinator.routing_request import RoutingRequest
+from moeplace.runtime.service.options import ServiceOptions
+from moeplace.runtime.service.routing_text import from_text, to_text
 from moeplace.runtime.service.spawner import LocalSpawner
 from tests.runtime.checkpoints import save_checkpoint
 
@@ -62,7 +64,9 @@ def test_a_service_replaces_for_its_own_routing(tmp_path: Path) -> None:
     """Joined rows are the routing of one rank; a look at them ends in a migration; tokens stay those of the oracle."""
     save_checkpoint("mixtral", tmp_path)
     alone = Engine(tmp_path, dtype=torch.float64, limits=LIMITS)
-    expected = {completion.request_id: list(completion.token_ids) for completion in alone.generate(REQUESTS)}
+    tickets = [replace(request, request_id=f"{n}:{request.request_id}") for n, request in enumerate(REQUESTS, 1)]
+    answers = zip(REQUESTS, alone.generate(tickets), strict=True)  # under the names that the ranks know them by
+    expected = {request.request_id: list(completion.token_ids) for request, completion in answers}
     assert alone.window.recent is not None
     options = ServiceOptions(mode="dispatch-combine", dtype="float64", limits=LIMITS)
     (tmp_path / "logs").mkdir()
@@ -107,25 +111,13 @@ def make_replanner(service: Coordinator, log: Path) -> Replanner:
     return Replanner(controller, service, calibration=calibration)
 
 
-class Log(CommandLog):
-    """Keeps what is appended."""
-
-    def __init__(self) -> None:
-        self.commands: list[dict[str, object]] = []
-
-    def append(self, command: dict[str, object]) -> int:
-        """Keep it."""
-        self.commands.append(command)
-        return len(self.commands) - 1
-
-
 def test_answers_belong_to_one_request_of_one_generation() -> None:
     """Nothing is asked twice; late answers and those of members that were not asked are ignored."""
-    log = Log()
-    request, rows = RoutingRequest(log), to_text(RecentRows(2, keep=1).snapshot())
+    out = Outbox()
+    request, rows = RoutingRequest(CommandLog(out)), to_text(RecentRows(2, keep=1).snapshot())
     request.ask((0, 2))
     request.ask((0, 2))
-    assert log.commands == [{"kind": "routing", "number": 1}]
+    assert out.take() == [Append(0, {"kind": "routing", "number": 1})]
     for number, member in ((1, 0), (1, 0), (1, 1), (0, 2)):
         request.take({"number": number, "member": member, "rows": rows})
     assert request.collect() is None

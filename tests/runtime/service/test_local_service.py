@@ -88,13 +88,25 @@ def test_cancel_frees_the_place(service: LocalService) -> None:
     assert again.wait()[1] in ("length", "stop")
 
 
+def test_requests_of_one_name_are_independent(service: LocalService) -> None:
+    """Two clients use a name at once, and one of them again after it has cancelled: each gets its own tokens."""
+    requests = [Request("a", (n + 5, 6), 30 + n, stop_ids=()) for n in range(3)]
+    listeners = [Listener() for _ in requests]
+    tickets = [service.submit(request, listener) for request, listener in zip(requests[:2], listeners[:2], strict=True)]
+    service.cancel("a", ticket=tickets[0])
+    service.submit(requests[2], listeners[2])
+    service.cancel("b", ticket=tickets[1])  # the ticket is of another name
+    assert listeners[0].wait()[1] == "cancelled"
+    for request, listener in zip(requests[1:], listeners[1:], strict=True):
+        (expected,) = make_engine().generate([request])
+        assert listener.wait() == (expected.token_ids, "length")
+
+
 def test_what_cannot_be_served_is_refused(service: LocalService) -> None:
     """At once, in the caller's thread."""
-    service.submit(long_request("twice"), Listener())
     for request, sentence in (
         (Request("long", (1,), 10_000), "10001 positions"),
         (Request("id", (10**6,), 1), "token id 1000000"),
-        (long_request("twice"), "already in flight"),
     ):
         with pytest.raises(InputError, match=sentence):
             service.submit(request, Listener())

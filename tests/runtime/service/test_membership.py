@@ -9,31 +9,15 @@ from moeplace.runtime.service.coordinator.membership import Membership, MemberSt
 from moeplace.runtime.service.generation import Generation
 
 
-class Process:
-    """A member that lives for ever."""
-
-    def __init__(self, member_id: int) -> None:
-        self.member_id = member_id
-
-    def is_alive(self) -> bool:
-        return True
-
-    def kill(self) -> None:
-        raise AssertionError("nobody is to be killed")
-
-    def wait(self, timeout: float) -> int | None:
-        return None
-
-
 def membership(slots: list[int], *, joining: int = 0, ready: int = 0, leaving: tuple[int, ...] = ()) -> Membership:
     """Members 0.. with so many slots each are active; behind them come some that join, the first of them ready."""
     placement: Placement = index_order(np.full(1, sum(slots)), np.array(slots), np.zeros(len(slots), np.int64))
     active = Generation.of(3, dict.fromkeys(range(len(slots)), 0))
     states = {
-        member: MemberState(Process(member), 0, ready=member < len(slots) + ready, leaving=member in leaving)
+        member: MemberState(0, ready=member < len(slots) + ready, leaving=member in leaving)
         for member in range(len(slots) + joining)
     }
-    return Membership(states, len(states) - len(leaving), active, placement)
+    return Membership(placement, len(states) - len(leaving), states, active)
 
 
 def test_nothing_is_to_be_done() -> None:

@@ -4,13 +4,9 @@ The request is a command of the log, so all ranks answer at the same step bounda
 passes.
 """
 
-import base64
-import binascii
-
-from moeplace.profiling.errors import FormatError
 from moeplace.runtime.engine.routing_window import RoutedRows
-from moeplace.runtime.service.command_log import CommandLog
-from moeplace.runtime.service.store import Document
+from moeplace.runtime.service.coordinator.actions import CommandLog, Document
+from moeplace.runtime.service.routing_text import from_text
 
 
 class RoutingRequest:
@@ -45,20 +41,3 @@ class RoutingRequest:
     def give_up(self) -> None:
         """The generation has ended: its members count passes anew, and one that is gone will not answer."""
         self._missing = None
-
-
-def to_text(rows: RoutedRows) -> str:
-    """As a report carries them."""
-    return base64.b64encode(rows.to_bytes()).decode()
-
-
-def from_text(text: str) -> RoutedRows:
-    """From a report.
-
-    Raises:
-        FormatError: it is something else.
-    """
-    try:
-        return RoutedRows.from_bytes(base64.b64decode(text, validate=True))
-    except binascii.Error as error:
-        raise FormatError(f"{len(text)} characters are not routed rows: {error}") from error
