@@ -134,7 +134,8 @@ class Engine:
         room = {"rows": parts.cache_rows, "positions": parts.cache_positions}
         if isinstance(model, WholeModel):
             return WholeExecutor(model, experts, SequenceStates(**room), self.group, placement, **options)
-        return Executor(model, experts, KvCache(model, **room), self.group, placement, **options)
+        cache = KvCache(model, **room, replicated=parts.modes.may_be_coherent)
+        return Executor(model, experts, cache, self.group, placement, **options)
 
     def agree(self, group: RankGroup, placement: Placement) -> None:
         """Compare with the other ranks of a group what must be the same on all.

@@ -3,7 +3,7 @@
 Shape letters: M tokens of this rank, B sequences of a decode pass, D hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class Executor(PlacedExperts):
         first = sum(tokens_of_rank[: self.group.rank])
         view = PrefillView(self.decoder, self.cache, rows=[s.row for s in mine], lengths=own) if mine else None
         rows = self._start(ids, first)
+        self._claim((sequence, length_of[id(sequence)]) for sequence in ordered)
         self.note_pass(ordered, [length_of[id(sequence)] for sequence in ordered])
         rows = self._run(mode, rows, lambda token: view, Step(tuple(tokens_of_rank)))
         for sequence in ordered:
@@ -82,6 +83,7 @@ class Executor(PlacedExperts):
             in the order of `by_home`.
         """
         ordered = by_home(sequences)
+        self._claim((sequence, sequence.cached + 1) for sequence in ordered)
         coherent = mode == "coherent" and self.group.size > 1
         if coherent:
             self._hand_over(ordered)
@@ -103,6 +105,12 @@ class Executor(PlacedExperts):
             if coherent or self.group.size == 1:
                 sequence.replicated = sequence.cached
         return rows
+
+    def _claim(self, ends: Iterable[tuple[RunningSequence, int]]) -> None:
+        """Let rows of the cache on this rank be of use to sequences, up to positions."""
+        for sequence, end in ends:
+            if self.cache.replicated or sequence.home == self.group.rank:
+                self.cache.claim(sequence.row, end)
 
     def _start(self, ids: list[int], first: int) -> TokenRows:
         device = self.decoder.device
@@ -177,6 +185,8 @@ class Executor(PlacedExperts):
             receivers: who gets them.
         """
         pairs: list[tuple[list[int], list[int]]] = [([], []) for _ in range(self.group.size)]  # by home
+        if self.group.rank in receivers:
+            self._claim(zip(sequences, replicated, strict=True))
         for sequence, count in zip(sequences, replicated, strict=True):
             rows, positions = pairs[sequence.home]
             rows += [sequence.row] * count

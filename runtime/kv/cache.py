@@ -19,23 +19,37 @@ class KvCache:
         keys: per decoder layer (rows, heads, positions, key dim).
         values: per decoder layer (rows, heads, positions, value dim).
         num_layers: decoder layers.
+        replicated: whether a sequence has its row on every rank.
         row_width: c.
     """
 
-    def __init__(self, decoder: Decoder, *, rows: int, positions: int) -> None:
+    def __init__(self, decoder: Decoder, *, rows: int, positions: int, replicated: bool = False) -> None:
+        """`replicated`: a sequence has its row on every rank, not at its home alone."""
         key_shape, value_shape = _probe_shapes(decoder)
 
         def slab(shape: tuple[int, int]) -> torch.Tensor:
-            # Zeros, because masked positions are multiplied by zero and must not be NaN. On a CPU an untouched page
-            # takes no memory, so an idle row costs nothing there.
+            # On a CPU an untouched page of zeros takes no memory, so an idle row costs nothing there.
             return torch.zeros(rows, shape[0], positions, shape[1], dtype=decoder.dtype, device=decoder.device)
 
         self.keys = [slab(key_shape) for _ in range(decoder.num_layers)]
         self.values = [slab(value_shape) for _ in range(decoder.num_layers)]
         self.rows, self.positions, self.num_layers = rows, positions, decoder.num_layers
+        self.replicated = replicated
+        self._filled = [0] * rows  # positions of each row beyond which it is all zeros
         self._key_shape, self._value_shape = key_shape, value_shape
         self._key_width = key_shape[0] * key_shape[1]
         self.row_width = self._key_width + value_shape[0] * value_shape[1]
+
+    def claim(self, row: int, end: int) -> None:
+        """Let a row be of use up to a position: what a former tenant left beyond becomes zero.
+
+        Attention reads rows up to the longest sequence of a batch. What is masked there is multiplied by zero: that
+        leaves nothing of a number, but NaN and infinity would reach the tenant.
+        """
+        if self._filled[row] > end:
+            for slab in (*self.keys, *self.values):
+                slab[row, :, end : self._filled[row]] = 0
+        self._filled[row] = end
 
     def write(self, layer: int, row: torch.Tensor, position: torch.Tensor, kv: torch.Tensor) -> None:
         """Store K/V (n, c) at rows (n,) and positions (n,) of a decoder layer."""
