@@ -4,6 +4,7 @@ A scene changes sizes, never a flag: fewer tokens than a user has, a shorter tim
 """
 
 import base64
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,52 @@ def sglang_requests(path: Path, bias_LE: np.ndarray, *, dense: int, top_k: int, 
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def qwen3_answers(folder: Path) -> dict[str, str]:
+    """vLLM's answers for a model of Qwen3-30B-A3B's shape: 48 MoE layers of 128 experts, top-8."""
+    bias_LE = 0.8 * np.random.default_rng(9).standard_normal((48, 128))
+    for seed, name in enumerate(("routed.jsonl", "routed-new.jsonl")):
+        vllm_answers(folder / name, bias_LE, dense=0, rng=np.random.default_rng(seed))
+    return {}
+
+
+def deepseek_v3_answers(folder: Path) -> dict[str, str]:
+    """vLLM's answers for a model of DeepSeek-V3's shape."""
+    bias_LE = 0.8 * np.random.default_rng(9).standard_normal((58, 256))
+    vllm_answers(folder / "routed.jsonl", bias_LE, dense=3, rng=np.random.default_rng(0))
+    return {}
+
+
+def vllm_answers(path: Path, bias_LE: np.ndarray, *, dense: int, rng: np.random.Generator) -> None:
+    """Twelve completions of 40 tokens, top-8, as the HTTP server sends them."""
+    layers, experts = bias_LE.shape
+    lines = []
+    for number in range(12):
+        ids = np.zeros((40, dense + layers, 8), np.uint8)
+        ids[:, dense:] = np.argsort(-(bias_LE + rng.gumbel(size=(40, layers, experts))), axis=2)[:, :, :8]
+        data = io.BytesIO()
+        np.save(data, ids)
+        choice = {"index": 0, "text": "", "routed_experts": base64.b64encode(data.getvalue()).decode()}
+        usage = {"prompt_tokens": 30, "completion_tokens": 11, "total_tokens": 41}
+        lines.append({"id": f"cmpl-{number}", "object": "text_completion", "choices": [choice], "usage": usage})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def trtllm_statistics(folder: Path) -> dict[str, str]:
+    """Counts of two ranks over three iterations, DeepSeek-V3's shape."""
+    from safetensors.numpy import save_file
+
+    rng, statistics = np.random.default_rng(0), folder / "statistics"
+    statistics.mkdir()
+    (statistics / "meta_info.json").write_text('{"num_experts": 256, "num_experts_per_token": 8}')
+    share_LE = rng.dirichlet(np.full(256, 2.0), size=58)
+    for rank in range(2):
+        counts = {f"{100 + i}_{3 + x}": rng.multinomial(8 * 256, share_LE[x]) for i in range(3) for x in range(58)}
+        save_file(
+            {name: count.astype(np.int64) for name, count in counts.items()}, statistics / f"rank{rank}.safetensors"
+        )
+    return {}
+
+
 def interchange(folder: Path) -> dict[str, str]:
     """`routing.npz` of 26 layers, as in `docs/benchmarks.md`."""
     rng = np.random.default_rng(0)
@@ -59,6 +106,10 @@ SCENES: dict[str, Callable[[Path], dict[str, str]]] = {
     "README.md": shipped_model,
     "concepts.md": shipped_model,
     "guide-sglang-deepseek-v3.md": deepseek_v3_recordings,
+    "guide-vllm.md": qwen3_answers,
+    "guide-vllm-ascend.md": deepseek_v3_answers,
+    "guide-tensorrt-llm.md": trtllm_statistics,
+    "guide-two-hosts.md": shipped_model,
     "benchmarks.md": interchange,
 }
 """By page; a page without one has no command that runs here."""
