@@ -26,6 +26,7 @@ COMMANDS = {  # name -> module in moeplace.launch.commands, in the order of --he
     "plan": "plan",
     "export": "export",
     "import-placement": "import_placement",
+    "watch": "watch",
     "serve": "serve",
     "ray": "ray_jobs",
     "calibrate": "calibrate",

@@ -1,0 +1,1 @@
+"""Beside a running engine: fetch its routing, ask whether another placement pays, write the next file."""
