@@ -84,7 +84,9 @@ $(INSTALLED): pyproject.toml lock.txt
 	@$(BIN)/python $(INSTALL) -c lock.txt -e '.[dev]'
 	@printf '%s' "$(CURDIR)" > $@
 
-# Numba compiles the kernels once and keeps the machine code beside the sources.
+# Numba compiles the kernels once and keeps the machine code beside the sources. Who does not use make has them compiled
+# by the first `solve`, before its clock starts.
 $(WARM): $(INSTALLED) $(KERNELS)
-	@if [ -f placement/warm_up.py ]; then echo "make: compiling kernels"; $(BIN)/python -m moeplace.placement.warm_up; fi
+	@echo "make: compiling kernels"
+	@$(BIN)/python -m moeplace.placement.warm_up
 	@touch $@

@@ -16,6 +16,7 @@ from moeplace.placement.solvers import get_solver
 from moeplace.placement.solvers.judge import held_caps
 from moeplace.placement.solvers.previous import keep_close, moved_summary
 from moeplace.profiling.errors import InputError
+from moeplace.profiling.kernel_cache import compile_once
 
 OPTIMAL_GAP = 1e-9
 _BOUND_SHARE = 0.2
@@ -44,6 +45,7 @@ def solve(
     if not time_limit > 0:
         raise InputError(f"time limit ({time_limit} s) must be positive")
     search = get_solver(solver)
+    compile_once()
     started = time.monotonic()
     budget = Budget(time_limit * (1 - _BOUND_SHARE), seed, started, report)
     draft = search(problem, budget)

@@ -1,22 +1,42 @@
 """`python -m moeplace.placement.warm_up` compiles the numba kernels, so that no real command waits for it.
 
-Numba stores what it compiled beside the modules (or in the user's cache folder); this solves problems of a few experts
-that touch every kernel, with the array types that real problems have.
+Numba keeps what it compiled (`profiling/kernel_cache.py` says where); this uses every kernel on a problem of a few
+experts, with the array types that real problems have. A test finds a kernel that is left out.
 """
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.problem import Problem
 from moeplace.placement.solve import solve
+from moeplace.profiling.imports.canonical import ImportOptions
+from moeplace.profiling.imports.sources import import_from
+from moeplace.profiling.kernel_cache import NO_WARM_UP, mark_compiled
+from moeplace.profiling.scores.drift import measure_drift
+from moeplace.profiling.scores.summary import summarize
+from moeplace.profiling.traces.file import load_trace
 from moeplace.profiling.traces.trace import RoutingTrace
+
+EXPERTS = 8
 
 
 def warm_up() -> None:
-    """Run every kernel once on a tiny instance."""
+    """Use every kernel once on a tiny instance."""
     rng = np.random.default_rng(0)
-    ids = np.argsort(rng.random((240, 2, 8)), axis=2)[:, :, :2].astype(np.int16)
-    trace = RoutingTrace(ids, np.full(2, 8), sequence_ids=np.arange(240) // 20)
+    ids = np.argsort(rng.random((240, 2, EXPERTS)), axis=2)[:, :, :2].astype(np.int16)
+    trace = RoutingTrace(ids, np.full(2, EXPERTS), sequence_ids=np.arange(240) // 20)
+    _search(trace)
+    _balance(trace)
+    _score(trace)
+    _read(trace.topk_ids)
+
+
+def _search(trace: RoutingTrace) -> None:
+    """The searches and bounds of `auto` in every mode, with replicas, on nodes, and with lost ranks to survive."""
     flat = Cluster.uniform(4, slots_per_rank=2)
     nodes = Cluster.uniform(4, slots_per_rank=3, ranks_per_node=2)
     spare = Cluster.uniform(4, slots_per_rank=4, ranks_per_node=2)
@@ -34,5 +54,35 @@ def warm_up() -> None:
         solve(problem, time_limit=0.2)
 
 
+def _balance(trace: RoutingTrace) -> None:
+    """Searches that see loads alone, and the published rules."""
+    for cluster in (Cluster.uniform(4, slots_per_rank=3), Cluster.uniform(4, slots_per_rank=3, ranks_per_node=2)):
+        solve(Problem.from_trace(trace, cluster, objective="traffic"), solver="eplb")
+    solve(Problem.from_trace(trace, Cluster.uniform(4, slots_per_rank=3)), time_limit=0.2)
+    chain = Problem.from_trace(
+        trace.primary(), Cluster.uniform(2, slots_per_rank=4), mode="coherent", objective="traffic"
+    )
+    solve(chain, solver="viterbi")
+
+
+def _score(trace: RoutingTrace) -> None:
+    """What `moeplace stats` says."""
+    summarize(trace, seed=0)
+    measure_drift(trace, trace, seed=0, bootstraps=2)
+
+
+def _read(ids_TLK: np.ndarray) -> None:
+    """What an import checks and mends, with and without weights."""
+    with TemporaryDirectory() as folder:
+        source = Path(folder) / "routing.npz"
+        arrays = {"experts": ids_TLK, "sequence_ids": np.arange(len(ids_TLK)) // 20}
+        for named in (arrays, arrays | {"weights": np.ones(ids_TLK.shape, np.float32)}):
+            np.savez(source, **named)  # type: ignore[arg-type]  # its stub takes every keyword for `allow_pickle`
+            import_from("npz", source, Path(folder) / "copy", ImportOptions(num_experts=EXPERTS))
+            load_trace(Path(folder) / "copy")
+
+
 if __name__ == "__main__":
+    os.environ[NO_WARM_UP] = "1"  # `solve` would ask for what is being done
     warm_up()
+    mark_compiled()

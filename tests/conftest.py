@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads spin against each other on a busy machine
+os.environ.setdefault("MOEPLACE_NO_WARM_UP", "1")  # `make test` has compiled the kernels; a test's clock runs
 settings.register_profile("moeplace", deadline=None)  # the first call of a kernel compiles it
 settings.load_profile("moeplace")
 

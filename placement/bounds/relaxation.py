@@ -26,7 +26,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
+
+from moeplace.profiling.kernel_cache import njit
 
 Slope = Callable[[np.ndarray], tuple[float, np.ndarray]]
 """Z (n, n) -> (a, G): F(Z') >= a - <G, Z'> for all Z', with equality at Z; G symmetric and non-negative."""

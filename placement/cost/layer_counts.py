@@ -8,9 +8,9 @@ Shape letters: T tokens, E experts, K top-k, R ranks, N nodes, S slots.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.cost.steps import Lanes
+from moeplace.profiling.kernel_cache import njit
 
 
 class Routed(NamedTuple):

@@ -19,7 +19,8 @@ Shape letters: T tokens, E experts, K top-k, R ranks, P orders of ranks.
 from functools import lru_cache
 
 import numpy as np
-from numba import njit
+
+from moeplace.profiling.kernel_cache import njit
 
 NUM_ORDERS = 4096
 """P: rotation numbers count modulo P."""

@@ -5,7 +5,8 @@ gives the same run everywhere.
 """
 
 import numpy as np
-from numba import njit
+
+from moeplace.profiling.kernel_cache import njit
 
 COOLING_STEPS = 120
 """Temperatures of one annealing run, falling geometrically."""

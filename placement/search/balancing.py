@@ -8,7 +8,8 @@ Shape letters: E experts of a layer, R ranks, S slots per layer.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from moeplace.profiling.kernel_cache import njit
 
 _NO_LIMIT = 2**31 - 1
 

@@ -17,7 +17,8 @@ Shape letters: T tokens, E experts, K top-k, R ranks, P parts, S slots.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from moeplace.profiling.kernel_cache import njit
 
 
 class LayerNets(NamedTuple):

@@ -9,12 +9,12 @@ Shape letters: L MoE layers, E experts of a layer, R ranks, C slots per rank, S 
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.placement import EMPTY_SLOT
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.balancing import rebalance_layer
 from moeplace.profiling.errors import InfeasibleError
+from moeplace.profiling.kernel_cache import njit
 
 
 def pack_slots(problem: Problem, layer: int) -> np.ndarray:

@@ -13,10 +13,10 @@ Shape letters: E experts, R ranks, N nodes, S slots.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.search.annealing import COOLING_STEPS, accepts, more_moves, overload_change, random_below
 from moeplace.placement.search.nets import LayerNets, level_of, swap_gain, swap_parts
+from moeplace.profiling.kernel_cache import njit
 
 
 class Near(NamedTuple):

@@ -16,13 +16,13 @@ such a slot is re-pointed to the expert of largest load per replica that the ran
 import warnings
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.budget import Budget
 from moeplace.placement.placement import EMPTY_SLOT
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
 from moeplace.profiling.errors import InputError, MoeplaceWarning
+from moeplace.profiling.kernel_cache import njit
 
 
 def solve_eplb(problem: Problem, budget: Budget, *, num_groups: int | None = None) -> Draft:

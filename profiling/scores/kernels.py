@@ -4,7 +4,8 @@ Shape letters: T tokens, E experts (of one layer, or of all layers numbered thro
 """
 
 import numpy as np
-from numba import njit
+
+from moeplace.profiling.kernel_cache import njit
 
 _RECENCY = 1 << 32
 

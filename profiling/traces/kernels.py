@@ -4,7 +4,8 @@ Shape letters: T tokens, L MoE layers, E experts per layer, K top-k. Compiled by
 """
 
 import numpy as np
-from numba import njit
+
+from moeplace.profiling.kernel_cache import njit
 
 
 @njit(cache=True, nogil=True)

@@ -22,10 +22,10 @@ Shape letters: L MoE layers, E experts, R ranks, S slots per layer.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from scipy.optimize import linear_sum_assignment
 
 from moeplace.placement.search.annealing import COOLING_STEPS, accepts, more_moves, overload_change, random_below
+from moeplace.profiling.kernel_cache import njit
 
 OVERLOAD = 1e3
 """Price of a token above the cap when runs are compared: any feasible run beats any other."""

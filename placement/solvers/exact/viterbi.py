@@ -20,12 +20,12 @@ Shape letters: L MoE layers, E experts, R ranks, N nodes, M states of a layer.
 import math
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.budget import Budget
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
 from moeplace.profiling.errors import InputError
+from moeplace.profiling.kernel_cache import njit
 from moeplace.profiling.traces.stats import distinct_ksets
 
 MOST_STATES = 6_000

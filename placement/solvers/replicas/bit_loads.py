@@ -4,9 +4,9 @@ Shape letters: E experts, R ranks, H ranks of an expert, W words of 64 tokens, Q
 """
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.solvers.replicas.words import clear, count_row, popcount, unite
+from moeplace.profiling.kernel_cache import njit
 
 
 @njit(cache=True, nogil=True)

@@ -9,7 +9,6 @@ Shape letters: T tokens, E experts, R ranks, N nodes, S slots, W words of 64 tok
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.search.annealing import next_random, random_below
 from moeplace.placement.solvers.replicas.bit_loads import bits_loads
@@ -24,6 +23,7 @@ from moeplace.placement.solvers.replicas.token_bits import (
     mark_node,
     mark_rank,
 )
+from moeplace.profiling.kernel_cache import njit
 
 FINAL_PRICE = 50.0
 """Price of a token above a limit at the end, in ranks; higher than in the exact search, because counts are not."""

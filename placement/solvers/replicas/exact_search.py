@@ -9,7 +9,6 @@ Shape letters: T tokens, E experts, K top-k, R ranks, S slots.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.search.annealing import next_random
 from moeplace.placement.search.nets import LayerNets
@@ -22,6 +21,7 @@ from moeplace.placement.solvers.replicas.seats import (
     propose,
     take_back,
 )
+from moeplace.profiling.kernel_cache import njit
 
 FINAL_SHARE = 0.15
 """Share of the work that only improves."""

@@ -10,9 +10,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.cost.replica_choice import preference_orders
+from moeplace.profiling.kernel_cache import njit
 
 
 class Rule(NamedTuple):

@@ -10,9 +10,9 @@ Shape letters: E experts (and empty slots, which search tables list behind them)
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.search.annealing import random_below
+from moeplace.profiling.kernel_cache import njit
 
 
 class Holders(NamedTuple):

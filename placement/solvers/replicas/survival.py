@@ -9,7 +9,6 @@ Shape letters: L MoE layers, E experts of a layer, R ranks, N nodes, S slots per
 """
 
 import numpy as np
-from numba import njit
 from scipy.optimize import linear_sum_assignment
 
 from moeplace.placement.cluster import Cluster
@@ -17,6 +16,7 @@ from moeplace.placement.cost.replica_choice import choose_ranks
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.layout import seat_held
 from moeplace.placement.search.packing import pack_slots
+from moeplace.profiling.kernel_cache import njit
 
 _FORBIDDEN = 1e15
 _SWEEPS = 3

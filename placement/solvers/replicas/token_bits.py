@@ -17,11 +17,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.solvers.replicas.rule import preference_places
 from moeplace.placement.solvers.replicas.seats import Seats
 from moeplace.placement.solvers.replicas.words import add_repeats, clear, copy, count_row, popcount, subtract, unite
+from moeplace.profiling.kernel_cache import njit
 
 
 class TokenBits(NamedTuple):

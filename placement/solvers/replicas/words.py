@@ -4,7 +4,8 @@ Shape letter: W words of 64 tokens.
 """
 
 import numpy as np
-from numba import njit
+
+from moeplace.profiling.kernel_cache import njit
 
 
 @njit(cache=True, nogil=True, inline="always")

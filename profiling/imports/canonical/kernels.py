@@ -6,7 +6,8 @@ Shape letters: t tokens of a piece, L layers, K top-k, M greatest id counted + 1
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from moeplace.profiling.kernel_cache import njit
 
 
 class Tallies(NamedTuple):

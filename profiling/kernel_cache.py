@@ -1,0 +1,134 @@
+"""Where compiled kernels are kept, and that they are compiled once per installation.
+
+Numba keeps machine code beside the sources, or in the user's cache folder where that is not writable; where neither is,
+it refuses to load. `njit` of this module then keeps it in a private folder of the system's temporary one.
+
+`compile_once` has the kernels of this installation compiled, by a process of its own, if they never were: a stamp
+beside the machine code names the sources, numba, Python and the processor. Of several processes that come at once one
+compiles and the others wait.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent.parent
+"""Of the folders of this package, in a checkout as in an installation."""
+WARM_UP = "moeplace.placement.warm_up"
+"""The program that uses every kernel once and then calls `mark_compiled`."""
+NO_WARM_UP = "MOEPLACE_NO_WARM_UP"
+"""Environment variable: where it is set, a kernel is compiled when it is first used (the warm-up itself, tests)."""
+_FLOORS = ("profiling", "placement")
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def private_folder(folder: Path) -> Path:
+    """That folder if it is ours alone, else a fresh one: machine code that others could write is never loaded."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        state = folder.lstat()
+        if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o077:
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="moeplace-kernels-"))
+
+
+def cache_folder() -> tuple[Path, bool]:
+    """(folder for the stamp, whether numba must be told to keep its files there too)."""
+    told = os.environ.get("NUMBA_CACHE_DIR")
+    if told:
+        return Path(told), False
+    beside = HOME / "profiling" / "__pycache__"
+    if is_writable(beside):
+        return beside, False
+    with contextlib.suppress(RuntimeError):  # there may be no home
+        of_user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeplace" / "kernels"
+        if is_writable(of_user):
+            return of_user, True
+    return private_folder(Path(tempfile.gettempdir()) / f"moeplace-kernels-{os.getuid()}"), True
+
+
+FOLDER, _MUST_TELL = cache_folder()
+if _MUST_TELL:
+    os.environ["NUMBA_CACHE_DIR"] = str(FOLDER)  # for numba, if it is not imported yet, and for child processes
+
+import numba  # noqa: E402  # reads the variable when it is imported
+from numba import njit  # noqa: E402
+
+if _MUST_TELL:
+    numba.config.CACHE_DIR = str(FOLDER)
+
+__all__ = ["FOLDER", "NO_WARM_UP", "compile_once", "is_compiled", "mark_compiled", "njit"]
+
+_log = logging.getLogger("moeplace")
+
+
+@functools.cache
+def _stamp() -> Path:
+    """The file that exists once these sources were compiled by this numba for this processor."""
+    from llvmlite.binding import get_host_cpu_name
+
+    digest = hashlib.sha256(f"{numba.__version__} {sys.version} {get_host_cpu_name()}".encode())
+    for path in sorted(path for floor in _FLOORS for path in (HOME / floor).rglob("*.py")):
+        source = path.read_bytes()
+        if b"@njit" in source:
+            digest.update(f"{path.relative_to(HOME)} {path.stat().st_mtime_ns}".encode() + source)
+    return FOLDER / f"moeplace-{digest.hexdigest()[:16]}.stamp"
+
+
+def is_compiled() -> bool:
+    """Whether the kernels of this installation are compiled and kept."""
+    return _stamp().exists()
+
+
+def mark_compiled() -> None:
+    """Say that all kernels are compiled and kept. Where nothing can be written, nothing is said."""
+    with contextlib.suppress(OSError):
+        for old in FOLDER.glob("moeplace-*.stamp"):
+            old.unlink(missing_ok=True)
+        _stamp().touch()
+
+
+def compile_once() -> None:
+    """Have all kernels compiled unless that was done before; one line of the logger `moeplace` says so.
+
+    Call it before a clock starts. If the program fails, kernels are compiled when they are first used.
+    """
+    if os.environ.get(NO_WARM_UP) or is_compiled():
+        return
+    with _alone():
+        if is_compiled():  # by the process that was waited for
+            return
+        _log.warning("compiling kernels, once for this installation: about a minute")
+        environment = {**os.environ, NO_WARM_UP: "1"}
+        subprocess.run([sys.executable, "-m", WARM_UP], env=environment, stdout=sys.stderr, check=False)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Only one process at a time; all at once where the file system cannot lock."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((FOLDER / "moeplace.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

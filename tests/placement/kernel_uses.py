@@ -1,0 +1,72 @@
+"""Uses of moeplace that reach its kernels, on random instances of other sizes and types than those of the warm-up."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from moeplace.placement.cluster import Cluster
+from moeplace.placement.cost.evaluation import evaluate
+from moeplace.placement.problem import Problem
+from moeplace.placement.solve import solve
+from moeplace.profiling.scores.drift import measure_drift
+from moeplace.profiling.scores.summary import summarize
+from moeplace.profiling.traces.file import load_trace, save_trace
+from moeplace.profiling.traces.trace import RoutingTrace
+
+SECONDS = 0.15
+
+
+def random_trace(rng: np.random.Generator, *, top_k: int, layers: int = 3) -> RoutingTrace:
+    """Experts that differ per layer now and then, tokens without an expert in some slots."""
+    tokens, experts = int(rng.integers(60, 200)), 12
+    experts_L = np.full(layers, experts)
+    ids = np.argsort(rng.random((tokens, layers, experts)), axis=2)[:, :, :top_k].astype(np.int16)
+    if top_k > 1:
+        ids[rng.random(tokens) < 0.1, :, -1] = -1
+    sequences = np.sort(rng.integers(0, 8, tokens))
+    weights = np.sort(rng.random(ids.shape).astype(np.float32))[..., ::-1] if rng.random() < 0.5 else None
+    return RoutingTrace(ids, experts_L, sequence_ids=sequences, topk_weights=weights)
+
+
+def use_searches(seed: int) -> None:
+    """`auto` in every mode and objective, with and without replicas, nodes and a cap; uneven ranks; a previous one."""
+    rng = np.random.default_rng(seed)
+    for mode, objective, slots, nodes in itertools.product(
+        ("dispatch-combine", "coherent", "allgather"), ("traffic", "seconds"), (3, 4), (1, 2)
+    ):
+        trace = random_trace(rng, top_k=1 if mode == "coherent" else 3)
+        cluster = Cluster.uniform(4, slots_per_rank=slots, ranks_per_node=4 // nodes)
+        cap = None if rng.random() < 0.5 else 1.5
+        problem = Problem.from_trace(trace, cluster, mode=mode, objective=objective, max_imbalance=cap)
+        found = solve(problem, time_limit=SECONDS, seed=seed).placement
+        evaluate(trace, found)
+        if rng.random() < 0.3:
+            solve(problem.replace(previous=found), time_limit=SECONDS)
+
+
+def use_loads(seed: int) -> None:
+    """Loads without tokens, integers and floats, by each solver that needs nothing else."""
+    rng = np.random.default_rng(seed)
+    for nodes, kind in itertools.product((1, 2), (np.int64, np.float64)):
+        load_LE = (rng.random((3, 12)) * 1000).astype(kind)
+        cluster = Cluster.uniform(4, slots_per_rank=4, ranks_per_node=4 // nodes)
+        for solver in ("auto", "lpt", "eplb", "index-order", "round-robin"):
+            solve(Problem.from_load(load_LE, cluster), solver=solver, time_limit=SECONDS)
+
+
+def use_scores(seed: int) -> None:
+    """Figures and drift, of a trace in memory and of one read from a file."""
+    rng = np.random.default_rng(seed)
+    trace = random_trace(rng, top_k=3)
+    with TemporaryDirectory() as folder:
+        save_trace(Path(folder) / "t", trace)
+        for one in (trace, load_trace(Path(folder) / "t")):
+            summarize(one, seed=seed)
+            measure_drift(trace, one, seed=seed, bootstraps=2)
+            solve(Problem.from_trace(one, Cluster.uniform(4, slots_per_rank=3)), time_limit=SECONDS)
+
+
+USES: dict[str, Callable[[int], None]] = {"searches": use_searches, "loads": use_loads, "scores": use_scores}
