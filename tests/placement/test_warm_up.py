@@ -13,6 +13,8 @@ from moeplace.profiling import kernel_cache
 from tests.placement.compiled_kernels import called_from_python
 from tests.shared_data import ROOT
 
+pytestmark = pytest.mark.timeout(600)  # seconds, unless a kernel was edited and all of them are compiled here
+
 _SCRIPT = """
 import json, sys
 from tests.placement.compiled_kernels import kernels
@@ -34,7 +36,7 @@ def warmed(request: pytest.FixtureRequest) -> tuple[set[str], dict[str, list[str
     """Kernels that the warm-up used, those that a use needed in yet another form, and the seed of the uses."""
     seed = int(request.config.getoption("--seed"))
     command = [sys.executable, "-c", _SCRIPT, str(seed)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570)
     assert run.returncode == 0, run.stderr
     used, late = json.loads(run.stdout)
     return set(used), late, seed
