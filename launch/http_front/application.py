@@ -1,6 +1,6 @@
 """HttpFront: the routes of the HTTP front, over a `Service`.
 
-POST /v1/completions   GET /v1/models   GET /healthz   GET /metrics
+POST /v1/completions, /v1/chat/completions   GET /v1/models   GET /healthz   GET /metrics
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Protocol
 
 from starlette.applications import Starlette
@@ -21,8 +22,10 @@ from starlette.types import ASGIApp
 from moeplace.launch.http_front.administration import admin_routes
 from moeplace.launch.http_front.completions.answer import CompletionAnswer
 from moeplace.launch.http_front.completions.body import CompletionBody, parse_body
+from moeplace.launch.http_front.completions.chat import Message, parse_chat_body
+from moeplace.launch.http_front.completions.forms import AnswerForm, ChatForm, TextForm
 from moeplace.launch.http_front.completions.run import CompletionRun, EventBridge
-from moeplace.launch.http_front.guard import COMPLETIONS, HEALTH, Guard
+from moeplace.launch.http_front.guard import CHAT, COMPLETIONS, HEALTH, Guard
 from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.launch.http_front.wire.errors import ApiError, overloaded, unavailable
 from moeplace.launch.http_front.wire.metrics import FrontMetrics
@@ -40,6 +43,9 @@ class TextCoder(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def render_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the assistant speaks; InputError = the template refuses it."""
 
 
 class HttpFront:
@@ -61,6 +67,7 @@ class HttpFront:
     ) -> None:
         self._service, self._settings, self._stop_ids = service, settings, tuple(stop_ids)
         self._encode = None if coder is None else coder.encode
+        self._render = None if coder is None else coder.render_chat
         self._decode: Callable[[Sequence[int]], str] = (lambda token_ids: "") if coder is None else coder.decode
         self._seeds = random.Random(settings.seed)
         self._started = int(time.time())
@@ -83,7 +90,8 @@ class HttpFront:
     def _routes(self) -> Starlette:
         application = Starlette(
             routes=[
-                Route(COMPLETIONS, self._complete, methods=["POST"]),
+                Route(COMPLETIONS, self._complete_text, methods=["POST"]),
+                Route(CHAT, self._complete_chat, methods=["POST"]),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{model:path}", self._model),
                 Route(HEALTH, self._health),
@@ -105,12 +113,18 @@ class HttpFront:
         self._bridge = EventBridge(asyncio.get_running_loop())
         yield
 
-    async def _complete(self, request: Request) -> Response:
+    async def _complete_text(self, request: Request) -> Response:
+        return await self._complete(request, TextForm(), partial(parse_body, encode=self._encode))
+
+    async def _complete_chat(self, request: Request) -> Response:
+        return await self._complete(request, ChatForm(), partial(parse_chat_body, render=self._render))
+
+    async def _complete(self, request: Request, form: AnswerForm, parse: Callable[..., CompletionBody]) -> Response:
         started = time.perf_counter()
         self._require_room(1)
-        body = await self._read(request)
+        body = await self._read(request, parse)
         self._require_room(body.num_choices)  # others came while it was read
-        name = f"cmpl-{secrets.token_hex(12)}"
+        name = f"{form.prefix}-{secrets.token_hex(12)}"
         assert self._bridge is not None  # made at startup
         run = CompletionRun(self._service, self._bridge, self.metrics, body, name=name, decode=self._decode)
         run.start()
@@ -122,7 +136,7 @@ class HttpFront:
 
         settings = self._settings
         answer = CompletionAnswer(
-            run, name=name, model=settings.model, stall_timeout=settings.stall_timeout, on_end=leave
+            run, form, name=name, model=settings.model, stall_timeout=settings.stall_timeout, on_end=leave
         )
         return answer  # type: ignore[return-value]  # Starlette calls what an endpoint returns as an application
 
@@ -133,21 +147,20 @@ class HttpFront:
         if self._in_flight + choices > most:
             raise overloaded(f"{self._in_flight} completions are under way, {choices} more would exceed {most}")
 
-    async def _read(self, request: Request) -> CompletionBody:
+    async def _read(self, request: Request, parse: Callable[..., CompletionBody]) -> CompletionBody:
         """Read and check the body, within the limits."""
         content = await read_body(request, self._settings.max_body_bytes, self._settings.body_timeout)
 
-        def parse() -> CompletionBody:
-            return parse_body(
+        def read() -> CompletionBody:
+            return parse(
                 parse_json(content),
-                encode=self._encode,
                 model=self._settings.model,
                 model_stop_ids=self._stop_ids,
                 default_seed=seed,
             )
 
         seed = self._seeds.getrandbits(31)
-        body = await asyncio.to_thread(parse) if len(content) > _LONG_BODY else parse()
+        body = await asyncio.to_thread(read) if len(content) > _LONG_BODY else read()
         self._check_limits(body)
         return body
 
@@ -187,7 +200,11 @@ class HttpFront:
         return {"id": self._settings.model, "object": "model", "created": self._started, "owned_by": "moeplace"}
 
     async def _health(self, request: Request) -> Response:
-        status = self._service.status()
+        try:
+            status = self._service.status()
+        except Exception as error:  # whatever ails it, who asks must hear that it does not serve
+            document = {"serving": False, "reason": f"the service does not answer: {error}"}
+            return JSONResponse(document, 503, {"Cache-Control": "no-store"})
         serving = status.serving and not self._draining
         document = {
             "serving": serving,

@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 HEALTH = "/healthz"
 COMPLETIONS = "/v1/completions"
-ROUTES = (COMPLETIONS, "/v1/models", HEALTH, "/metrics", "/admin/scale", "/admin/status")
+CHAT = "/v1/chat/completions"
+ROUTES = (COMPLETIONS, CHAT, "/v1/models", HEALTH, "/metrics", "/admin/scale", "/admin/status")
 _OTHER = "other"
 _CLIENT_GONE = 499
 """The status under which requests are counted whose client did not wait (nginx's number)."""

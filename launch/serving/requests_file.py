@@ -49,6 +49,21 @@ class Tokenizer:
         """Token ids -> text, without special tokens."""
         return str(self._get().decode(list(token_ids), skip_special_tokens=True))
 
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids that the checkpoint's chat template makes of messages, up to where the assistant speaks.
+
+        Raises:
+            InputError: there is no template, or it refuses the messages.
+        """
+        tokenizer = self._get()
+        if not tokenizer.chat_template:
+            raise InputError("the checkpoint has no chat template; /v1/completions takes text")
+        try:
+            text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program; what it raises is about its input
+            raise InputError(f"the chat template refuses the messages: {' '.join(str(error).split())[:160]}") from error
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has them
+
     def _get(self) -> Any:
         if self._loaded is None:
             from transformers import AutoTokenizer

@@ -1,1 +1,1 @@
-"""POST /v1/completions: body, run, answer."""
+"""Completion requests: body, run, answer."""

@@ -1,4 +1,4 @@
-"""The answer to POST /v1/completions: one JSON document, or server-sent events as tokens come."""
+"""The answer to a completion request: one JSON document, or server-sent events as tokens come."""
 
 import asyncio
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
+from moeplace.launch.http_front.completions.forms import AnswerForm
 from moeplace.launch.http_front.completions.run import Choice, CompletionRun
 from moeplace.launch.http_front.wire.errors import ApiError, ClientGone
 
@@ -22,6 +23,7 @@ class CompletionAnswer:
     """Writes a run's answer. An ASGI application for this one request.
 
     Args:
+        form: what its objects look like.
         name: `id` of the answer.
         model: name of the model.
         stall_timeout: seconds that the client may go without taking anything.
@@ -29,10 +31,24 @@ class CompletionAnswer:
     """
 
     def __init__(
-        self, run: CompletionRun, *, name: str, model: str, stall_timeout: float, on_end: Callable[[], None]
+        self,
+        run: CompletionRun,
+        form: AnswerForm,
+        *,
+        name: str,
+        model: str,
+        stall_timeout: float,
+        on_end: Callable[[], None],
     ) -> None:
-        self._run, self._name, self._stall_timeout, self._on_end = run, name, stall_timeout, on_end
-        self._head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model}
+        self._run, self._form, self._name = run, form, name
+        self._stall_timeout, self._on_end = stall_timeout, on_end
+        self._head = {
+            "id": name,
+            "object": form.piece_object if run.body.stream else form.whole_object,
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._begun: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
@@ -89,7 +105,13 @@ class CompletionAnswer:
         return {**chunk, "usage": None} if self._run.body.include_usage else chunk
 
     def _choice(self, choice: Choice, reason: str | None) -> dict[str, Any]:
-        document = {"index": choice.index, "text": choice.take_text(), "logprobs": None, "finish_reason": reason}
+        text = choice.take_text()
+        if self._run.body.stream:
+            shown = self._form.piece(text, first=choice.index not in self._begun)
+            self._begun.add(choice.index)
+        else:
+            shown = self._form.whole(text)
+        document = {"index": choice.index, **shown, "finish_reason": reason}
         if self._run.body.return_token_ids:
             document["token_ids"] = choice.take_ids()
         return document

@@ -17,10 +17,12 @@ DEFAULT_TOKENS = 16
 """As in OpenAI's API."""
 MOST_STOPS = 16
 MOST_STOP_IDS = 1024
-_KNOWN = {
-    *("model", "prompt", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "stream", "stream_options", "echo"),
+COMMON = {
+    *("model", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "stream", "stream_options"),
     *("return_token_ids", *SAMPLING),
 }
+"""Fields that completions and chats share."""
+_KNOWN = {"prompt", "echo", *COMMON}
 
 
 @dataclass(frozen=True)
@@ -89,35 +91,49 @@ def parse_body(
     """
     fields = Fields(document, known=_KNOWN)
     fields.refuse_what_is_not_supported()
+    common = parse_common(
+        fields,
+        model=model,
+        model_stop_ids=model_stop_ids,
+        default_seed=default_seed,
+        default_tokens=DEFAULT_TOKENS,
+    )
+    return CompletionBody(
+        prompts=_prompts(document.get("prompt"), encode), echo=fields.get("echo", bool, False), **common
+    )
+
+
+def parse_common(
+    fields: Fields, *, model: str, model_stop_ids: Sequence[int], default_seed: int, default_tokens: int
+) -> dict[str, Any]:
+    """What `COMMON` says, as arguments of `CompletionBody`; errors as of `parse_body`.
+
+    Args:
+        default_tokens: where `max_tokens` is not given.
+    """
     if fields.get("model", str, model) != model:
-        raise ApiError(
-            404,
-            f"the model {document['model']!r} does not exist; {model!r} does",
-            param="model",
-            code="model_not_found",
-        )
+        rule = f"the model {fields.raw('model')!r} does not exist; {model!r} does"
+        raise ApiError(404, rule, param="model", code="model_not_found")
     stream = fields.get("stream", bool, False)
     options = fields.get("stream_options", dict, {})
     if options and not stream:
         raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
-    max_tokens = fields.get("max_tokens", int, DEFAULT_TOKENS)
+    max_tokens = fields.get("max_tokens", int, default_tokens)
     if max_tokens < 0:
         raise ApiError(400, f"max_tokens ({max_tokens}) must be at least 0", param="max_tokens")
     n = fields.get("n", int, 1)
     if n < 1:
         raise ApiError(400, f"n ({n}) must be at least 1", param="n")
-    return CompletionBody(
-        prompts=_prompts(document.get("prompt"), encode),
-        n=n,
-        max_tokens=max_tokens,
-        sampling=fields.sampling(default_seed),
-        stops=_stops(document.get("stop")),
-        stop_ids=_stop_ids(fields, model_stop_ids),
-        stream=stream,
-        include_usage=Fields(options).get("include_usage", bool, False),
-        echo=fields.get("echo", bool, False),
-        return_token_ids=fields.get("return_token_ids", bool, False),
-    )
+    return {
+        "n": n,
+        "max_tokens": max_tokens,
+        "sampling": fields.sampling(default_seed),
+        "stops": _stops(fields.raw("stop")),
+        "stop_ids": _stop_ids(fields, model_stop_ids),
+        "stream": stream,
+        "include_usage": Fields(options).get("include_usage", bool, False),
+        "return_token_ids": fields.get("return_token_ids", bool, False),
+    }
 
 
 def _prompts(value: Any, encode: Callable[[str], list[int]] | None) -> tuple[Prompt, ...]:

@@ -42,7 +42,7 @@ class FrontMetrics:
         self.prompt = Counter("moeplace_prompt_tokens", "Prompt tokens of accepted requests", registry=registry)
         self.in_flight = Gauge("moeplace_completions_in_flight", "Completions being answered", registry=registry)
         self.request_seconds = Histogram(
-            "moeplace_request_seconds", "Seconds of POST /v1/completions", buckets=_WHOLE, registry=registry
+            "moeplace_request_seconds", "Seconds of completion requests", buckets=_WHOLE, registry=registry
         )
         self._first_seconds = Histogram(
             "moeplace_time_to_first_token_seconds", "Seconds to the first token", buckets=_FIRST, registry=registry

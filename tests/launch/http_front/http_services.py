@@ -3,7 +3,7 @@
 import queue
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from moeplace.launch.http_front.application import HttpFront
@@ -27,6 +27,11 @@ class ByteCoder:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token_ids).decode("utf-8", "replace")
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        if messages[0]["role"] == "assistant":
+            raise InputError("the assistant cannot begin")
+        return self.encode("".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>")
 
 
 class ManualService:

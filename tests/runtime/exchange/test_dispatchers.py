@@ -9,6 +9,7 @@ import torch
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.exchange.coherent import CoherentDispatcher, choose_owner
+from moeplace.runtime.exchange.dispatch_combine import PADDED_ROWS
 from moeplace.runtime.exchange.dispatcher import MoeRuntime, Step, TokenDispatcher
 from moeplace.runtime.exchange.factory import make_dispatcher
 from moeplace.runtime.exchange.kv_ledger import KvLedger
@@ -79,6 +80,12 @@ CASES = {
     ),
     "no tokens": ({"tokens": 0, "layers": 2, "experts": 5, "top_k": 2, "seed": 6}, 4, 2, (0, 0, 0, 0)),
     "no experts": ({"tokens": 8, "layers": 2, "experts": 5, "top_k": 2, "seed": 7, "absent": 1.0}, 2, 1, (4, 4)),
+    "more tokens than are padded": (
+        {"tokens": 700, "layers": 2, "experts": 7, "top_k": 2, "seed": 10, "absent": 0.1},
+        4,
+        2,
+        (300, 0, 399, 1),
+    ),
     "two ranks": ({"tokens": 8, "layers": 2, "experts": 4, "top_k": 2, "seed": 8}, 2, 2, (1, 7)),
     "one rank": ({"tokens": 8, "layers": 2, "experts": 4, "top_k": 2, "seed": 9}, 1, 1, (8,)),
 }
@@ -112,6 +119,16 @@ def test_collectives_per_layer(pool: RankPool) -> None:
         assert {mode: result[mode][2]["collectives_per_layer"] for mode in modes} == expected
         assert result["coherent"][2]["single_exchange_share"] == 1
         assert result["coherent, no room"][2]["overflows"] == 3
+
+
+def test_sizes_travel_first_where_messages_are_padded_and_large(pool: RankPool) -> None:
+    """Up to 256 tokens per rank a message is padded, beyond its size is exchanged in one small collective more."""
+    for tokens, expected in ((PADDED_ROWS, 2), (PADDED_ROWS + 1, 3)):
+        model = ToyModel.random(tokens + 2, layers=2, experts=8, top_k=1, seed=tokens)
+        results = pool.run(run_modes, model, 1, 3, (tokens, 2), False, MODES[:1], size=2)
+        found = np.concatenate([result["dispatch-combine"][1] for result in results])
+        np.testing.assert_allclose(found, model.reference().numpy(), rtol=1e-12, atol=1e-12)
+        assert {result["dispatch-combine"][2]["collectives_per_layer"] for result in results} == {expected}
 
 
 def test_node_aware_sends_less_between_nodes(pool: RankPool) -> None:

@@ -1,0 +1,54 @@
+"""How a completion looks in an answer: as text, or as a message of a chat."""
+
+from typing import Any, Protocol
+
+
+class AnswerForm(Protocol):
+    """The objects of one route of OpenAI's API.
+
+    Attributes:
+        prefix: of ids.
+        whole_object, piece_object: `object` of a whole answer and of a piece of a streamed one.
+    """
+
+    prefix: str
+    whole_object: str
+    piece_object: str
+
+    def whole(self, text: str) -> dict[str, Any]:
+        """The text of a choice, in a whole answer."""
+
+    def piece(self, text: str, *, first: bool) -> dict[str, Any]:
+        """The next piece of a choice's text; `first` = nothing of it has been sent."""
+
+
+class TextForm:
+    """Of POST /v1/completions."""
+
+    prefix = "cmpl"
+    whole_object = piece_object = "text_completion"
+
+    def whole(self, text: str) -> dict[str, Any]:
+        """See `AnswerForm`."""
+        return {"text": text, "logprobs": None}
+
+    def piece(self, text: str, *, first: bool) -> dict[str, Any]:
+        """See `AnswerForm`."""
+        return self.whole(text)
+
+
+class ChatForm:
+    """Of POST /v1/chat/completions."""
+
+    prefix = "chatcmpl"
+    whole_object = "chat.completion"
+    piece_object = "chat.completion.chunk"
+
+    def whole(self, text: str) -> dict[str, Any]:
+        """See `AnswerForm`."""
+        return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
+
+    def piece(self, text: str, *, first: bool) -> dict[str, Any]:
+        """See `AnswerForm`; who speaks is said once."""
+        speaker = {"role": "assistant"} if first else {}
+        return {"delta": {**speaker, "content": text}, "logprobs": None}
