@@ -147,7 +147,7 @@ def judge_profile(folder: Path) -> tuple[str, str]:
     handles = [
         module.register_forward_pre_hook(_spy(name, module, received, inputs), with_kwargs=True)
         for name, module in model.named_modules()
-        if _holds_experts(name)
+        if _holds_experts(name, module)
     ]
     handles += [
         m.register_forward_pre_hook(_note_input(n, inputs)) for n, m in model.named_modules() if n.endswith("mlp")
@@ -181,10 +181,12 @@ def one_hot(ids_TK: np.ndarray, experts: int) -> np.ndarray:
     return counts[:, :experts]
 
 
-def _holds_experts(name: str) -> bool:
+def _holds_experts(name: str, module: Any) -> bool:
     """Routed experts, by other signs than the recorder goes by: their names, and JetMoE's first product."""
     last = name.rpartition(".")[2]
-    return (last == "experts" and "attention" not in name) or name.endswith("mlp.input_linear")
+    if last == "experts":
+        return "attention" not in name
+    return name.endswith(".mlp.input_linear") and module.weight.ndim == 3
 
 
 def _note_input(name: str, inputs: dict[str, list[np.ndarray]]) -> Any:

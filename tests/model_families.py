@@ -80,9 +80,11 @@ _OWN: dict[str, dict[str, Any]] = {
         "moe_topk": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    "dots3_note_text": {"layer_types": ["indexed_attention"] * 4, "per_layer_config": {}},
     "kimi_linear": {
         "linear_head_dim": 16,
         "linear_num_heads": 4,
+        "num_key_value_heads": 4,
         "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
     },
     "qwen4_exp_text": {

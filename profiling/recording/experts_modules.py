@@ -94,7 +94,8 @@ def _holds_router(module: Any) -> bool:
     """Whether a module routes by itself into stacked weights that it holds."""
     children = dict(module.named_children())
     router = children.get("router", children.get("gate"))
-    stacked = [child for child in children.values() if any(p.ndim == 3 for p in child.parameters(recurse=False))]
+    plain = [child for child in children.values() if not hasattr(child, _DOWN)]
+    stacked = [child for child in plain if any(p.ndim == 3 for p in child.parameters(recurse=False))]
     return hasattr(router, "top_k") and len(stacked) > 1
 
 

@@ -233,6 +233,7 @@ class Recorder:
         ids_TLK = torch.cat([p.ids for p in passes]).cpu().numpy()
         weights_TLK = torch.cat([p.weights for p in passes]).to(torch.float32).cpu().numpy()
         ids_TLK, weights_TLK = sort_by_weight(ids_TLK, weights_TLK)
+        ids_TLK, weights_TLK = merge_repeats(ids_TLK, weights_TLK)
         lengths = [len(p.ids) for p in passes]
         arrays = {
             "topk_weights": weights_TLK,
@@ -291,6 +292,24 @@ def _kept(mask: Any, length: int) -> torch.Tensor | None:
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return None
     return mask[:, -length:].reshape(-1).to(torch.bool, copy=True)
+
+
+def merge_repeats(ids_TLK: np.ndarray, weights_TLK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both arrays with an expert that a token has twice in a layer once, with both weights; the repeat is none.
+
+    A table from token to experts (hash routing) may name an expert twice; the token still goes to it once.
+    """
+    ordered = np.sort(ids_TLK, axis=2)
+    if not ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
+        return ids_TLK, weights_TLK
+    ids_TLK, weights_TLK = ids_TLK.copy(), weights_TLK.copy()
+    for later in range(1, ids_TLK.shape[2]):
+        for first in range(later):
+            repeat_TL = (ids_TLK[..., later] == ids_TLK[..., first]) & (ids_TLK[..., later] >= 0)
+            weights_TLK[..., first] += np.where(repeat_TL, weights_TLK[..., later], 0)
+            weights_TLK[..., later][repeat_TL] = 0
+            ids_TLK[..., later][repeat_TL] = -1
+    return sort_by_weight(ids_TLK, weights_TLK)
 
 
 def sort_by_weight(ids_TLK: np.ndarray, weights_TLK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,10 @@ class Executor(PlacedExperts):
     Attributes:
         decoder: the model without routed experts.
         cache: keys and values.
+        rewinds: whether a position whose K/V exist can be run again.
     """
+
+    rewinds = True
 
     def __init__(
         self,

@@ -51,7 +51,10 @@ class WholeExecutor(PlacedExperts):
     Attributes:
         decoder: the model, with taps for experts.
         cache: the states of sequences.
+        rewinds: a state that has seen a token cannot forget it.
     """
+
+    rewinds = False
 
     def __init__(
         self,

@@ -55,6 +55,7 @@ class Snapshot:
         slots: (L, C) experts of its slots.
         has_reference: whether it knows the checksums of all experts.
         sequences: running ones, then waiting ones, in their order.
+        rewinds: whether a position that is in the cache already can be run again; recurrent states cannot.
     """
 
     member: int
@@ -64,6 +65,7 @@ class Snapshot:
     slots: tuple[tuple[int, ...], ...] = ()
     has_reference: bool = False
     sequences: tuple[HeldSequence, ...] = ()
+    rewinds: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -162,6 +164,7 @@ class _Homes:
         self._rank_of_member = {snapshot.member: rank for rank, snapshot in enumerate(snapshots)}
         self._members = [snapshot.member for snapshot in snapshots]
         self.newcomers = tuple(rank for rank, snapshot in enumerate(snapshots) if not snapshot.progress)
+        self._rewinds = all(snapshot.rewinds for snapshot in snapshots)
         self._seen = [{s.request_id: s for s in snapshot.sequences} for snapshot in snapshots]
         self._load = [0] * len(snapshots)
         for sequence in max(snapshots, key=lambda snapshot: snapshot.progress).sequences:
@@ -172,7 +175,7 @@ class _Homes:
         """The sequence at a rank that has its K/V, None = nobody has."""
         last = len(sequence.request.token_ids) + len(sequence.added) - 1  # the last token is never cached
         held = [
-            min(seen[sequence.request_id].held_by(member), last) if sequence.request_id in seen else 0
+            self._usable(seen[sequence.request_id].held_by(member), last) if sequence.request_id in seen else 0
             for seen, member in zip(self._seen, self._members, strict=True)
         ]
         old = [positions for rank, positions in enumerate(held) if rank not in self.newcomers]
@@ -187,6 +190,10 @@ class _Homes:
         rank = min(holders, key=lambda r: (self._load[r], r))
         self._load[rank] += 1
         return _with(sequence, home=rank, cached=held[rank], replicated=everywhere)
+
+    def _usable(self, positions: int, last: int) -> int:
+        """Of the positions that a member holds, those with which a sequence can go on at position `last` or before."""
+        return min(positions, last) if self._rewinds or positions <= last else 0
 
 
 def _with(sequence: HeldSequence, **changes: Any) -> HeldSequence:

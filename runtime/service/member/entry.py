@@ -90,6 +90,7 @@ class Entrance:
             slots=serving.own_slots(),
             has_reference=engine.executor.runtime.experts.contents.reference is not None,
             sequences=take_snapshot_of(engine.scheduler, self._members),
+            rewinds=engine.executor.rewinds,
         )
 
     def _adopt(self, generation: Generation, snapshots: Sequence[Snapshot]) -> Adoption:

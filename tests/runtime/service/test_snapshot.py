@@ -74,6 +74,17 @@ def test_the_last_token_is_never_cached() -> None:
     assert placed.cached == 3 + 4 - 1
 
 
+def test_a_state_that_cannot_forget_is_made_again() -> None:
+    """One that has seen the last token is of no use; one that has not, or whose token came out after all, goes on."""
+    seen = (sequence("a", 4, home=1, row=0, cached=7), sequence("b", 4, home=1, row=1, cached=6))
+    start = continue_from([Snapshot(1, progress=8, sequences=seen, rewinds=False)], replicated=False, delivered=None)
+    assert [(s.request_id, s.cached) for s in start.running] == [("b", 6)]
+    assert [(s.request_id, len(s.added)) for s in start.waiting] == [("a", 4)]
+    tokens = {"a": [100, 101, 102, 103, 104], "b": [100, 101, 102, 103]}
+    start = continue_from([Snapshot(1, progress=8, sequences=seen, rewinds=False)], replicated=False, delivered=tokens)
+    assert [(s.request_id, s.cached) for s in start.running] == [("a", 7), ("b", 6)]
+
+
 def test_a_scheduler_survives_the_journey() -> None:
     """Sequences, rows, homes and waiting requests are the same after a snapshot has travelled as text."""
 
