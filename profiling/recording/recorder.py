@@ -98,7 +98,7 @@ class Recorder:
         text: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         stated = int(getattr(text, "num_hidden_layers", 0))
         self._hidden_layers = max(stated, self._sources[-1].experts.layer_id + 1)
-        self._facts = facts_of(config.to_dict())
+        self._facts = facts_of(config.to_dict() if hasattr(config, "to_dict") else vars(config))
         self._measure_gates = gate_accuracy
         self._gates: GateAccuracy | None = None
         self._seen: dict[int, Routing] = {}
