@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from moeplace.launch.options.problem import SPLITS, add_kv_argument, index_order_like, step_shape
+from moeplace.launch.options.problem import SPLITS, add_kv_argument, index_order_like, judging_side, step_shape
 from moeplace.launch.tables import Cell, format_table
 from moeplace.placement.modes import MODES
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if loads is not None:
         return _evaluate_loads(args, loads, placement)
     trace = load_trace(args.trace)
-    side = trace.split(args.split)
+    side = judging_side(trace, args.trace, args.split)
     calibration = Calibration.load(args.calibration) if args.calibration else None
     shape = step_shape(args, trace)
     cluster = cluster_of(placement)

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Read, draw, write."""
     from pathlib import Path
 
+    from moeplace.launch.options.problem import judging_side
     from moeplace.launch.reports.front_chart import fronts_from_json
     from moeplace.launch.reports.report import Report, write_report
     from moeplace.placement.placement_file import load_placement_file
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     document = read_json(args.measurements) if args.measurements else {}
     if not isinstance(document, dict) or (args.measurements and "runs" not in document):
         raise FormatError(f"{args.measurements} is not a file of measurements: it lacks 'runs'")
-    side = trace.split(args.split)
+    side = judging_side(trace, args.trace, args.split)
     tokens = f"{side.num_tokens:,} of {trace.num_tokens:,} ({args.split})"
     conditions = {"model": trace.model or "unnamed model", "trace": str(args.trace), "tokens": tokens}
     conditions |= {

@@ -100,6 +100,20 @@ def split_sides(trace: Any, fit: str, *, mix_text: str | None = None, seed: int 
     return Sides(sides[fit], sides[other], other)
 
 
+def judging_side(trace: Any, path: Any, split: str) -> Any:
+    """The tokens of a trace to judge by.
+
+    Raises:
+        InputError: the trace has no such side; the message names the flag that takes all of it.
+    """
+    from moeplace.profiling.errors import InputError
+
+    try:
+        return trace.split(split)
+    except InputError as error:
+        raise InputError(f"{path}: {error}: --split all judges on all tokens, fitted ones among them") from error
+
+
 def build_cluster(args: argparse.Namespace, num_experts: int) -> Any:
     """The cluster that the flags describe, with calibrated links where given."""
     from moeplace.placement.cluster import Cluster, even_slots

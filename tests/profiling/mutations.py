@@ -1,5 +1,6 @@
 """Damage to files: what truncated copies, flipped bits, foreign tools and hostile authors produce."""
 
+import gzip
 import io
 import pickle
 import shutil
@@ -35,10 +36,10 @@ class _Execute:
 
 
 def mutate_source(original: Path, target: Path, rng: np.random.Generator) -> Path:
-    """A damaged copy of a file, or of a folder with one damaged file; keeps the suffix."""
+    """A damaged copy of a file, or of a folder with one damaged file; keeps the suffixes."""
     if target.is_dir():
         shutil.rmtree(target)
-    target = target.with_suffix("" if original.is_dir() else original.suffix)
+    target = target.with_name(target.name.split(".")[0] + ("" if original.is_dir() else "".join(original.suffixes)))
     if original.is_dir():
         if target.exists():
             shutil.rmtree(target)
@@ -58,6 +59,8 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
     """One to three kinds of damage; archives are damaged inside a member (with right checksums) half of the time."""
     if zipfile.is_zipfile(io.BytesIO(data)) and rng.random() < 0.5:
         return _inside_zip(data, rng)
+    if data.startswith(b"\x1f\x8b") and rng.random() < 0.5:
+        return gzip.compress(mutate(gzip.decompress(data), rng), mtime=0)
     for _ in range(int(rng.integers(1, 4))):
         data = _DAMAGES[int(rng.integers(len(_DAMAGES)))](data, rng)
     return data

@@ -4,6 +4,7 @@ The model of all of them: 3 decoder layers, MoE layers 1 and 2, 4 experts, top-2
 """
 
 import base64
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -176,6 +177,108 @@ def matrix_json(folder: Path) -> Path:
     return path
 
 
+def csv_matrix(folder: Path) -> Path:
+    """A layer a line, with a header of numbers."""
+    path = folder / "matrix.csv"
+    path.write_text("0,1,2,3\n4,3,2,1\n1,2,3,4\n")
+    return path
+
+
+def csv_cells(folder: Path) -> Path:
+    """layer, expert, count, with a byte-order mark, a comment and a blank line."""
+    path = folder / "cells.csv"
+    cells = [(layer, expert, 4 - expert) for layer in (1, 2) for expert in range(4)]
+    lines = ["layer_id,expert_id,count", "# a comment", "", *(",".join(map(str, cell)) for cell in cells)]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    return path
+
+
+def csv_gzip(folder: Path) -> Path:
+    """A line a token, gzipped."""
+    path = folder / "tokens.csv.gz"
+    lines = ["layer,expert", *(f"{layer};{expert}".replace(";", ",") for layer in (1, 2) for expert in (0, 1, 1, 3))]
+    path.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+    return path
+
+
+def csv_ranks(folder: Path) -> Path:
+    """A folder with the counts of two ranks."""
+    path = folder / "ranks"
+    path.mkdir(exist_ok=True)
+    for rank in range(2):
+        cells = [f"{layer},{expert},{1 + rank}" for layer in (1, 2) for expert in range(rank, 4)]
+        (path / f"rank{rank}.csv").write_text("\n".join(["layer,expert,count", *cells]))
+    return path
+
+
+def json_history(folder: Path) -> Path:
+    """A table for each of three steps."""
+    path = folder / "history.json"
+    path.write_text(json.dumps({"load_history": [{"logical_expert_load": [[4, 3, 2, 1], [1, 2, 3, 4]]}] * 3}))
+    return path
+
+
+def json_sparse(folder: Path) -> Path:
+    """layer -> expert -> count, as statistics endpoints answer."""
+    path = folder / "sparse.json"
+    table = {"1": {"0": 4, "3": 1}, "2": {"1": 2, "2": 3}}
+    document = {"num_experts": 4, "num_layers": 3, "model": "m", "layer_expert_activation_counts": table}
+    path.write_text(json.dumps(document))
+    return path
+
+
+def json_ragged(folder: Path) -> Path:
+    """Layers with different numbers of experts."""
+    path = folder / "ragged.json"
+    path.write_text("[[4, 3, 2, 1], [1, 2], [5, 0.0, 3]]")
+    return path
+
+
+def tensor(folder: Path) -> Path:
+    """A bare tensor, a view that is not contiguous."""
+    import torch
+
+    path = folder / "weight.pt"
+    torch.save(torch.tensor([[4, 1], [3, 2], [2, 3], [1, 4]]).T, path)
+    return path
+
+
+def tensor_named(folder: Path) -> Path:
+    """A dictionary with one table in bfloat16."""
+    import torch
+
+    path = folder / "named.pt"
+    table = torch.tensor([[4, 3, 2, 1], [1, 2, 3, 4]], dtype=torch.bfloat16)
+    torch.save({"activation_freq": table, "steps": 3, "names": ["a", "b"]}, path)
+    return path
+
+
+_IDS = np.array([[[0, 0], [0, 1], [2, 1]], [[0, 0], [3, 0], [1, 2]]])
+
+
+def answers_sglang(folder: Path) -> Path:
+    """Raw answers of /generate; K follows from the token counts."""
+    path = folder / "generate.jsonl"
+    text = base64.b64encode(_IDS.astype("<i4").tobytes()).decode()
+    meta = {"prompt_tokens": 1, "completion_tokens": 2, "routed_experts": text, "num_layers": 3}
+    path.write_text("".join(json.dumps({"text": "x", "meta_info": meta}) + "\n" for _ in range(3)))
+    return path
+
+
+def answers_vllm(folder: Path) -> Path:
+    """Raw answers with two choices, and one in an envelope."""
+    path = folder / "choices.jsonl"
+    buffer = io.BytesIO()
+    np.save(buffer, _IDS.astype(np.uint8))
+    choices = [{"index": i, "routed_experts": base64.b64encode(buffer.getvalue()).decode()} for i in range(2)]
+    data = base64.b64encode(_IDS.astype(np.uint8).tobytes()).decode()
+    envelope = {"routed_experts": {"data": data, "shape": [2, 3, 2], "dtype": "uint8"}}
+    path.write_text(
+        json.dumps({"choices": choices, "usage": {"prompt_tokens": 1}}) + "\n" + json.dumps(envelope) + "\n"
+    )
+    return path
+
+
 SOURCES: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "interchange": ("npz", interchange),
     "interchange_stored": ("npz", interchange_stored),
@@ -190,5 +293,16 @@ SOURCES: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "exflow": ("exflow", exflow),
     "matrix_npy": ("load", matrix_npy),
     "matrix_json": ("load", matrix_json),
+    "csv_matrix": ("load", csv_matrix),
+    "csv_cells": ("sglang", csv_cells),
+    "csv_gzip": ("load", csv_gzip),
+    "csv_ranks": ("load", csv_ranks),
+    "json_history": ("load", json_history),
+    "json_sparse": ("vllm", json_sparse),
+    "json_ragged": ("load", json_ragged),
+    "tensor": ("load", tensor),
+    "tensor_named": ("sglang", tensor_named),
+    "answers_sglang": ("sglang", answers_sglang),
+    "answers_vllm": ("vllm", answers_vllm),
 }
 """name -> (value of --from, writer of a valid source into a folder)."""

@@ -81,50 +81,59 @@ def survey_rows(
     for t in range(tokens):
         blank, alike, proper, first_layer, width = True, True, 0, -1, 0
         for layer in range(layers):
-            valid = _survey_row(ids_tLK[t, layer], fills_F, tallies, counts_LM, layer, row)
+            valid = _survey_row(ids_tLK, t, layer, fills_F, tallies, counts_LM, row)
             if valid > 0 or (valid == 0 and row[0] > 0):
                 blank = False
             if valid > 0:
                 proper += 1
-                row[:valid].sort()
+                if alike:  # of most tokens, only the first two layers are sorted
+                    row[:valid].sort()
                 if proper == 1:
                     first_layer, width = layer, valid
                     first[:valid] = row[:valid]
                 elif alike:
-                    alike = valid == width and np.array_equal(first[:valid], row[:valid])
+                    alike = valid == width
+                    for k in range(valid if alike else 0):
+                        alike = alike and first[k] == row[k]
         blank_t[t] = blank
         alike_t[t] = first_layer if alike and proper >= 3 else -1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _survey_row(
-    ids_K: np.ndarray, fills_F: np.ndarray, tallies: Tallies, counts_LM: np.ndarray, layer: int, row: np.ndarray
+    ids_tLK: np.ndarray,
+    t: int,
+    layer: int,
+    fills_F: np.ndarray,
+    tallies: Tallies,
+    counts_LM: np.ndarray,
+    row: np.ndarray,
 ) -> int:
     """Experts of a row, written to the front of `row`; 0 for a constant row (its id in `row[0]`), -1 for none."""
-    top_k, fills = len(ids_K), len(fills_F)
-    valid, zeros, repeated, constant = 0, 0, False, top_k > 1 and ids_K[0] >= 0
+    top_k, first = ids_tLK.shape[2], ids_tLK[t, layer, 0]
+    valid, zeros, repeated, constant = 0, 0, False, top_k > 1 and first >= 0
     for k in range(top_k):
-        e = ids_K[k]
-        tallies.least[0] = min(tallies.least[0], e)
-        constant = constant and e == ids_K[0]
+        e = ids_tLK[t, layer, k]
+        constant = constant and e == first
         zeros += e == 0
         if e < 0:
+            tallies.least[0] = min(tallies.least[0], e)
             continue
-        candidate, times, seen = -1, 0, False
-        for f in range(fills):
-            if e == fills_F[f]:
-                candidate = f
-        for j in range(top_k):
-            times += ids_K[j] == e
-            seen = seen or (j < k and ids_K[j] == e)
+        seen = False
+        for j in range(k):
+            seen = seen or ids_tLK[t, layer, j] == e
+        candidate = _index_of(e, fills_F)
         if candidate >= 0:
             tallies.fill_columns_FK[candidate, k] += 1
-            if times > 1:
+            again = seen
+            for j in range(k + 1, top_k):
+                again = again or ids_tLK[t, layer, j] == e
+            if again:
                 tallies.fill_twice_F[candidate] += not seen
                 constant = False
                 continue
-        else:
-            tallies.greatest_L[layer] = max(tallies.greatest_L[layer], e)
+        elif e > tallies.greatest_L[layer]:
+            tallies.greatest_L[layer] = e
         if seen:
             repeated = repeated or e != 0
             continue
@@ -132,7 +141,7 @@ def _survey_row(
         valid += 1
     if constant:
         tallies.constant_L[layer] += 1
-        row[0] = ids_K[0]
+        row[0] = first
         return 0
     if valid == 0:
         tallies.none_L[layer] += 1
@@ -145,6 +154,17 @@ def _survey_row(
     tallies.twice_L[layer] += repeated
     tallies.widest_L[layer] = max(tallies.widest_L[layer], valid)
     return valid
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _index_of(e: int, fills_F: np.ndarray) -> int:
+    """Index of a rising array's entry that equals `e`, -1 for none."""
+    if e < fills_F[0]:
+        return -1
+    for f in range(len(fills_F)):
+        if e == fills_F[f]:
+            return f
+    return -1
 
 
 @njit(cache=True, nogil=True)

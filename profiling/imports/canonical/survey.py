@@ -57,7 +57,7 @@ class Survey:
 
     def add(self, ids_tLK: np.ndarray) -> None:
         """Count a piece."""
-        self._widen(int(ids_tLK[ids_tLK < 2**31 - 1].max(initial=0)))
+        self._widen(_greatest_below(ids_tLK, int(FILLS[-1])))
         tokens = len(ids_tLK)
         blank_t, alike_t = np.zeros(tokens, bool), np.full(tokens, -1, np.int64)
         survey_rows(ids_tLK, FILLS, self.tallies, self.counts_LM, blank_t, alike_t)
@@ -72,6 +72,11 @@ class Survey:
         layers, counted = self.counts_LM.shape
         if greatest >= counted and layers * (greatest + 1) <= _MOST_COUNTED:
             self.counts_LM = np.pad(self.counts_LM, ((0, 0), (0, greatest + 1 - counted)))
+
+
+def _greatest_below(ids: np.ndarray, limit: int) -> int:
+    greatest = int(ids.max(initial=0))
+    return greatest if greatest < limit else int(ids[ids < limit].max(initial=0))
 
 
 def survey_pieces(pieces: Iterable[Piece], layers: int, top_k: int) -> Survey:

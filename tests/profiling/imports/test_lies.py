@@ -13,6 +13,7 @@ import pytest
 
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.imports.canonical import Imported, ImportOptions
+from moeplace.profiling.imports.canonical.survey import FILLS, Survey, as_ids
 from moeplace.profiling.imports.sources import import_from
 from moeplace.profiling.traces.file import load_trace
 from moeplace.profiling.traces.loads import load_load
@@ -259,6 +260,41 @@ def test_padded_loads(first: int, width: int, extra: int, seed: int, tmp_path: P
     load, _ = read_load(tmp_path, load_LE, drop_padding=True)
     assert np.abs(load - clean).max() < 400
     assert not read_load(tmp_path, clean)[1]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_survey_counts_what_is_there(seed: int) -> None:
+    """Tallies against plain Python over ids of every kind."""
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    ids = rng.choice([-1, 0, 0, 1, 2, 3, 255, 65535], (40, 4, 3))
+    ids[:5] = 0
+    ids[5:10, :] = [3, 1, 2]
+    survey = Survey.empty(4, 3)
+    for part in np.array_split(ids, 3):
+        survey.add(as_ids(part))
+    tallies, fills = survey.tallies, (255, 65535)
+    rows = [[[int(e) for e in row] for row in token] for token in ids]
+    single = [[[e for e in set(r) if e >= 0 and not (e in fills and r.count(e) > 1)] for r in token] for token in rows]
+    constant = [[r[0] >= 0 and r[0] not in fills and len(set(r)) == 1 for r in token] for token in rows]
+    for layer in range(4):
+        column = [(token[layer], s[layer], c[layer]) for token, s, c in zip(rows, single, constant, strict=True)]
+        assert tallies.constant_L[layer] == sum(c for _, _, c in column)
+        assert tallies.none_L[layer] == sum(not s for _, s, _ in column)
+        plain = [(r, s) for r, s, c in column if s and not c]
+        assert tallies.zeros_L[layer] == sum(r.count(0) > 1 for r, _ in plain)
+        assert tallies.single_zero_L[layer] == sum(r.count(0) == 1 for r, _ in plain)
+        assert tallies.twice_L[layer] == sum(any(r.count(e) > 1 for e in s if e) for r, s in plain)
+        assert tallies.widest_L[layer] == max(len(s) for _, s in plain)
+        assert tallies.greatest_L[layer] == 3
+        expected = [sum(e in s for _, s in plain) for e in range(4)]
+        assert survey.counts_LM[layer, :4].tolist() == expected
+    for index, value in enumerate(FILLS.tolist()):
+        assert tallies.fill_columns_FK[index].sum() == (ids == value).sum()
+        assert tallies.fill_twice_F[index] == ((ids == value).sum(axis=2) > 1).sum()
+    assert survey.blank == sum(all(not s or (c and r[0] == 0) for r, s, c in zip(*t, strict=True))
+                               for t in zip(rows, single, constant, strict=True))  # fmt: skip
+    assert survey.alike[1, 2, 3] >= 5
 
 
 def test_skewed_loads_are_no_padding(tmp_path: Path) -> None:
