@@ -3,7 +3,8 @@
 python examples/04_place_whole_models.py [FOLDER]      # writes requests.npz, requests.trace and models.json there
 
 A request is a "token", the fleet of models one "layer", the models that answer a request its k-set: what keeps a
-request on few ranks keeps its prompt and answers there, and what evens out load evens out queues. Ranks differ in memory.
+request on few ranks keeps its prompt and answers there, and what evens out load evens out queues. Ranks differ in
+memory.
 """
 
 import sys

@@ -117,7 +117,10 @@ class Cluster:
             raise InputError(f"ranks ({num_ranks}) must be at least 1")
         per_node = num_ranks if ranks_per_node is None else ranks_per_node
         if per_node < 1 or num_ranks % per_node:
-            raise InputError(f"ranks ({num_ranks}) must be a multiple of ranks per node ({per_node})")
+            raise InputError(
+                f"ranks ({num_ranks}) must be a multiple of ranks per node ({per_node}); a cluster file "
+                "can list unequal nodes (ranks_per_node = [3, 5])"
+            )
         slots = np.asarray(slots_per_rank, dtype=np.int64)
         if slots.ndim and slots.shape != (num_ranks,):
             raise InputError(f"slots per rank lists {slots.size} numbers, but there are {num_ranks} ranks")

@@ -30,7 +30,8 @@ def write(placement: Placement, path: Path) -> Export:
     with atomic_write(path) as file:
         file.write(f'{{"{KEY}": [\n{text}\n]}}\n'.encode())
     start = (
-        f"--ep-size {placement.num_ranks} --ep-num-redundant-experts {redundant_slots(placement)} "
+        f"--tp-size {placement.num_ranks} --ep-size {placement.num_ranks} --nnodes {placement.num_nodes} "
+        f"--ep-num-redundant-experts {redundant_slots(placement)} "
         f"--init-expert-location {path}"
     )
     return Export((str(path),), start, (NOTE,))

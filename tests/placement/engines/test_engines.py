@@ -117,7 +117,7 @@ def test_exflow_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "start"),
     [
-        ("sglang", "--ep-size 2 --ep-num-redundant-experts 2 --init-expert-location {}"),
+        ("sglang", "--tp-size 2 --ep-size 2 --nnodes 1 --ep-num-redundant-experts 2 --init-expert-location {}"),
         ("vllm", '{{"num_redundant_experts": 2, "initial_mapping_path": "{}"}}'),
         ("trtllm", "moe_config: {{load_balancer: {}}}"),
         (
