@@ -2,8 +2,8 @@
 
 Such a file is a zip: `<root>/data.pkl` is a pickle, `<root>/data/<key>` are raw little-endian storages. The pickle is
 first scanned for operations: only those that plain containers, numbers, strings and tensors need are allowed, and
-their number is bounded. Then it is read by an unpickler that knows three kinds of names: `_rebuild_tensor_v2`, the
-storage types and `OrderedDict`. Tensors come out as `StoredTensor`, mapped into memory when read.
+their number is bounded. Then it is read by an unpickler that knows the names of tensors, parameters,
+storages, number types and `OrderedDict`. Tensors come out as `StoredTensor`, mapped into memory when read.
 """
 
 import io
@@ -35,6 +35,9 @@ _STORAGES = {
     "BFloat16Storage": "<u2",  # numpy has no such type: read as the upper halves of float32
 }
 _HALVES = "BFloat16Storage"
+_UNTYPED = "UntypedStorage"
+_TYPES = {"uint16": "<u2", "uint32": "<u4", "uint64": "<u8"}
+"""Types that came after the storage classes: tensors of these name them beside an untyped storage."""
 _CONTAINERS = {"EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE"}
 _PLAIN = {
     "PROTO", "FRAME", "STOP", "MARK", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BININT", "BININT1", "BININT2",
@@ -157,17 +160,21 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _rebuild_tensor
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
+            return _rebuild_typed
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _data_of_parameter
         if (module, name) == ("collections", "OrderedDict"):
             return _empty_dict
-        if module == "torch" and name in _STORAGES:
+        if (module == "torch" and (name in _STORAGES or name in _TYPES)) or name == _UNTYPED:
             return name
         raise pickle.UnpicklingError(f"it holds {module[:60]}.{name[:60]}, which is never loaded")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or pid[1] not in _STORAGES:
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or pid[1] not in (*_STORAGES, _UNTYPED):
             raise pickle.UnpicklingError("a storage reference is damaged")
         kind, key, numel = pid[1], pid[2], pid[4]
-        dtype = np.dtype(_STORAGES[kind])
+        dtype = np.dtype(_STORAGES.get(kind, "u1"))
         info = self._members.get(key) if isinstance(key, str) else None
         if info is None or info.compress_type != zipfile.ZIP_STORED or type(numel) is not int:
             raise pickle.UnpicklingError("a storage is missing or compressed")
@@ -205,6 +212,25 @@ def _rebuild_tensor(storage: Any = None, offset: Any = None, shape: Any = None, 
         raise pickle.UnpicklingError(f"a tensor of shape {shape} does not fit into its storage of {storage.numel}")
     position = storage.position + offset * storage.dtype.itemsize
     return StoredTensor(storage.path, position, storage.dtype, shape, None if contiguous else stride, storage.halves)
+
+
+def _rebuild_typed(storage: Any = None, offset: Any = None, shape: Any = None, stride: Any = None, *others: Any) -> Any:
+    """Stands for `torch._utils._rebuild_tensor_v3`: an untyped storage, its type last but one or last."""
+    name = next((other for other in others if isinstance(other, str) and other in _TYPES), None)
+    if not isinstance(storage, _Storage) or name is None:
+        raise pickle.UnpicklingError("a tensor has a type that is not supported")
+    dtype = np.dtype(_TYPES[name])
+    typed = _Storage(
+        storage.path, storage.position, dtype, storage.numel * storage.dtype.itemsize // dtype.itemsize, False
+    )
+    return _rebuild_tensor(typed, offset, shape, stride)
+
+
+def _data_of_parameter(data: Any = None, *_: Any) -> Any:
+    """Stands for `torch._utils._rebuild_parameter`."""
+    if not isinstance(data, StoredTensor):
+        raise pickle.UnpicklingError("a parameter is damaged")
+    return data
 
 
 def _empty_dict(*_: Any) -> dict[Any, Any]:

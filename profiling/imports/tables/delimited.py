@@ -35,6 +35,7 @@ COUNT = (
 )  # fmt: skip
 _SEPARATORS = ("\t", ";", ",", "|", None)
 _SAMPLE, _PIECE = 256, 1 << 15
+_GRID_ROWS = 8
 _MOST_LINE = 1 << 24
 _MOST_CELLS = 1 << 22
 
@@ -93,6 +94,8 @@ def _find_form(path: Path, sample: list[Line]) -> tuple[_Form, int]:
     first = sample[0][1]
     separator = next((mark for mark in _SEPARATORS if mark is None or mark in first), None)
     head = _cells(first, separator)
+    if len(head) > 2 and not head[0] and head[1:] == [str(n) for n in range(len(head) - 1)]:
+        return _Form(separator, index_column=True), 1  # as pandas writes a table
     if all(_is_number(cell, separator) for cell in head):
         counted = len(head) >= 4 and len(sample) > 1 and head == [str(n) for n in range(len(head))]
         return (_Form(separator), 1) if counted else (_guess(separator, sample), 0)
@@ -100,7 +103,7 @@ def _find_form(path: Path, sample: list[Line]) -> tuple[_Form, int]:
 
 
 def _named_form(path: Path, separator: str | None, head: list[str]) -> _Form:
-    names = [re.sub(r"[\s\-.]+", "_", name.lower()) for name in head]
+    names = [re.sub(r"[\s\-.]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()) for name in head]
     layer, expert, count = (
         next((names.index(one) for one in known if one in names), -1) for known in (LAYER, EXPERT, COUNT)
     )
@@ -128,13 +131,15 @@ def _guess(separator: str | None, sample: list[Line]) -> _Form:
     except (ValueError, OverflowError):
         return _Form(separator)
     layers = table[:, 0]
-    is_grouped = layers.min() >= 0 and (np.diff(layers) >= 0).all() and (np.diff(layers) == 0).any()
-    pairs = len(np.unique(table[:, :2], axis=0))
-    if not is_grouped or layers.max() > MOST_LAYERS:
+    is_grouped = (np.diff(layers) >= 0).all() and (np.diff(layers) == 0).any()
+    if table[:, :2].min() < 0 or layers.max() > MOST_LAYERS:
         return _Form(separator)
-    if len(rows[0]) == 3:
-        return _Form(separator, (0, 1, 2) if pairs == len(rows) else None)
-    return _Form(separator, (0, 1, -1))
+    if len(rows[0]) == 2:
+        return _Form(separator, (0, 1, -1) if is_grouped else None)
+    cells = len(np.unique(layers)) * len(np.unique(table[:, 1]))
+    is_grid = len(rows) >= _GRID_ROWS and cells <= 2 * len(rows)
+    is_cells = len(np.unique(table[:, :2], axis=0)) == len(rows) and (is_grouped or is_grid)
+    return _Form(separator, (0, 1, 2) if is_cells else None)
 
 
 def _is_number(cell: str, separator: str | None) -> bool:
@@ -150,6 +155,12 @@ def _number(path: Path, number: int, cell: str, separator: str | None) -> float:
         return float(cell.replace(",", ".") if separator == ";" else cell)
     except ValueError:
         raise FormatError(f"{path}, line {number}: {cell[:40]!r} is not a number") from None
+
+
+def _label(path: Path, number: int, cell: str, separator: str | None) -> float:
+    """The number of a layer or an expert: 3, or that in `layers.3`."""
+    named = re.fullmatch(r"[A-Za-z_][A-Za-z_. ]*(\d{1,9})", cell)
+    return float(named.group(1)) if named else _number(path, number, cell, separator)
 
 
 def _read_matrix(path: Path, form: _Form, lines: Iterable[Line]) -> CountTable:
@@ -205,8 +216,8 @@ def _read_cells(path: Path, form: _Form, lines: Iterable[Line]) -> CountTable:
             cells = _cells(text, form.separator)
             if len(cells) <= max(form.columns):
                 raise FormatError(f"{path}, line {number} has {len(cells)} columns, {max(form.columns) + 1} are needed")
-            table[row, 0] = _number(path, number, cells[layer_at], form.separator)
-            table[row, 1] = _number(path, number, cells[expert_at], form.separator)
+            table[row, 0] = _label(path, number, cells[layer_at], form.separator)
+            table[row, 1] = _label(path, number, cells[expert_at], form.separator)
             table[row, 2] = 1 if count_at < 0 else _number(path, number, cells[count_at], form.separator)
         _check_piece(path, piece, table)
         _add_piece(path, sums, table)

@@ -115,7 +115,7 @@ def _number_in(key: Any) -> int | None:
 def _of_mapping(value: Mapping[Any, Any], where: str, depth: int) -> CountTable | None:
     by_layer = _by_layer(value, where)
     if by_layer is not None:
-        return by_layer
+        return _with_companions(by_layer, value)
     if value and all(isinstance(key, str) and re.fullmatch(r"\D*rank\D*\d+\D*", key) for key in value):
         tables = [_table(item, where, depth - 1) for item in value.values()]
         found = [table for table in tables if table is not None]
@@ -134,13 +134,15 @@ def _of_mapping(value: Mapping[Any, Any], where: str, depth: int) -> CountTable 
 
 def _by_layer(value: Mapping[Any, Any], where: str) -> CountTable | None:
     """From layer -> row or layer -> expert -> count."""
+    value = {key: item for key, item in value.items() if not isinstance(item, str | int | float | None)}
     layers = [_number_in(key) for key in value]
     if not layers or None in layers or len(set(layers)) < len(layers):
         return None
     names = [key for key in value if isinstance(key, str)]
     if any("rank" in name.lower() or "step" in name.lower() for name in names):
         return None
-    items = sorted(zip([layer for layer in layers if layer is not None], value.values(), strict=True))  # by layer
+    numbers = [layer for layer in layers if layer is not None]
+    items = sorted(zip(numbers, value.values(), strict=True), key=lambda item: item[0])
     rows = [_row(item) for _, item in items]
     if all(row is not None for row in rows):
         table = CountTable.of_rows([row for row in rows if row is not None], where)
@@ -154,7 +156,7 @@ def _by_layer(value: Mapping[Any, Any], where: str) -> CountTable | None:
             if expert is None or not _is_count(count):
                 return None
             cells[layer, expert] = cells.get((layer, expert), 0) + count
-    whole = all(isinstance(count, int) for count in cells.values())
+    whole = all(float(count).is_integer() for count in cells.values())
     return CountTable.of_cells(cells, where, whole=whole) if cells else None
 
 
@@ -169,7 +171,10 @@ def _of_records(value: Sequence[Mapping[Any, Any]], where: str) -> CountTable | 
         if type(layer) is not int:
             return None
         row = next((found for name in (*NAMES, *COUNT) if (found := _row(record.get(name))) is not None), None)
-        if type(expert) is int and _is_count(count):
+        nested = next((_by_layer({layer: item}, where) for item in record.values() if isinstance(item, Mapping)), None)
+        if nested is not None and expert is None and row is None and layer >= 0:
+            cells |= {(layer, number): float(count) for number, count in enumerate(nested.rows[0]) if count}
+        elif type(expert) is int and _is_count(count):
             cells[layer, expert] = cells.get((layer, expert), 0) + count
         elif row is not None and layer not in rows:
             rows[layer] = row
@@ -178,7 +183,7 @@ def _of_records(value: Sequence[Mapping[Any, Any]], where: str) -> CountTable | 
     if rows and not cells and min(rows) >= 0:
         order = sorted(rows)
         return replace(CountTable.of_rows([rows[layer] for layer in order], where), layer_ids=tuple(order))
-    whole = all(isinstance(count, int) for count in cells.values())
+    whole = all(float(count).is_integer() for count in cells.values())
     return CountTable.of_cells(cells, where, whole=whole) if cells and not rows else None
 
 

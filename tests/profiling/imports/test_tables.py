@@ -133,6 +133,9 @@ _NESTED = {"3": {"0": 5, "2": 7, "3": 1}, "5": {"0": 2, "1": 9, "3": 4}}
         ([{"layer": int(i), "expert": int(e), "count": n} for i, row in _NESTED.items() for e, n in row.items()],
          (3, 5)),
         ([{"layer_id": 5, "counts": _MATRIX[1]}, {"layer_id": 3, "counts": _MATRIX[0]}], (3, 5)),
+        ([{"layer_id": 3, "experts": {"0": 5, "2": 7, "3": 1}}, {"layer_id": 5, "experts": {"0": 2, "1": 9, "3": 4}}],
+         (3, 5)),
+        ({"layer3": _MATRIX[0], "layer5": _MATRIX[1], "model": "m", "num_experts": 4}, (3, 5)),
         ({"rank_0": {"3": {"0": 5, "2": 7}}, "rank_1": {"3": {"3": 1}, "5": {"0": 2, "1": 9, "3": 4}}}, (3, 5)),
     ],
 )  # fmt: skip
@@ -159,6 +162,48 @@ def test_what_a_document_says_beside_its_table(tmp_path: Path) -> None:
         assert stats.load.tolist() == [[*row, 0, 0] for row in _MATRIX]
         assert (stats.num_hidden_layers, stats.model) == (9, "m")
         assert "decoder layers 3, 5 of 9" in imported.summary()
+
+
+_CELLS = [(layer, expert, n) for layer, row in zip((3, 5), _MATRIX, strict=True) for expert, n in enumerate(row)]
+
+
+@pytest.mark.parametrize(
+    ("text", "layer_ids"),
+    [
+        (",0,1,2,3\n0,5,0,7,1\n1,2,9,0,4", (0, 1)),  # a data frame
+        ("layer,expert_0,expert_1,expert_2,expert_3\n3,5,0,7,1\n5,2,9,0,4", (3, 5)),
+        ("layer,expert_0,expert_1,expert_2,expert_3\nlayer_3,5,0,7,1\nlayer_5,2,9,0,4", (3, 5)),
+        ("expert,layer_3,layer_5\n0,5,2\n1,0,9\n2,7,0\n3,1,4", (0, 1)),  # experts are the lines
+        ("layerId,expertId,tokenCount\n" + "\n".join(f"{a},{b},{n}" for a, b, n in _CELLS), (3, 5)),
+        ("Layer ID;Expert ID;Token Count\n" + "\n".join(f"{a};{b};{n},0" for a, b, n in _CELLS), (3, 5)),
+        ('"layer","expert","count"\n' + "\n".join(f'"{a}","{b}","{n}"' for a, b, n in _CELLS), (3, 5)),
+        ("layer,expert,count\n" + "\n".join(f"layers.{a},e{b},{n}" for a, b, n in _CELLS), (3, 5)),
+        ("rank,step,layer,expert,count,share\n" + "\n".join(f"0,1,{a},{b},{n},0.5" for a, b, n in _CELLS), (3, 5)),
+        ("\n".join(f"{a},{b},{n}" for a, b, n in sorted(_CELLS, key=lambda cell: cell[1])), (3, 5)),
+        ("5.000e+00 0.0e+00 7.0e+00 1.0e+00\n2.0e+00 9.0e+00 0.0e+00 4.0e+00", (0, 1)),
+    ],
+)
+def test_text_as_other_tools_write_it(text: str, layer_ids: tuple[int, ...], tmp_path: Path) -> None:
+    """Data frames, matrices with labels, names in other spellings, columns in excess, cells in any order."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "c.csv").write_text(text)
+    _, stats = read(folder / "c.csv")
+    assert stats.load.tolist() == _MATRIX
+    assert np.array_equal(stats.layer_ids, layer_ids)
+
+
+def test_parameters_and_late_types(tmp_path: Path) -> None:
+    """A parameter is its tensor; uint16 to uint64 have no storage class of their own."""
+    import torch
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    torch.save(torch.nn.Parameter(torch.tensor(_MATRIX, dtype=torch.float32)), folder / "p.pt")
+    assert read(folder / "p.pt")[1].load.tolist() == _MATRIX
+    for name in ("uint16", "uint32", "uint64"):
+        torch.save(torch.tensor(_MATRIX).to(getattr(torch, name)), folder / "u.pt")
+        assert read(folder / "u.pt")[1].load.tolist() == _MATRIX
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int32", "int16", "uint8", "float32", "float16", "bfloat16", "float64"])
