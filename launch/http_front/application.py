@@ -1,6 +1,6 @@
 """HttpFront: the routes of the HTTP front, over a `Service`.
 
-POST /v1/completions, /v1/chat/completions   GET /v1/models   GET /healthz   GET /metrics
+POST /v1/completions, /v1/chat/completions   GET /v1/models   GET /healthz   GET /metrics   GET /dashboard
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from moeplace.launch.http_front.completions.body import CompletionBody, parse_bo
 from moeplace.launch.http_front.completions.chat import Message, parse_chat_body
 from moeplace.launch.http_front.completions.forms import AnswerForm, ChatForm, TextForm
 from moeplace.launch.http_front.completions.run import CompletionRun, EventBridge
+from moeplace.launch.http_front.dashboard import dashboard_routes
 from moeplace.launch.http_front.guard import CHAT, COMPLETIONS, HEALTH, Guard
 from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.launch.http_front.wire.errors import ApiError, overloaded, unavailable
@@ -97,6 +98,7 @@ class HttpFront:
                 Route(HEALTH, self._health),
                 Route("/metrics", self._metrics),
                 *(admin_routes(self._service) if self._settings.admin else ()),
+                *(dashboard_routes(self._service) if self._settings.dashboard else ()),
             ],
             exception_handlers={
                 ApiError: _answer_error,

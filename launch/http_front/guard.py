@@ -7,6 +7,7 @@ import logging
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moeplace.launch.http_front.dashboard import PAGE, STATE
 from moeplace.launch.http_front.wire.errors import ApiError, ClientGone
 from moeplace.launch.http_front.wire.metrics import FrontMetrics
 
@@ -15,7 +16,9 @@ logger = logging.getLogger(__name__)
 HEALTH = "/healthz"
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
-ROUTES = (COMPLETIONS, CHAT, "/v1/models", HEALTH, "/metrics", "/admin/scale", "/admin/status")
+ROUTES = (COMPLETIONS, CHAT, "/v1/models", HEALTH, "/metrics", "/admin/scale", "/admin/status", PAGE, STATE)
+_OPEN = (HEALTH, PAGE)
+"""Need no token: they say nothing of requests."""
 _OTHER = "other"
 _CLIENT_GONE = 499
 """The status under which requests are counted whose client did not wait (nginx's number)."""
@@ -26,7 +29,7 @@ class Guard:
 
     Args:
         app: what it protects.
-        api_key: bearer token of every route but the health check; None = none is needed.
+        api_key: bearer token of every route but the health check and the empty page; None = none is needed.
         metrics: where answers are counted.
     """
 
@@ -62,7 +65,7 @@ class Guard:
 
     def _is_allowed(self, scope: Scope) -> bool:
         """By the path that routes see, which no header can change; compared in a time that tells nothing."""
-        if self._expected is None or scope["path"] == HEALTH:
+        if self._expected is None or scope["path"] in _OPEN:
             return True
         kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         return hmac.compare_digest(_digest(token.strip().encode()), self._expected) and kind.lower() == "bearer"

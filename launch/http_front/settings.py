@@ -19,6 +19,7 @@ class FrontSettings:
         model: name of the model, as clients give it.
         api_key: what clients must send as a bearer token; None = nothing.
         admin: whether clients may change the number of ranks; needs a token.
+        dashboard: whether there is a live page.
         max_body_bytes: of a request's body.
         max_prompt_tokens: of one prompt; None = what the service can hold.
         max_tokens: most tokens of a completion that may be asked for; None = what the service can hold.
@@ -35,6 +36,7 @@ class FrontSettings:
     model: str
     api_key: str | None = None
     admin: bool = False
+    dashboard: bool = False
     max_body_bytes: int = 1 << 20
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None

@@ -59,6 +59,9 @@ def add_front_arguments(group: "argparse._ActionsContainer") -> None:
         "checksums and digests alone)",
     )
     group.add_argument("--admin", action="store_true", help="let clients with a token ask for more or fewer ranks")
+    group.add_argument(
+        "--dashboard", action="store_true", help="a live page at /dashboard; its data needs the same bearer token"
+    )
     group.add_argument("--max-body-bytes", type=int, default=1 << 20, metavar="B", help="of a request")
     group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of a prompt (default: what fits)")
     group.add_argument("--max-tokens", type=int, metavar="N", help="most that may be asked for (default: what fits)")
@@ -98,6 +101,7 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
         model=args.model_name or Path(args.model).resolve().name,
         api_key=read_api_key(args.api_key_file),
         admin=args.admin,
+        dashboard=args.dashboard,
         max_body_bytes=args.max_body_bytes,
         max_prompt_tokens=args.max_prompt_tokens,
         max_tokens=args.max_tokens,

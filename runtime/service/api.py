@@ -98,6 +98,10 @@ class ServiceStatus:
 class Service(Protocol):
     """What a front needs. All methods are thread-safe."""
 
+    @property
+    def placement(self) -> Placement:
+        """In force."""
+
     def submit(self, request: Request, on_event: Callable[[TokenEvent], None]) -> str:
         """Queue a request; its ticket. `on_event` is called from a thread of the service, never twice at a time.
 

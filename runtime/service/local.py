@@ -66,6 +66,11 @@ class LocalService:
         self._thread = threading.Thread(target=self._run, name="moeplace-service", daemon=True)
         self._thread.start()
 
+    @property
+    def placement(self) -> Placement:
+        """In force."""
+        return self._engine.placement
+
     def submit(self, request: Request, on_event: OnEvent) -> str:
         """See `Service`."""
         engine = self._engine  # what is looked at here does not change, whatever its thread does

@@ -6,10 +6,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
 from moeplace.launch.http_front.application import HttpFront
 from moeplace.launch.http_front.server import FrontServer, bind
 from moeplace.launch.http_front.settings import FrontSettings
-from moeplace.placement.placement import Placement
+from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.event import Event
@@ -44,6 +46,7 @@ class ManualService:
     """
 
     scaled: tuple[int, Sequence[int] | None] | None = None
+    placement = index_order(np.full(100, 4), np.full(2, 2), np.zeros(2, int), layer_ids=np.arange(3, 103))
 
     def __init__(self) -> None:
         self.submitted: queue.Queue[Request] = queue.Queue()
