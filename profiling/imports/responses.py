@@ -28,7 +28,7 @@ _WRAPPERS = ("meta_info", "sgl_ext", "sglext", "response", "output", "result", "
 _LISTS = ("choices", "outputs", "responses", "results")
 _MOST_TOP_K = 1024
 _MAGIC = b"\x93NUMPY"
-_FILL_DTYPES = ("uint8", "int8", "uint16", "int16", "int32", "uint32", "int64")
+_TYPES = ("uint8", "int8", "uint16", "int16", "int32", "uint32", "int64")
 
 
 @dataclass(frozen=True)
@@ -173,28 +173,36 @@ def _from_npy(capture: Capture, data: bytes) -> np.ndarray:
 def _from_envelope(capture: Capture, value: dict[str, Any]) -> np.ndarray:
     """`{data, shape, dtype}`: raw base64 or lists."""
     data, shape = value.get("data"), value.get("shape")
-    dtype = str(value.get("dtype", "int32")).removeprefix("torch.").removeprefix("numpy.").removeprefix("np.")
     if isinstance(data, list) and shape is None:
         return _from_lists(capture, data)
     if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 0 <= n < 1 << 31 for n in shape):
         raise FormatError(
             f"{capture.where}: routed_experts needs a shape (tokens, layers, top-k), not {str(shape)[:60]}"
         )
-    if dtype not in _FILL_DTYPES:
-        raise FormatError(f"{capture.where}: dtype {dtype[:40]!r} must be one of {', '.join(_FILL_DTYPES)}")
     if isinstance(data, list):
         flat = _flat(capture, data)
     elif isinstance(data, str):
         raw = _bytes(capture, data)
         if raw.startswith(_MAGIC):
             return _from_npy(capture, raw)
-        size = np.dtype(dtype).itemsize
-        flat = np.frombuffer(raw[: len(raw) // size * size], np.dtype(dtype).newbyteorder("<"))
+        dtype = _integer_type(capture, value.get("dtype"), len(raw), math.prod(shape))
+        flat = np.frombuffer(raw[: len(raw) // dtype.itemsize * dtype.itemsize], dtype)
     else:
         raise FormatError(f"{capture.where}: routed_experts has no data")
     if flat.size != math.prod(shape):
         raise FormatError(f"{capture.where}: {flat.size} ids do not fill the shape {shape}")
     return flat.reshape(shape)
+
+
+def _integer_type(capture: Capture, said: Any, size: int, count: int) -> np.dtype:
+    """The type of raw ids as `uint8`, `torch.int32` or `<i4` says, or as follows from their size."""
+    if said is None and count and size % count == 0:
+        said = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}.get(size // count)
+    name = str(said).rsplit(".", 1)[-1].strip("<>|=")
+    known = {alias: one for one in _TYPES for alias in (one, np.dtype(one).str.strip("<>|="))}
+    if name not in known:
+        raise FormatError(f"{capture.where}: dtype {str(said)[:40]!r} must be one of {', '.join(_TYPES)}")
+    return np.dtype(known[name]).newbyteorder(">" if str(said).startswith(">") else "<")
 
 
 def _flat(capture: Capture, data: list[Any]) -> np.ndarray:

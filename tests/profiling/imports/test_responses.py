@@ -42,7 +42,7 @@ def npy(ids: np.ndarray, dtype: str = "uint8", order: Any = "C") -> str:
 
 
 def envelope(ids: np.ndarray, dtype: str) -> dict[str, Any]:
-    data = base64.b64encode(ids.astype(dtype.removeprefix("torch.")).tobytes()).decode()
+    data = base64.b64encode(ids.astype(dtype.removeprefix("torch.").removeprefix("numpy.")).tobytes()).decode()
     return {"data": data, "shape": list(ids.shape), "dtype": dtype}
 
 
@@ -90,6 +90,17 @@ def test_forms(form: str, layout: str, tmp_path: Path) -> None:
     assert np.array_equal(trace.sequence_ids, np.repeat(np.arange(len(made)), TOKENS))
     assert trace.is_decode is not None
     assert trace.is_decode.sum() == len(made) * (TOKENS - PROMPT)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "|u1", "int16", "<i2", ">i4", "torch.int32", "numpy.uint16", "u1", None])
+def test_types_of_envelopes(dtype: str | None, tmp_path: Path) -> None:
+    """Names of torch and numpy, codes with a byte order; without any, the size tells."""
+    made = answers(1)[0]
+    record = {"routed_experts": envelope(made, dtype or "int16")}
+    if dtype is None:
+        del record["routed_experts"]["dtype"]
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    assert read(tmp_path / "a.jsonl", "vllm").topk_ids.tolist() == made[:, 1:].tolist()
 
 
 def test_several_choices_are_several_sequences(tmp_path: Path) -> None:
