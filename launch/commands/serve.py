@@ -101,7 +101,7 @@ def _start_service(args: argparse.Namespace) -> "Service":
     from moeplace.runtime.service.local import LocalService
     from moeplace.runtime.service.spawner import LocalSpawner
 
-    if args.ranks == 1 and not args.admin:
+    if args.ranks == 1 and not args.admin and not args.state:
         return LocalService(_make_engine(args, RankGroup.from_environment(timeout=args.timeout), _load_inputs(args)))
     return start_coordinator(args, LocalSpawner(), host="127.0.0.1")
 

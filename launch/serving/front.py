@@ -1,8 +1,9 @@
 """`moeplace serve --http` and `moeplace ray serve`: a service, the HTTP front before it, and the options of both."""
 
 import argparse
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,14 @@ def add_front_arguments(group: "argparse._ActionsContainer") -> None:
         metavar="N",
         help="with several ranks: check each switch of a re-placement by the logits of N tokens too (default: 0, by "
         "checksums and digests alone)",
+    )
+    group.add_argument(
+        "--start-timeout", type=float, default=300.0, metavar="S", help="seconds for a rank to load once it runs (300)"
+    )
+    group.add_argument(
+        "--state",
+        metavar="DIR",
+        help="folder in which requests outlive this process: started again with it, it takes them up again",
     )
     group.add_argument("--admin", action="store_true", help="let clients with a token ask for more or fewer ranks")
     group.add_argument(
@@ -116,7 +125,8 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
         tokenizer = Tokenizer(args.model)
         if tokenizer.exists:
             tokenizer.load()
-        service = start_service()
+        with ended_by_signals():
+            service = start_service()
         try:
             front = HttpFront(service, settings, coder=tokenizer if tokenizer.exists else None, stop_ids=stop_ids)
             with EventLogger(service), _replanning(args, service, replan_options):
@@ -130,6 +140,20 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
             service.close(drain=False, timeout=args.timeout)
     print("stopped")
     return 0
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While ranks start, SIGTERM ends them and this process in order, as Ctrl-C does."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _replan_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -181,7 +205,13 @@ def start_coordinator(args: argparse.Namespace, spawner: "Spawner", *, host: str
     options = _service_options(args)
     placement = load_placement(args.placement) if args.placement else None
     service = Coordinator(
-        args.model, ranks=args.ranks, spawner=spawner, options=options, placement=placement, host=host
+        args.model,
+        ranks=args.ranks,
+        spawner=spawner,
+        options=options,
+        placement=placement,
+        host=host,
+        state=args.state,
     )
     try:
         service.wait_until_serving(timeout=options.start_timeout)
@@ -226,6 +256,7 @@ def _service_options(args: argparse.Namespace) -> "ServiceOptions":
         ),
         node_aware=args.node_aware,
         timeout=args.timeout,
+        start_timeout=args.start_timeout,
         keep_width=True,
         probe_tokens=args.probe_tokens,
     )

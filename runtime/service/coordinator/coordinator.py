@@ -59,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 MAX_EVENTS = 10_000
 """Of the event log; older ones are forgotten."""
+_SLICE = 1.0
+"""Seconds between two looks whether members wait for room."""
 _STOPPING = 10.0
 """Seconds that members may take to end in order."""
 
@@ -129,10 +131,18 @@ class Coordinator:
     def wait_until_serving(self, *, timeout: float) -> None:
         """Wait for the first generation.
 
+        Args:
+            timeout: seconds, without those in which members wait for room.
+
         Raises:
             MoeplaceError: it does not serve within `timeout` seconds, or a member failed; says why.
         """
-        self.wait_for(lambda status: status.serving or status.ended, timeout=timeout)
+        while timeout > 0:
+            begun = time.monotonic()
+            if self.wait_for(lambda status: status.serving or status.ended, timeout=min(timeout, _SLICE)):
+                break
+            if all(process.has_started() for process in list(self._processes.values())):
+                timeout -= time.monotonic() - begun
         status = self.status()
         if not status.serving:
             raise MoeplaceError(f"the service does not answer: {status.reason}")

@@ -1,407 +1,18 @@
-"""The conductor under any order of reports: a world of pretended members; hypothesis decides what happens next.
+"""The conductor under any order of reports: hypothesis decides what happens next in a world of pretended members."""
 
-The world knows the protocol of members by what `docs/elastic.md` says and nothing of how the conductor works. It holds
-the store as a dictionary; reports wait in a bag from which they are taken in any order per sender, late, or twice, and
-those of members that died may never come.
-"""
-
-from collections import defaultdict, deque
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import hypothesis.strategies as st
-import numpy as np
-from hypothesis import settings
+import pytest
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moeplace.placement.placement import index_order
-from moeplace.profiling.errors import MoeplaceError
+from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.service.coordinator import actions
-from moeplace.runtime.service.coordinator.conductor import Conductor
-from moeplace.runtime.service.coordinator.helpers import make_plan
-from moeplace.runtime.service.options import ServiceOptions
-
-EXPERTS = 6
-LIMITS = {"vocabulary": 60, "positions": 64, "expert_bytes": 8}
-NEW_TOKENS = 3
-
-
-def token(prompt: int, index: int) -> int:
-    """The only right token: whoever serves the request, and however often."""
-    return (prompt * 7 + index * 3) % 50
-
-
-@dataclass
-class Rank:
-    """A pretended member.
-
-    Attributes:
-        generation: in which it serves, 0 = none.
-        target: which it is to enter next, 0 = none.
-        begun: whether its generation serves.
-        applied: commands that it has done.
-        requests: ticket -> (prompt, tokens).
-        assigned: assignments that it has read.
-        plan: number of the re-placement under way and the slots after it, None = none.
-        slots: experts of its slots.
-    """
-
-    member: int
-    generation: int = 0
-    target: int = 0
-    begun: bool = False
-    applied: int = 0
-    requests: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
-    assigned: int = 0
-    has_served: bool = False
-    is_ready: bool = False
-    is_stopped: bool = False
-    connected: set[int] = field(default_factory=set)
-    slots: list[int] | None = None
-
-
-class World:
-    """Members, the store, and what clients have heard. Carries out actions, and checks that each makes sense."""
-
-    def __init__(self, *, keep_width: bool, ranks: int) -> None:
-        self.options = ServiceOptions(timeout=8.0, start_timeout=1000.0, keep_width=keep_width)
-        placement = index_order(np.full(1, EXPERTS), np.full(ranks, EXPERTS // ranks), np.zeros(ranks, np.int64))
-        self.conductor = Conductor(placement, self.options, ranks=ranks)
-        self.now = 1000.0
-        self.store: dict[str, Any] = {}
-        self.log: dict[int, dict[str, Any]] = {}
-        self.length = 0
-        self.ranks: dict[int, Rank] = {}  # alive
-        self.dead: set[int] = set()
-        self.known_dead: set[int] = set()
-        self.queue: deque[dict[str, Any]] = deque()
-        self.timers: list[tuple[float, dict[str, Any]]] = []
-        self.asked: dict[str, tuple[Request, int]] = {}
-        self.told: dict[str, list[int]] = defaultdict(list)
-        self.ended: dict[str, str] = {}
-        self.cancelled: set[str] = set()
-        self.errors: list[str] = []
-        self.do(self.conductor.begin(self.now))
-
-    # What the coordinator does
-
-    def do(self, wanted: list[actions.Action]) -> None:
-        for action in wanted:
-            getattr(self, f"_do_{type(action).__name__}")(action)
-
-    def _do_Put(self, action: actions.Put) -> None:
-        self.store[action.key] = action.value
-
-    def _do_Delete(self, action: actions.Delete) -> None:
-        for key in action.keys:
-            kind, _, index = key.partition("/")
-            if kind == "log":
-                behind = [rank.member for rank in self.ranks.values() if rank.begun and rank.applied < int(index)]
-                assert not behind, f"members {behind} have not read command {index}"
-                self.log.pop(int(index), None)
-            self.store.pop(key, None)
-
-    def _do_DropGroup(self, action: actions.DropGroup) -> None:
-        assert all(rank.generation != action.generation for rank in self.ranks.values() if rank.begun)
-
-    def _do_Append(self, action: actions.Append) -> None:
-        assert action.index == self.length
-        self.log[self.length] = action.command
-        self.length += 1
-
-    def _do_StartMember(self, action: actions.StartMember) -> None:
-        assert action.member not in self.ranks
-        assert action.member not in self.dead
-        assert len(self.ranks) < 40, "members are started without end"
-        self.ranks[action.member] = Rank(action.member)
-
-    def _do_Kill(self, action: actions.Kill) -> None:
-        assert action.member not in self.known_dead, "an action on the dead"
-        self.die(action.member)
-
-    def _do_Remind(self, action: actions.Remind) -> None:
-        assert action.seconds > 0
-        self.timers.append((self.now + action.seconds, action.report))
-
-    def _do_MakePlan(self, action: actions.MakePlan) -> None:
-        try:
-            plan: Any = make_plan(action)
-        except MoeplaceError as error:
-            plan = str(error)
-        self.queue.append({"kind": "planned", "number": action.number, "plan": plan})
-
-    def _do_Accept(self, action: actions.Accept) -> None:
-        assert action.ticket not in self.asked
-        self.asked[action.ticket] = (action.request, action.request.token_ids[0])
-
-    def _do_Tell(self, action: actions.Tell) -> None:
-        ticket, event = action.ticket, action.event
-        assert ticket in self.asked
-        assert ticket not in self.ended, "told after its end"
-        assert action.first == len(self.told[ticket]), "out of order"
-        self.told[ticket] += event.token_ids
-        prompt = self.asked[ticket][1]
-        assert self.told[ticket] == [token(prompt, index) for index in range(len(self.told[ticket]))]
-        if event.finish_reason is not None:
-            self.ended[ticket] = event.finish_reason
-            if event.finish_reason == "length":
-                assert len(self.told[ticket]) == NEW_TOKENS
-            if event.finish_reason == "failed":
-                self.errors.append(str(event.error))
-
-    def _do_Note(self, action: actions.Note) -> None:
-        assert action.event.kind != "bad-report", action.event.sentence
-
-    # What members do
-
-    def die(self, member: int) -> None:
-        if self.ranks.pop(member, None) is not None:
-            self.dead.add(member)
-            self.queue.append({"kind": "died", "member": member, "code": -9})
-
-    def turn(self, member: int) -> None:
-        """The next thing that a member does by itself."""
-        rank = self.ranks[member]
-        if rank.is_stopped:
-            return
-        if not rank.is_ready:
-            rank.is_ready = True
-            self.report(rank, kind="ready", limits=LIMITS)
-        elif rank.begun:
-            self._serve(rank)
-        elif rank.target:
-            self._enter(rank)
-        elif rank.generation:  # it was lost in its generation
-            self._follow(rank)
-        else:
-            self._await_assignment(rank)
-
-    def report(self, rank: Rank, **document: Any) -> None:
-        self.queue.append({"member": rank.member, **document})
-
-    def _await_assignment(self, rank: Rank) -> None:
-        number = self.store.get(f"assign/{rank.member}/{rank.assigned}")
-        if number is None:
-            return
-        if number not in rank.connected:
-            self._connect(rank, number)
-        elif (answer := self.store.get(f"open/{number}")) is not None:
-            rank.assigned += 1
-            rank.target = number if answer else 0
-
-    def _connect(self, rank: Rank, number: int) -> None:
-        rank.connected.add(number)
-        self.report(rank, kind="prepared", generation=number, error="")
-
-    def _follow(self, rank: Rank) -> None:
-        successor = self.store.get(f"successor/{rank.generation}")
-        if successor is None:
-            return
-        if rank.member in self.store[f"generation/{successor}"]["members"]:
-            rank.generation, rank.target = 0, successor
-        else:
-            self.die(rank.member)
-
-    def _enter(self, rank: Rank) -> None:
-        """Once all members of the generation have come, they begin together."""
-        number = rank.target
-        if self.store.get(f"successor/{number}") is not None:
-            self._lose(rank, number)
-            return
-        rank.connected.add(number)
-        generation = self.store[f"generation/{number}"]
-        present = [self.ranks.get(m) for m in generation["members"]]
-        if any(r is None or r.target != number or number not in r.connected for r in present):
-            return
-        self._begin([r for r in present if r is not None], generation)
-
-    def _begin(self, ranks: list[Rank], generation: dict[str, Any]) -> None:
-        served = [rank for rank in ranks if rank.has_served]
-        requests: dict[str, tuple[int, list[int]]] = {}
-        applied = generation["applied"]
-        if served:
-            first = max(served, key=lambda rank: (rank.applied, sum(len(t) for _, t in rank.requests.values())))
-            applied = first.applied
-            requests = {ticket: (prompt, list(tokens)) for ticket, (prompt, tokens) in first.requests.items()}
-        delivered = generation["delivered"]
-        if delivered is not None:
-            requests = {
-                t: (p, max(tokens, delivered[t], key=len)) for t, (p, tokens) in requests.items() if t in delivered
-            }
-        slots = self._experts(ranks, generation)
-        for rank, own in zip(ranks, slots, strict=True):
-            rank.generation, rank.target, rank.begun, rank.has_served = generation["number"], 0, True, True
-            rank.applied, rank.slots = applied, own
-            rank.requests = {ticket: (prompt, list(tokens)) for ticket, (prompt, tokens) in requests.items()}
-        self.report(
-            ranks[0],
-            kind="serving",
-            generation=generation["number"],
-            applied=applied,
-            known={ticket: list(tokens) for ticket, (_, tokens) in requests.items()},
-            seated=list(requests),
-            running=len(requests),
-            waiting=0,
-            adopted=0,
-            slots=[[own] for own in slots],
-            version=1,
-        )
-
-    def _experts(self, ranks: list[Rank], generation: dict[str, Any]) -> list[list[int]]:
-        given = generation["slots"]
-        slots = [list(own[0]) for own in given] if given else [list(rank.slots or []) for rank in ranks]
-        missing = set(range(EXPERTS)) - {expert for own in slots for expert in own}
-        for expert in sorted(missing):
-            min(slots, key=len).append(expert)
-        return slots
-
-    def _serve(self, rank: Rank) -> None:
-        """A turn of a whole generation, in step; it ends where a member of it is gone."""
-        generation = self.store[f"generation/{rank.generation}"]
-        group = [self.ranks.get(member) for member in generation["members"]]
-        if any(mate is None or not mate.begun or mate.generation != rank.generation for mate in group):
-            self._lose(rank, rank.generation)
-            return
-        mates = [mate for mate in group if mate is not None]
-        if rank.requests:
-            self._step(mates)
-        elif rank.applied < self.length:
-            self._apply(mates)
-
-    def _lose(self, rank: Rank, number: int) -> None:
-        rank.begun, rank.generation, rank.target = False, number, 0
-        self.report(rank, kind="lost", generation=number, error="connection closed by peer")
-
-    def _step(self, mates: list[Rank]) -> None:
-        told, applied = [], mates[0].applied
-        for ticket, (prompt, tokens) in list(mates[0].requests.items()):
-            index = len(tokens)
-            ended = "length" if index + 1 == NEW_TOKENS else None
-            if index < NEW_TOKENS:
-                told.append([ticket, index, token(prompt, index), ended])
-            for mate in mates:
-                mate.requests[ticket][1].append(token(prompt, index))
-                if ended or index >= NEW_TOKENS:
-                    del mate.requests[ticket]
-        number = mates[0].generation
-        figures = {"waiting": 0, "running": len(mates[0].requests), "migration": None}
-        self.report(mates[0], kind="step", generation=number, applied=applied, tokens=told, **figures)
-        if mates[0].begun and mates[0].applied < self.length:
-            self._apply(mates)
-
-    def _apply(self, mates: list[Rank]) -> None:
-        command = self.log[mates[0].applied]
-        for mate in mates:
-            mate.applied += 1
-        kind = command["kind"]
-        if kind == "add":
-            request = command["request"]
-            for mate in mates:
-                mate.requests[request["request_id"]] = (request["token_ids"][0], list(command["added"]))
-            return
-        getattr(self, f"_apply_{kind}")(mates, command)
-
-    def _apply_cancel(self, mates: list[Rank], command: dict[str, Any]) -> None:
-        for mate in mates:
-            mate.requests.pop(command["request_id"], None)
-
-    def _apply_prepare(self, mates: list[Rank], command: dict[str, Any]) -> None:
-        for mate in mates:
-            if mate.member in command["generation"]["members"]:
-                self._connect(mate, command["generation"]["number"])
-
-    def _apply_switch(self, mates: list[Rank], command: dict[str, Any]) -> None:
-        for mate in mates:
-            mate.begun = False
-            if command["generation"] in mate.connected:
-                mate.generation, mate.target = 0, command["generation"]
-            else:
-                self.die(mate.member)
-
-    def _apply_lost(self, mates: list[Rank], command: dict[str, Any]) -> None:
-        if command["generation"] > mates[0].generation:
-            for mate in mates:
-                self._lose(mate, mate.generation)
-
-    def _apply_replace(self, mates: list[Rank], command: dict[str, Any]) -> None:
-        if command["generation"] != mates[0].generation:
-            return
-        slots = self._moved(command["slots_of_rank"])
-        for mate, own in zip(mates, slots, strict=True):
-            mate.slots = own
-        self.report(
-            mates[0], kind="replaced", number=command["number"], error="", slots=[[own] for own in slots], version=2
-        )
-
-    def _moved(self, slots_of_rank: list[int]) -> list[list[int]]:
-        """Any placement with these slots will do: who holds what is not the conductor's business."""
-        experts = deque(range(EXPERTS))
-        slots = [[experts.popleft() if experts else -1 for _ in range(count)] for count in slots_of_rank]
-        assert not experts
-        return slots
-
-    def _apply_stop(self, mates: list[Rank], command: dict[str, Any]) -> None:
-        for mate in mates:
-            mate.is_stopped = True
-            self.report(mate, kind="stopped")
-
-    # Time and reports
-
-    def deliver(self, index: int, *, twice: bool = False) -> None:
-        """A report arrives: the oldest one of some sender."""
-        senders = list(dict.fromkeys(self._sender(report) for report in self.queue))
-        sender = senders[index % len(senders)]
-        place = next(i for i, report in enumerate(self.queue) if self._sender(report) == sender)
-        report = self.queue[place]
-        del self.queue[place]
-        self.handle(report)
-        if twice:
-            self.handle(dict(report))
-
-    def _sender(self, report: dict[str, Any]) -> Any:
-        return report.get("member", "coordinator")
-
-    def handle(self, report: dict[str, Any]) -> None:
-        if report["kind"] == "died":
-            self.known_dead.add(report["member"])
-        self.do(self.conductor.handle(report, self.now))
-
-    def pass_time(self, seconds: float) -> None:
-        """Members give signs of life meanwhile."""
-        until = self.now + seconds
-        while self.timers and min(self.timers, key=lambda timer: timer[0])[0] <= until:
-            due = min(self.timers, key=lambda timer: timer[0])
-            self.timers.remove(due)
-            self.now = max(self.now, due[0])
-            if due[1]["kind"] == "look":
-                for member in list(self.ranks):
-                    self.handle({"kind": "alive", "member": member, "turn": int(self.now), "idle": True})
-            report = dict(due[1])
-            if report["kind"] == "deadline":
-                report["started"] = True
-            self.handle(report)
-        self.now = until
-
-    def settle(self) -> None:
-        """Let everything happen that is to happen, in order and without faults."""
-        for _ in range(600):
-            while self.queue:
-                self.deliver(0)
-            for member in sorted(self.ranks):
-                if member in self.ranks:
-                    self.turn(member)
-            if not self.queue:
-                self.pass_time(1.0)
-            if not self.queue and self._is_at_rest():
-                return
-        raise AssertionError(f"no rest: {self.conductor.status()}")
-
-    def _is_at_rest(self) -> bool:
-        status = self.conductor.status()
-        idle = all(rank.applied == self.length for rank in self.ranks.values() if rank.begun)
-        return status.ended or (status.serving and not status.changing and not self.conductor.num_in_flight and idle)
+from moeplace.runtime.service.coordinator.reports import FIELDS
+from tests.runtime.service.conductor_world import EXPERTS, NEW_TOKENS, World
 
 
 class ConductorMachine(RuleBasedStateMachine):
@@ -508,3 +119,213 @@ class ConductorMachine(RuleBasedStateMachine):
 
 ConductorMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestConductor = ConductorMachine.TestCase
+
+
+def serving(ranks: int, *, keep_width: bool = True) -> World:
+    """A world in which all ranks serve."""
+    world = World(keep_width=keep_width, ranks=ranks)
+    world.settle()
+    return world
+
+
+def ask(world: World, name: str = "a", prompt: int = 1) -> str:
+    """A request is taken; its ticket."""
+    ticket = world.conductor.submit(Request(name, (prompt,), NEW_TOKENS, stop_ids=()))
+    world.do(world.conductor.take_actions())
+    return ticket
+
+
+def notes(world: World) -> list[str]:
+    """Kinds of the events so far."""
+    return [event.kind for event in world.events]
+
+
+def die_of(world: World, poison: str) -> None:
+    """Let the ranks that begin with a request die, all of them, as often as they do."""
+    for _ in range(200):
+        while world.queue:
+            world.deliver(0)
+        for member in sorted(world.ranks):
+            rank = world.ranks.get(member)
+            if rank is not None and poison in rank.requests and rank.begun:
+                world.report(rank, kind="pass", generation=rank.generation, tickets=list(rank.requests))
+                for other in list(world.ranks):
+                    world.die(other)
+            elif rank is not None:
+                world.turn(member)
+        world.pass_time(1.0)
+        if not world.queue and not world.conductor.num_in_flight:
+            return
+    raise AssertionError("it is tried for ever")
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("keep_width", [False, True])
+def test_a_request_that_kills_its_ranks_is_the_one_that_fails(ranks: int, keep_width: bool) -> None:
+    """All that are in its passes with it are served in the end."""
+    world = serving(ranks, keep_width=keep_width)
+    tickets = [ask(world, name, prompt) for prompt, name in enumerate("abcd")]
+    die_of(world, tickets[2])
+    assert world.ended == {tickets[0]: "length", tickets[1]: "length", tickets[2]: "failed", tickets[3]: "length"}
+    assert "the ranks that served it were lost 4 times" in world.errors[0]
+    world.settle()
+    assert world.conductor.status().serving
+
+
+def test_ranks_that_die_often_cost_no_request() -> None:
+    """All at once, 20 times, each time a token after the last one: nobody is to blame."""
+    world = serving(3)
+    for turn in range(20):
+        ticket = ask(world, f"r{turn}", turn)
+        world.turn(min(world.ranks))
+        world.turn(min(world.ranks))
+        for member in list(world.ranks):
+            world.die(member)
+        world.settle()
+        assert world.ended[ticket] == "length"
+    assert notes(world).count("restart") == 20
+
+
+def test_cancel_and_the_same_name_again() -> None:
+    """What still comes of the first request is not taken for the second."""
+    world = serving(2)
+    first = ask(world, "a", prompt=1)
+    for _ in range(3):
+        world.turn(0)
+    world.conductor.cancel("a", None)
+    world.do(world.conductor.take_actions())
+    second = ask(world, "a", prompt=2)
+    other = ask(world, "a", prompt=3)
+    world.conductor.cancel("a", other)
+    world.do(world.conductor.take_actions())
+    world.settle()
+    assert world.ended == {first: "cancelled", second: "length", other: "cancelled"}
+
+
+def test_a_token_out_of_turn_fails_its_request_alone() -> None:
+    """A gap, a place before the beginning, more than was asked for: the ranks are told to drop it, the rest goes on."""
+    for index, count in ((1, 1), (0, NEW_TOKENS + 1), (-1, 1)):
+        world = serving(2)
+        bad, good = ask(world, "bad"), ask(world, "good")
+        told = [[bad, index + n, 5, None] for n in range(count)]
+        if count > 1:
+            world.told[bad] = []
+        step = {"kind": "step", "generation": 1, "applied": 0, "tokens": told, "waiting": 0, "running": 2}
+        made = world.conductor.handle({**step, "migration": None}, world.now)
+        ends = [a for a in made if isinstance(a, actions.Tell) and a.event.finish_reason == "failed"]
+        assert [a.ticket for a in ends] == [bad]
+        assert {"kind": "cancel", "request_id": bad} in [a.command for a in made if isinstance(a, actions.Append)]
+        assert world.conductor.find("good") is not None
+        assert good in world.asked
+
+
+anything = st.none() | st.booleans() | st.integers(-5, 50) | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from(sorted(FIELDS)), data=st.data())
+def test_a_report_that_makes_no_sense_ends_nothing(kind: str, data: st.DataObject) -> None:
+    """Any fields of any type; requests that it does not name are served to their end."""
+    world = serving(2)
+    ticket = ask(world)
+    report: dict[str, Any] = {"kind": kind, **{name: data.draw(anything) for name in FIELDS[kind]}}
+    harmful = kind in ("died", "failed", "stopped", "lost", "linger", "deadline", "serving", "refused", "routing")
+    if harmful:
+        report = {name: value for name, value in report.items() if name == "kind" or not isinstance(value, int)}
+    made = world.conductor.handle(report, world.now)
+    world.do([a for a in made if not isinstance(a, actions.Note)])
+    world.settle()
+    assert world.ended == {ticket: "length"}
+
+
+def test_more_ranks_than_experts_are_refused() -> None:
+    """At once, whatever the number, and nothing is started."""
+    world = serving(2)
+    for ranks in (EXPERTS + 1, 10**6):
+        with pytest.raises(InputError, match=rf"ranks \({ranks}\) must be at most {EXPERTS}"):
+            world.conductor.scale(ranks, None)
+    assert not [a for a in world.conductor.take_actions() if isinstance(a, actions.StartMember)]
+
+
+def test_a_member_that_starts_too_slowly_is_given_up() -> None:
+    """From when its process runs; until then it waits for room. One that is ready and waits for others is not."""
+    world = serving(1, keep_width=False)
+    world.conductor.scale(3, None)
+    world.do(world.conductor.take_actions())
+    world.turn(1)  # ready; member 2 is not
+    while world.queue:
+        world.deliver(0)
+    world.handle({"kind": "deadline", "member": 2, "started": False})
+    world.handle({"kind": "deadline", "member": 1, "started": True})
+    assert set(world.ranks) == {0, 1, 2}
+    world.handle({"kind": "deadline", "member": 2, "started": True})
+    assert set(world.ranks) == {0, 1}
+    world.settle()
+    assert world.conductor.status().active == (0, 1)
+
+
+def test_a_member_that_does_not_leave_is_ended() -> None:
+    """When a generation without it has begun for some time."""
+    world = serving(2)
+    world.conductor.scale(1, [1])
+    world.do(world.conductor.take_actions())
+    world.ranks[1].is_deaf = True
+    world.settle()
+    assert world.conductor.status().active == (0,)
+    world.pass_time(11.0)
+    assert set(world.ranks) == {0}
+
+
+def test_a_failed_proposal_of_a_leave_is_made_again() -> None:
+    """A connection fails once; the rank leaves all the same, and later changes happen."""
+    world = serving(3)
+    world.conductor.scale(2, [2])
+    world.do(world.conductor.take_actions())
+    world.fail_next_connection = True
+    world.settle()
+    assert "regroup-failed" in notes(world)
+    assert world.conductor.status().active == (0, 1)
+    world.conductor.scale(3, None)
+    world.do(world.conductor.take_actions())
+    world.settle()
+    assert len(world.conductor.status().active) == 3
+
+
+def test_a_start_that_fails_for_good_says_why() -> None:
+    """An error that another member would find as well ends the service; one that may pass does not."""
+    world = World(keep_width=True, ranks=2)
+    world.handle({"kind": "failed", "member": 1, "error": "the checkpoint has no config.json", "final": True})
+    world.die(1)
+    world.settle()
+    status = world.conductor.status()
+    assert (status.ended, status.reason) == (True, "member 1 could not start: the checkpoint has no config.json")
+    world = World(keep_width=True, ranks=2)
+    for _ in range(3):
+        world.die(max(world.ranks))
+        while world.queue:
+            world.deliver(0)
+        world.pass_time(5.0)
+    world.settle()
+    assert world.conductor.status().serving
+
+
+def test_commands_that_all_have_read_are_deleted() -> None:
+    """However many there were."""
+    world = serving(2)
+    for turn in range(30):
+        ask(world, f"r{turn}")
+        world.settle()
+    assert len(world.log) <= 1
+
+
+def test_keys_of_generations_that_are_over_are_deleted() -> None:
+    """However many there were."""
+    world = serving(2)
+    for _ in range(10):
+        world.die(max(world.ranks))
+        world.settle()
+    kinds = ("generation", "successor", "open", "settled", "loaded")
+    numbers = {int(key.partition("/")[2]) for key in world.store if key.startswith(kinds)}
+    assert len(numbers) <= 6
+    assert max(numbers) - min(numbers) <= 5
+    assert world.dropped_groups >= set(range(1, min(numbers)))

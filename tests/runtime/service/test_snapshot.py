@@ -43,6 +43,24 @@ def test_a_sequence_without_its_home_waits_or_moves() -> None:
     assert moved == {"a": (0, 2, 7, 7), "b": (1, 0, 3, 0)}  # b: nothing but its home has its prompt
 
 
+def test_sequences_of_a_lost_home_are_spread() -> None:
+    """They go to the ranks with the fewest, those that had sequences of their own counted."""
+    own = [sequence(f"own{n}", 2, home=1, row=n, cached=4, replicated=4) for n in range(4)]
+    lost = [sequence(f"lost{n}", 2, home=0, row=4 + n, cached=4, replicated=4) for n in range(8)]
+    snapshots = [Snapshot(member, progress=3, sequences=(*own, *lost)) for member in (1, 2, 3)]
+    start = continue_from(snapshots, replicated=True, delivered=None)
+    homes = [held.home for held in start.running]
+    assert [homes.count(rank) for rank in range(3)] == [4, 4, 4]
+
+
+def test_members_that_are_all_new_begin_after_the_log() -> None:
+    """What was done before them is done; the next snapshot shows that they have served."""
+    start = continue_from([Snapshot(5), Snapshot(6)], replicated=False, delivered=None, applied=17)
+    assert (start.applied, start.running, start.waiting) == (17, (), ())
+    assert start.progress > 0
+    assert continue_from([Snapshot(9), Snapshot(5, start.progress, 17)], replicated=False, delivered={}).applied == 17
+
+
 def test_a_newcomer_holds_nothing() -> None:
     """Where K/V are on all ranks, a newcomer is the only one that still has to get them."""
     held = (sequence("a", 5, home=0, row=2, cached=7, replicated=7),)

@@ -1,0 +1,52 @@
+"""Liveness: hung is told from busy, by signs alone."""
+
+import pytest
+
+from moeplace.runtime.service.coordinator.liveness import Liveness
+from moeplace.runtime.service.options import ServiceOptions
+
+
+@pytest.fixture
+def liveness() -> Liveness:
+    return Liveness(ServiceOptions(timeout=4.0, step_timeout=30.0))
+
+
+def beat(liveness: Liveness, until: int, **turns: int) -> dict[int, str]:
+    """Members give signs once a second: a1=5 stays at turn 5, b1=-1 goes on; who is given up, and when it is looked."""
+    found: dict[int, str] = {}
+    for now in range(until):
+        for name, turn in turns.items():
+            liveness.hear(int(name[1:]), now if turn < 0 else turn, is_idle=name[0] == "i", now=float(now))
+        found |= liveness.look(float(now))
+    return found
+
+
+def test_busy_is_not_hung(liveness: Liveness) -> None:
+    """A step may take longer than a sign of life may be missing; idle members may wait for ever."""
+    assert beat(liveness, 29, a1=5, i2=3, a3=-1) == {}
+    assert beat(liveness, 100, i2=3, a3=-1) == {1: "it hung: no sign of life for 4 s"}
+
+
+def test_a_step_that_never_ends(liveness: Liveness) -> None:
+    """Is noticed although the member lives."""
+    assert beat(liveness, 32, a1=5, i2=3, a3=-1) == {1: "its step did not end within 30 s"}
+
+
+def test_silence(liveness: Liveness) -> None:
+    """For as long as was said, no less; who is gone is not looked for, who never said anything is not known."""
+    liveness.hear(1, 0, is_idle=True, now=0.0)
+    assert [liveness.look(float(now)) for now in range(5)] == [{}] * 5
+    assert liveness.look(4.5) == {1: "it hung: no sign of life for 4 s"}
+    liveness.forget(1)
+    assert liveness.look(5.5) == {}
+
+
+@pytest.mark.parametrize("moment", [100.0, -50.0])
+def test_whoever_looks_may_sleep(liveness: Liveness, moment: float) -> None:
+    """When it was the watcher that did not run, or the clock that was set, nobody else is to blame."""
+    liveness.hear(1, 0, is_idle=False, now=1.0)
+    assert liveness.look(1.5) == {}
+    assert liveness.look(moment) == {}
+    assert liveness.look(moment + 1) == {}
+    liveness.hear(1, 1, is_idle=False, now=moment + 1.5)
+    assert liveness.look(moment + 2) == {}
