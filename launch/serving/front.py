@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -149,6 +150,9 @@ def ended_by_signals() -> Iterator[None]:
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
+    if threading.current_thread() is not threading.main_thread():  # signals are not this thread's business
+        yield
+        return
     before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
