@@ -48,6 +48,7 @@ class Problem:
         replica_budget: "per-layer" gives each layer the cluster's slots; "global" shares the redundant slots of the
             whole model out to layers, so that each rank holds as many experts over all layers as before. The
             placement then has the slots of `layout`, empty (-1) in layers that use fewer.
+        leave_empty: redundant slots may stay empty; by default each gets a replica, because engines need one in each.
         expert_bytes: (L, E) bytes of each expert (1 where unknown).
         layer_ids, num_hidden_layers: passed through to the placement.
         shape, calibration: sizes and times of the cost model.
@@ -69,6 +70,7 @@ class Problem:
     move_price: float = 0.0
     survive: int = 0
     replica_budget: ReplicaBudget = "per-layer"
+    leave_empty: bool = False
     expert_bytes: np.ndarray = None  # type: ignore[assignment]  # given or not, an array after __post_init__
     layer_ids: np.ndarray | None = None
     num_hidden_layers: int = 0

@@ -8,18 +8,23 @@ import numpy as np
 
 from moeplace.placement.bounds.problem import problem_bounds
 from moeplace.placement.budget import Budget
-from moeplace.placement.objective import load_imbalance, measure
+from moeplace.placement.objective import load_imbalance, measure, measured
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft, SolveResult
 from moeplace.placement.solvers import get_solver
 from moeplace.placement.solvers.judge import held_caps
 from moeplace.placement.solvers.previous import keep_close, moved_summary
-from moeplace.profiling.errors import InputError
+from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.kernel_cache import compile_once
 
 OPTIMAL_GAP = 1e-9
 _BOUND_SHARE = 0.2
+_ROUNDING = 1e-7
+
+
+class BoundError(MoeplaceError):
+    """A bound above its objective: an internal error, never a proof."""
 
 
 def solve(
@@ -41,6 +46,7 @@ def solve(
 
     Raises:
         InputError: the solver is unknown, or the time limit not positive.
+        BoundError: a bound exceeds the objective, which is an internal error.
     """
     if not time_limit > 0:
         raise InputError(f"time limit ({time_limit} s) must be positive")
@@ -51,16 +57,17 @@ def solve(
     draft = search(problem, budget)
     caps_L = held_caps(problem)
     if problem.previous is not None:
-        draft = keep_close(problem, draft, caps_L)
+        draft = keep_close(problem, draft, caps_L, time_limit)
     if problem.replica_budget == "global":
         problem, draft = with_layout(problem, draft)
     placement = problem.placement(draft.slot_to_expert)
-    name, objective, values = measure(problem, placement)
-    broken = broken_cap(problem, placement, caps_L) or broken_survival(problem, placement)
+    name, objective, values, imbalance_L = _measured(problem, placement)
+    broken = broken_cap(imbalance_L, caps_L) or broken_survival(problem, placement)
     bounded = problem.replace(max_imbalance=None) if broken else problem
     left = max(time_limit - (time.monotonic() - started), 0.05 * time_limit)
     bounds = problem_bounds(bounded, time_limit=left, caps_L=None if broken else caps_L)
     lower = max(draft.lower_bound or 0.0, bounds.get(name, 0.0)) if not broken else bounds.get(name, 0.0)
+    _check_bounds(name, objective, lower, values, bounds)
     gap = (objective - lower) / objective if objective > 0 else 0.0
     proven = not broken and (draft.status == "optimal" or gap <= OPTIMAL_GAP)
     status = "feasible" if broken and draft.status == "optimal" else draft.status
@@ -90,13 +97,35 @@ def with_layout(problem: Problem, draft: Draft) -> tuple[Problem, Draft]:
     return problem.replace(replica_budget="per-layer"), replace(draft, notes=(*draft.notes, note))
 
 
-def broken_cap(problem: Problem, placement: Placement, caps_L: np.ndarray | None) -> str:
+def _measured(problem: Problem, placement: Placement) -> tuple[str, float, dict[str, float], np.ndarray]:
+    """`measure`, and the imbalance of each layer, from one replay."""
+    if problem.trace is None:
+        return (*measure(problem, placement), load_imbalance(problem, placement))
+    evaluation = problem.evaluate(placement)
+    return (*measured(problem, evaluation), evaluation.imbalance_L)
+
+
+def _check_bounds(
+    name: str, objective: float, lower: float, values: dict[str, float], bounds: dict[str, float]
+) -> None:
+    """A bound above what was measured proves a fault in this program, not a placement.
+
+    Raises:
+        BoundError: a bound exceeds the value that it bounds.
+    """
+    pairs = [(name, objective, lower), *((key, value, bounds.get(key, 0.0)) for key, value in values.items())]
+    for what, value, bound in pairs:
+        if bound > value * (1 + _ROUNDING) + _ROUNDING * lower:
+            raise BoundError(
+                f"internal error: the proven bound on {what} ({bound:.9g}) exceeds its value ({value:.9g}); "
+                "please report this problem"
+            )
+
+
+def broken_cap(imbalance_L: np.ndarray, caps_L: np.ndarray | None) -> str:
     """A sentence if a layer exceeds the cap on imbalance (some published models have none), else ""."""
     if caps_L is None:
         return ""
-    imbalance_L = (
-        load_imbalance(problem, placement) if problem.trace is None else problem.evaluate(placement).imbalance_L
-    )
     over_L = imbalance_L - caps_L
     if (over_L <= 1e-6).all():
         return ""

@@ -24,24 +24,36 @@ from moeplace.placement.result import Draft
 from moeplace.placement.search.alignment import aligned
 from moeplace.placement.search.ties import Ties, ties_of
 from moeplace.placement.solvers.exact.viterbi import fits, solve_viterbi
-from moeplace.placement.solvers.judge import Judge
+from moeplace.placement.solvers.judge import Judge, held_caps
 from moeplace.placement.solvers.lpt import rebalanced, solve_lpt
 from moeplace.placement.solvers.replicas.budget import search_budget
 from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_replicas, search_surviving_chain
 from moeplace.placement.solvers.schedule import search_layers
 from moeplace.placement.solvers.seconds import fastest
+from moeplace.placement.solvers.spare import use_all_slots, widened, without_spare
+
+_NARROW_SHARE = 0.25
+"""Share of the time for a search without replicas where slots are to spare: it needs less to settle."""
 
 
 def solve_portfolio(problem: Problem, budget: Budget) -> Draft:
     """See the module's docstring."""
     ties = _mended(problem, ties_of(problem))
+    judge = Judge(problem, ties, held_caps(problem), budget.time_limit)
     if problem.trace is None or problem.mode == "allgather" or problem.num_ranks == 1:
-        return solve_lpt(problem, budget)
+        drafts, note = [solve_lpt(problem, budget).slot_to_expert], ""
+        narrow = without_spare(problem)
+        if narrow is not None:  # split by the rule of the runtime, a load need not be as even as packing has it
+            drafts.append(widened(problem, narrow, solve_lpt(narrow, budget).slot_to_expert))
+            slots_LS, note = use_all_slots(problem, drafts, ties, judge, judge.best)
+            drafts = [slots_LS]
+        return Draft(drafts[0], notes=(note,) if note else ())
     if fits(problem) and (ties is None or not ties.bind):
         return solve_viterbi(problem, budget)
     if problem.objective == "traffic":
-        slots_LS, cut = search(problem, budget, problem.max_imbalance, 1.0, ties)
-        return Draft(slots_LS, "time_limit" if cut else "feasible")
+        drafts, cut = search(problem, budget, problem.max_imbalance, 1.0, ties)
+        slots_LS, note = use_all_slots(problem, drafts, ties, judge, judge.best)
+        return Draft(slots_LS, "time_limit" if cut else "feasible", notes=(note,) if note else ())
     return fastest(problem, budget, search, ties)
 
 
@@ -55,8 +67,24 @@ def _mended(problem: Problem, ties: Ties | None) -> Ties | None:
 
 def search(
     problem: Problem, budget: Budget, cap: float | None, share: float, ties: Ties | None
+) -> tuple[list[np.ndarray], bool]:
+    """(drafts (L, S), whether the clock cut it short) for one load cap with a share of the budget.
+
+    With spare slots there are two: that for all slots and that without replicas, which may well be better.
+    """
+    narrow = without_spare(problem)
+    bound = ties is not None and ties.bind
+    if narrow is None or problem.replica_budget == "global" or bound or budget.expired:
+        slots_LS, cut = _search(problem, budget, cap, share, ties)
+        return [slots_LS], cut
+    slots_LS, cut = _search(problem, budget, cap, share * (1 - _NARROW_SHARE), ties)
+    fewer_LS, also_cut = _search(narrow, budget, cap, share * _NARROW_SHARE, None)
+    return [slots_LS, widened(problem, narrow, fewer_LS)], cut or also_cut
+
+
+def _search(
+    problem: Problem, budget: Budget, cap: float | None, share: float, ties: Ties | None
 ) -> tuple[np.ndarray, bool]:
-    """(slots (L, S), whether the clock cut it short) for one load cap with a share of the budget."""
     seconds = budget.time_limit * share
     if problem.mode == "coherent" and problem.top_k == 1 and problem.survive:
         return search_surviving_chain(problem, budget, cap, seconds)
@@ -71,17 +99,19 @@ def search(
     if problem.mode == "coherent" and (problem.redundant_slots > 0).any():
         # With copies a token stays where its experts happen to be: fewer ranks per token need not mean fewer copies.
         drafts += [slots_LS, solve_lpt(problem, budget).slot_to_expert]
-    return _least_traffic(problem, drafts, cap, ties), cut
+    return _least_traffic(problem, budget, drafts, cap, ties), cut
 
 
-def _least_traffic(problem: Problem, drafts: Sequence[np.ndarray], cap: float | None, ties: Ties | None) -> np.ndarray:
+def _least_traffic(
+    problem: Problem, budget: Budget, drafts: Sequence[np.ndarray], cap: float | None, ties: Ties | None
+) -> np.ndarray:
     """The draft of least traffic among those whose layers exceed the cap least."""
     caps_L = None if cap is None else np.full(problem.num_layers, cap)
-    return Judge(problem.replace(objective="traffic"), ties, caps_L).best(drafts)
+    return Judge(problem.replace(objective="traffic"), ties, caps_L, budget.time_limit).best(drafts)
 
 
 def _budgeted(problem: Problem, budget: Budget, cap: float | None, seconds: float) -> tuple[np.ndarray, bool]:
-    """`search` with the redundant slots of all layers shared out, see `replica_budget`."""
+    """The search with the redundant slots of all layers shared out, see `replica_budget`."""
     cuts = []
 
     def some_layers(part: Problem, layers: Sequence[int], share: float) -> list[tuple[float, np.ndarray]]:

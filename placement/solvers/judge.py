@@ -14,8 +14,10 @@ from moeplace.placement.bounds.problem import held_imbalance
 from moeplace.placement.objective import load_imbalance, measured, survival_deficit
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
+from moeplace.placement.search.sample import judging_trace
 from moeplace.placement.search.ties import Ties
 from moeplace.placement.solvers.replicas.budget import slot_steps, with_steps
+from moeplace.profiling.traces.trace import RoutingTrace
 
 SAME = 1e-9
 """Objectives closer than this, relatively, are a tie."""
@@ -29,10 +31,16 @@ class Judge:
         problem: gives objective, price and cap on moves.
         ties: of the problem, None without a previous placement.
         caps_L: (L,) imbalance that each layer is held to, None = any.
+        seconds: time limit of a search that compares many drafts, on as many tokens as it can pay for; None = on all.
     """
 
-    def __init__(self, problem: Problem, ties: Ties | None, caps_L: np.ndarray | None) -> None:
+    def __init__(
+        self, problem: Problem, ties: Ties | None, caps_L: np.ndarray | None, seconds: float | None = None
+    ) -> None:
         self._problem, self._ties, self._caps_L = problem, ties, caps_L
+        self._trace = problem.trace
+        if problem.trace is not None and seconds is not None:
+            self._trace = judging_trace(problem, seconds)
         self._known: dict[bytes, _Values] = {}
 
     def best(self, drafts: Sequence[np.ndarray]) -> np.ndarray:
@@ -61,6 +69,11 @@ class Judge:
     def objective(self, slots_LS: np.ndarray) -> float:
         """The problem's objective alone."""
         return self._values(self._problem.placement(slots_LS)).objective
+
+    @property
+    def sampled(self) -> bool:
+        """Whether drafts are compared on a part of the tokens only."""
+        return self._trace is not self._problem.trace
 
     def combine(self, drafts: Sequence[np.ndarray]) -> np.ndarray | None:
         """Each layer's best row, where layers are independent; None where they are not, or rows differ in length."""
@@ -97,7 +110,7 @@ class Judge:
         """Evaluated once for every placement."""
         key = placement.slot_to_expert.tobytes()
         if key not in self._known:
-            self._known[key] = _evaluated(self._problem, placement)
+            self._known[key] = _evaluated(self._problem, placement, self._trace)
         return self._known[key]
 
     def _moves_L(self, placement: Placement) -> np.ndarray:
@@ -125,18 +138,21 @@ class _Values(NamedTuple):
     objective_L: np.ndarray | None
 
 
-def _evaluated(problem: Problem, placement: Placement) -> _Values:
-    if problem.trace is None:
+def _evaluated(problem: Problem, placement: Placement, trace: RoutingTrace | None) -> _Values:
+    if trace is None:
         imbalance_L = load_imbalance(problem, placement)
         return _Values(float(imbalance_L.mean()), imbalance_L, imbalance_L)
-    evaluation = problem.evaluate(placement)
+    evaluation = problem.evaluate(placement, trace)
     name, objective, _ = measured(problem, evaluation)
     by_layer = None
     if name == "imbalance":
         by_layer = evaluation.imbalance_L
     elif name == "traffic" and problem.mode == "dispatch-combine":
         by_layer = evaluation.ranks_per_token_L + problem.node_weight * evaluation.nodes_per_token_L
-    return _Values(objective, evaluation.imbalance_L, by_layer)
+    imbalance_L = evaluation.imbalance_L
+    if trace is not problem.trace and not placement.has_replicas:
+        imbalance_L = load_imbalance(problem, placement)  # of all tokens: nothing to choose, hence nothing to replay
+    return _Values(objective, imbalance_L, by_layer)
 
 
 def held_caps(problem: Problem) -> np.ndarray | None:

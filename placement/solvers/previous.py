@@ -19,8 +19,14 @@ from moeplace.placement.search.ties import Ties, ties_of
 from moeplace.placement.solvers.judge import Judge
 
 
-def keep_close(problem: Problem, draft: Draft, caps_L: np.ndarray | None) -> Draft:
+def keep_close(problem: Problem, draft: Draft, caps_L: np.ndarray | None, seconds: float) -> Draft:
     """The draft or what is better near the previous placement, experts that stay in their slots.
+
+    Args:
+        problem: has a previous placement.
+        draft: of any solver.
+        caps_L: (L,) imbalance that each layer is held to, None = any.
+        seconds: the time limit.
 
     Raises:
         InfeasibleError: the change of cluster alone needs more moves than allowed.
@@ -28,11 +34,14 @@ def keep_close(problem: Problem, draft: Draft, caps_L: np.ndarray | None) -> Dra
     previous, ties = problem.previous, ties_of(problem, wide=True)
     assert previous is not None
     assert ties is not None
-    judge = Judge(problem, ties, caps_L)
+    judge = Judge(problem, ties, caps_L, seconds)
     drafts = [ties.rows_LS, draft.slot_to_expert, *_named(problem, previous, draft.slot_to_expert)]
     drafts += [_within(problem, ties, each) for each in drafts[1:] if each.shape == ties.rows_LS.shape]
     mixed = judge.combine(drafts)
     best = judge.best(drafts if mixed is None else [*drafts, mixed])
+    if judge.sampled:  # whether it beats staying is decided on all tokens
+        judge = Judge(problem, ties, caps_L)
+        best = judge.best([ties.rows_LS, best])
     wide = best.shape[1] == problem.layout.num_slots
     status = draft.status
     if status == "optimal" and judge.objective(best) > judge.objective(draft.slot_to_expert):

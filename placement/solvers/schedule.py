@@ -28,6 +28,9 @@ FULL_SWEEPS = 300
 LEAST_FACTOR = 0.05
 """A run shortened below this share of its plan is not worth starting."""
 
+_SETUP_SECONDS = 100e-9
+"""Tables and hedge of one search, per expert of a token in a layer: measured on the DeepSeek-V2-Lite trace."""
+
 Found = tuple[float, np.ndarray]
 """(penalised objective, (S,) int32 slot -> expert) of a layer."""
 
@@ -87,13 +90,13 @@ class _Rounds:
         """One run of one layer; returns whether it was shortened or left out."""
         number, place = job
         effort, layer = self.efforts[number], self.layers[place]
-        if layer not in self.searches:
-            hedge = effort.hedge if self.cap is not None else 0.0
-            self.searches[layer] = LayerSearch(self.problem, layer, self.cap, hedge, self.stop, self.ties)
         before = self.budget.elapsed
         factor = self._factor(number, place, self.deadline - before)
         if factor < LEAST_FACTOR:
             return True
+        if layer not in self.searches:
+            hedge = effort.hedge if self.cap is not None else 0.0
+            self.searches[layer] = LayerSearch(self.problem, layer, self.cap, hedge, self.stop, self.ties)
         value, row_S = self.searches[layer].run(effort.scaled(factor), self.budget.rng(layer, number))
         with self.lock:  # ties go to the earlier round, whichever ends first
             if (value, number) < self.best[layer][:2]:
@@ -112,6 +115,14 @@ class _Rounds:
         # Any other is run in full or not at all.
         room = 0.5 * self.seconds if number == 0 else 0.7 * slowness * effort.seconds
         return 1.0 if left > room else 0.0
+
+
+def searches_within(problem: Problem, seconds: float) -> int:
+    """How many searches over all layers can at least be set up in a time, 1 or more."""
+    assert problem.trace is not None
+    assignments = problem.num_layers * min(problem.trace.num_tokens, MOST_TOKENS) * problem.top_k
+    searches = 2 if problem.spare_per_rank else 1
+    return max(int(seconds * workers() / (_SETUP_SECONDS * assignments * searches)), 1)
 
 
 def round_efforts(problem: Problem, seconds: float, layers: int) -> list[Effort]:

@@ -8,6 +8,7 @@ import numpy as np
 from moeplace.placement.budget import Budget
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.packing import pack_slots
+from moeplace.placement.search.sample import judging_trace
 from moeplace.placement.search.ties import Ties
 from moeplace.placement.solvers.chain.driver import search_chain
 from moeplace.placement.solvers.replicas.survival import (
@@ -31,7 +32,7 @@ def search_chain_with_replicas(
     if (problem.redundant_slots > 0).any():
         if ties is not None:
             slots_LS = _keep_replicas(problem, slots_LS, ties)
-        slots_LS = add_replicas_on_the_way(problem, slots_LS, cap, ties)
+        slots_LS = add_replicas_on_the_way(problem, budget, slots_LS, cap, ties)
     return slots_LS, cut
 
 
@@ -47,18 +48,20 @@ def search_surviving_chain(
     first_LER &= first_LER.cumsum(axis=2) == 1
     held_LER = add_surviving_replicas(problem, first_LER)
     slots_LS = to_rows(problem, held_LER)
+    trace = judging_trace(problem, budget.time_limit)
     if cap is not None:
         packed = problem.placement(packed_LS)
-        caps_L = np.maximum(cap, problem.evaluate(packed).imbalance_L)
-        for _ in range(_PACKINGS):
-            balance_replicas(problem, held_LER, caps_L)
-            slots_LS = to_rows(problem, held_LER)
-            over_L = problem.evaluate(problem.placement(slots_LS)).imbalance_L > caps_L + 1e-9
-            if not over_L.any() or budget.expired:
-                break
-            held_LER[over_L] = packed.copies_LER[over_L] > 0
-    slots_LS = add_replicas_on_the_way(problem, slots_LS, cap)
-    ours, theirs = (problem.evaluate(problem.placement(each)).copies_per_token for each in (slots_LS, packed_LS))
+        caps_L = np.maximum(cap, problem.evaluate(packed, trace).imbalance_L)
+        with budget.alarm(budget.remaining) as stop:
+            for _ in range(_PACKINGS):
+                balance_replicas(problem, held_LER, caps_L, stop)
+                slots_LS = to_rows(problem, held_LER)
+                over_L = problem.evaluate(problem.placement(slots_LS), trace).imbalance_L > caps_L + 1e-9
+                if not over_L.any() or budget.expired:
+                    break
+                held_LER[over_L] = packed.copies_LER[over_L] > 0
+    slots_LS = add_replicas_on_the_way(problem, budget, slots_LS, cap)
+    ours, theirs = (problem.evaluate(problem.placement(each), trace).copies_per_token for each in (slots_LS, packed_LS))
     return (slots_LS if ours <= theirs else packed_LS), cut
 
 
@@ -77,14 +80,17 @@ def _keep_replicas(problem: Problem, slots_LS: np.ndarray, ties: Ties) -> np.nda
 
 
 def add_replicas_on_the_way(
-    problem: Problem, slots_LS: np.ndarray, cap: float | None, ties: Ties | None = None
+    problem: Problem, budget: Budget, slots_LS: np.ndarray, cap: float | None, ties: Ties | None = None
 ) -> np.ndarray:
     """Fill empty slots with replicas of the experts that most tokens on that rank go to; kept where it pays."""
     price = 0.0 if ties is None else ties.price_LE
     most_moves = np.inf if ties is None else ties.most_moves
-    best = problem.evaluate(problem.placement(slots_LS))
+    trace = judging_trace(problem, budget.time_limit)
+    best = problem.evaluate(problem.placement(slots_LS), trace)
     limit_L = np.full(problem.num_layers, np.inf) if cap is None else np.maximum(cap, best.imbalance_L)
     for layer in range(1, problem.num_layers):
+        if budget.expired:
+            break
         placement = problem.placement(slots_LS)
         trial_LS, paid = slots_LS.copy(), 0.0
         moves = 0 if ties is None else int(ties.moves(slots_LS, problem.cluster.rank_of_slot)[layer])
@@ -98,7 +104,7 @@ def add_replicas_on_the_way(
                 arrive_RE[rank, expert] = 0
                 moves += 1
                 paid += price if isinstance(price, float) else float(price[layer, expert])
-        trial = problem.evaluate(problem.placement(trial_LS))
+        trial = problem.evaluate(problem.placement(trial_LS), trace)
         if trial.copies_per_token + paid < best.copies_per_token and (trial.imbalance_L <= limit_L + 1e-9).all():
             slots_LS, best = trial_LS, trial
     return slots_LS

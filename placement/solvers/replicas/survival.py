@@ -49,21 +49,23 @@ def add_surviving_replicas(problem: Problem, first_LER: np.ndarray) -> np.ndarra
     return held_LER
 
 
-def balance_replicas(problem: Problem, held_LER: np.ndarray, caps_L: np.ndarray) -> None:
-    """Swap replicas, in place, layer by layer in model order, until the load that tokens bring keeps the caps."""
+def balance_replicas(problem: Problem, held_LER: np.ndarray, caps_L: np.ndarray, stop: np.ndarray) -> None:
+    """Swap replicas, in place, layer by layer in model order, until the loads keep the caps or `stop` is set."""
     assert problem.trace is not None
     trace, cluster = problem.trace, problem.cluster
     nodes = min(problem.survive + 1, cluster.num_nodes)
     rank_TK = np.empty((trace.num_tokens, 1), np.int32)
     near_T, rotation_T = np.full(trace.num_tokens, -1, np.int32), np.arange(trace.num_tokens)
     for layer in range(problem.num_layers):
+        if stop[0]:
+            return
         ids_TK = trace.layer(layer)
         used = ids_TK[:, 0] >= 0
         arrive_QE = np.zeros((cluster.num_ranks + 1, held_LER.shape[1]))  # last row: nobody knows where they are
         np.add.at(arrive_QE, (near_T[used], ids_TK[used, 0]), 1.0)
         limit_R = caps_L[layer] * used.sum() / cluster.speed_of_rank.sum() * cluster.speed_of_rank
         worth_ER = _worth(problem, held_LER, layer)
-        _swap_replicas(held_LER[layer], arrive_QE, worth_ER, cluster.node_of_rank, limit_R * _MARGIN, nodes)
+        _swap_replicas(held_LER[layer], arrive_QE, worth_ER, cluster.node_of_rank, limit_R * _MARGIN, nodes, stop)
         choose_ranks(ids_TK, held_LER[layer], cluster.node_of_rank, near_T, rotation_T, rank_TK)
         near_T = np.where(used, rank_TK[:, 0], near_T).astype(np.int32)
 
@@ -101,7 +103,7 @@ def _nodes_held(e, held_ER, node_R):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _swap_replicas(held_ER, arrive_QE, worth_ER, node_R, limit_R, min_nodes):  # type: ignore[no-untyped-def]
+def _swap_replicas(held_ER, arrive_QE, worth_ER, node_R, limit_R, min_nodes, stop):  # type: ignore[no-untyped-def]
     """While a rank is above its limit: the swap of replicas that ends most overload per token that no longer stays."""
     experts, num_ranks = held_ER.shape
     load_R, trial_R = np.zeros(num_ranks), np.zeros(num_ranks)
@@ -113,6 +115,8 @@ def _swap_replicas(held_ER, arrive_QE, worth_ER, node_R, limit_R, min_nodes):  #
             return
         best, move = 0.0, (-1, -1, -1, -1)
         for g in range(num_ranks):
+            if stop[0]:
+                return
             if load_R[g] <= limit_R[g]:
                 continue
             for a in range(experts):

@@ -34,7 +34,7 @@ def test_equal_time_leaves_the_choice_to_traffic(mode: Any, seed: int) -> None:
     searched = iter(given)
     budget = Budget(1e9)
     chosen = problem.evaluate(
-        problem.placement(fastest(problem, budget, lambda *_: (next(searched), False)).slot_to_expert)
+        problem.placement(fastest(problem, budget, lambda *_: ([next(searched)], False)).slot_to_expert)
     )
     drafts = [*given, solve_lpt(problem, budget).slot_to_expert, solve_index_order(problem, budget).slot_to_expert]
     others = [problem.evaluate(problem.placement(draft)) for draft in drafts]

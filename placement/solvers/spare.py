@@ -1,0 +1,83 @@
+"""Slots beyond one per expert: a plan for fewer slots is a plan for more, and none stays empty that can be used.
+
+Shape letters: L MoE layers, E experts, R ranks, S slots per layer.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from moeplace.placement.placement import EMPTY_SLOT, with_slots
+from moeplace.placement.problem import Problem
+from moeplace.placement.search.ties import Ties
+from moeplace.placement.solvers.judge import Judge
+from moeplace.placement.solvers.replicas.budget import with_steps
+
+Choose = Callable[[Sequence[np.ndarray]], np.ndarray]
+_WORTH_SAYING = 0.001
+
+
+def without_spare(problem: Problem) -> Problem | None:
+    """The problem with as many slots fewer per rank as every layer can do without; None if there are none."""
+    spare = problem.spare_per_rank
+    return with_steps(problem, -spare) if spare else None
+
+
+def widened(problem: Problem, narrow: Problem, slots_LS: np.ndarray) -> np.ndarray:
+    """(L, S) a plan for fewer slots in the problem's own, the further ones empty."""
+    return with_slots(narrow.placement(slots_LS), problem.cluster.slots_of_rank).slot_to_expert
+
+
+def use_all_slots(
+    problem: Problem, drafts: Sequence[np.ndarray], ties: Ties | None, judge: Judge, choose: Choose
+) -> tuple[np.ndarray, str]:
+    """(the best draft with every slot used, a sentence on what that costs or why some stay empty).
+
+    Engines start with a number of slots and need an expert in each of them. Every empty slot gets the expert of the
+    largest load per replica that its rank lacks, which helps balance most, or the one of the smallest load, which
+    changes least: the better of both. Slots stay empty where the problem says so, where a replica breaks a constraint,
+    and in `coherent` mode, which no engine runs, where replicas draw tokens away from where they are.
+    """
+    sparse = [draft for draft in drafts if (draft == EMPTY_SLOT).any()]
+    if not sparse or problem.leave_empty or problem.replica_budget == "global":
+        return choose(drafts), ""
+    least = choose(sparse)
+    filled = judge.best([_fill(problem, least, ties, heaviest) for heaviest in (True, False)])
+    (broken, before, _), breaks = judge.key(least), judge.key(filled)[0]
+    if breaks > broken:
+        return choose(drafts), f"{int((least == EMPTY_SLOT).sum())} slots stay empty: replicas there break a constraint"
+    if problem.mode == "coherent":
+        best = choose([*drafts, filled])
+        empty = int((best == EMPTY_SLOT).sum())
+        return best, f"{empty} slots stay empty: replicas there cost more than they save" if empty else ""
+    best = choose([draft for draft in drafts if not (draft == EMPTY_SLOT).any()] + [filled])
+    cost = judge.key(best)[1] / before - 1 if before > 0 else 0.0
+    if judge.key(best)[0] > broken or cost < _WORTH_SAYING:
+        return best, ""
+    return best, (
+        f"replicas cost more than they save here: with every slot used the objective is {cost:.1%} above that of the "
+        "same plan with empty slots; solve with fewer slots per rank, or leave slots empty"
+    )
+
+
+def _fill(problem: Problem, slots_LS: np.ndarray, ties: Ties | None, heaviest: bool) -> np.ndarray:
+    filled_LS, rank_of_slot = slots_LS.copy(), problem.cluster.rank_of_slot
+    for layer, row_S in enumerate(filled_LS):
+        experts = int(problem.experts_per_layer[layer])
+        load_E = problem.load_LE[layer, :experts]
+        left = np.inf if ties is None else ties.most_moves - ties.moves(filled_LS, rank_of_slot)[layer]
+        replicas_E = np.bincount(row_S[row_S >= 0], minlength=experts)
+        for slot in np.flatnonzero(row_S == EMPTY_SLOT):
+            rank = rank_of_slot[slot]
+            share_E = load_E / replicas_E if heaviest else -load_E
+            open_E = np.ones(experts, bool)
+            open_E[row_S[(rank_of_slot == rank) & (row_S >= 0)]] = False
+            if ties is not None and left <= 0:
+                open_E &= ~ties.new_LER[layer, :experts, rank]
+            if not open_E.any():
+                continue
+            expert = int(np.where(open_E, share_E, -np.inf).argmax())
+            left -= 0 if ties is None else int(ties.new_LER[layer, expert, rank])
+            row_S[slot] = expert
+            replicas_E[expert] += 1
+    return filled_LS

@@ -1,0 +1,113 @@
+"""Spare slots, bounds that contradict, and work that a time limit can pay for."""
+
+import datetime
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moeplace.placement.budget as budget_module
+import moeplace.placement.problem as problem_module
+import moeplace.placement.solve as solve_module
+from moeplace.placement.budget import Budget
+from moeplace.placement.cluster import Cluster
+from moeplace.placement.placement import MODES
+from moeplace.placement.problem import Problem
+from moeplace.placement.solve import BoundError, solve
+from tests.placement.instances import skewed_problem, skewed_trace
+
+WORK_PER_SECOND = 2e7
+"""Experts of tokens in layers that may be replayed for each second of a limit: half of what a slow core manages."""
+SEEDS = (3, datetime.date.today().toordinal())
+
+
+@pytest.fixture
+def still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time passes: all planned work is done, whatever else the machine does."""
+    clock = SimpleNamespace(monotonic=lambda: 0.0)
+    for module in (budget_module, solve_module):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(solve_module, "problem_bounds", lambda *_, **__: {})  # their work is not what is tested
+    monkeypatch.setattr(Budget, "alarm", lambda self, seconds: nullcontext(np.zeros(1, np.uint8)))
+
+
+@pytest.mark.usefixtures("still_clock")
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("objective", ["traffic", "seconds"])
+@pytest.mark.parametrize("mode", MODES)
+def test_more_slots_never_plan_worse(mode: Any, objective: Any, seed: int) -> None:
+    """A plan for fewer slots is a plan for more; no slot stays empty unasked, and what that costs is said."""
+    trace = skewed_trace(seed, tokens=120, layers=2, experts=8, top_k=1 + seed % 2)
+    values = []
+    for slots in (2, 3, 5):
+        cluster = Cluster.uniform(4, slots_per_rank=slots, ranks_per_node=2 if seed % 3 else None)
+        problem = Problem.from_trace(trace, cluster, mode=mode, objective=objective)
+        full = solve(problem, time_limit=0.04, seed=seed)
+        assert mode == "coherent" or not (full.placement.slot_to_expert < 0).any()
+        free = solve(problem.replace(leave_empty=True), time_limit=0.04, seed=seed)
+        values.append(free.objective)
+        # A full rank reads more weights, and the rule that splits a load need not split it evenly: then it is said.
+        said = any("cost more than they save" in note for note in full.notes)
+        assert full.objective <= free.objective * (1.006 if objective == "seconds" else 1 + 1e-9) or said
+        assert not said or mode != "dispatch-combine" or objective == "seconds"
+    same = 1.005 if objective == "seconds" else 1 + 1e-9  # what predicted times cannot tell apart
+    assert values[1] <= values[0] * same
+    assert values[2] <= values[0] * same
+
+
+def test_a_bound_above_its_value_is_an_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised, on the objective and on what else is bounded, and never called optimal."""
+    problem = skewed_problem(0, trace={"layers": 2})
+    value = solve(problem, time_limit=0.3).values
+    for name in ("traffic", "imbalance"):
+        monkeypatch.setattr(solve_module, "problem_bounds", lambda *_, name=name, **__: {name: value[name] * 1.01})
+        with pytest.raises(BoundError, match=f"bound on {name}"):
+            solve(problem, time_limit=0.3)
+
+
+@pytest.mark.parametrize("objective", ["traffic", "seconds"])
+@pytest.mark.parametrize(("mode", "top_k", "options"), [
+    ("dispatch-combine", 2, {}),
+    ("dispatch-combine", 2, {"survive": 1}),
+    ("coherent", 1, {}),
+    ("coherent", 1, {"survive": 1, "max_imbalance": 1.3}),
+    ("coherent", 2, {}),
+    ("allgather", 2, {}),
+])  # fmt: skip
+def test_a_limit_pays_for_what_is_replayed(
+    mode: Any, top_k: int, options: dict[str, Any], objective: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the trace: all of its tokens are replayed once or twice, else only as many as the limit allows."""
+    replayed: list[int] = []
+    evaluate = problem_module.evaluate
+
+    def counting(trace: Any, *args: Any, **options: Any) -> Any:
+        replayed.append(trace.num_tokens * trace.num_layers * trace.top_k)
+        return evaluate(trace, *args, **options)
+
+    monkeypatch.setattr(problem_module, "evaluate", counting)
+    trace = skewed_trace(1, tokens=60_000, layers=4, experts=8, top_k=top_k)
+    cluster = Cluster.uniform(4, slots_per_rank=5)
+    solve(Problem.from_trace(trace, cluster, mode=mode, objective=objective, **options), time_limit=0.1)
+    whole = trace.num_tokens * trace.num_layers * trace.top_k
+    assert sum(count == whole for count in replayed) <= 2
+    assert sum(count for count in replayed if count != whole) <= WORK_PER_SECOND * 0.1
+
+
+def test_a_limit_pays_for_what_is_replayed_when_solving_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Staying and moving are compared on all tokens, everything else on a part."""
+    trace = skewed_trace(1, tokens=60_000, layers=4, experts=8, top_k=2)
+    cluster = Cluster.uniform(4, slots_per_rank=2)
+    problem = Problem.from_trace(trace, cluster, objective="traffic", max_imbalance=1.5)
+    first = solve(problem, solver="index-order", time_limit=0.1).placement
+    replayed: list[int] = []
+    evaluate = problem_module.evaluate
+    monkeypatch.setattr(
+        problem_module, "evaluate", lambda trace, *a, **o: replayed.append(trace.num_tokens) or evaluate(trace, *a, **o)
+    )
+    solve(problem.replace(previous=first, max_moves=2), time_limit=0.1)
+    assert sum(count == trace.num_tokens for count in replayed) <= 3
+    parts = np.sum([count for count in replayed if count < trace.num_tokens])
+    assert parts * trace.num_layers * trace.top_k <= WORK_PER_SECOND * 0.1
