@@ -4,7 +4,6 @@ A configuration class is filled with small numbers wherever it has an attribute 
 need beyond that is in `_OWN`.
 """
 
-import importlib.util
 import math
 import warnings
 from functools import cache
@@ -118,15 +117,23 @@ def moe_families() -> tuple[str, ...]:
     return tuple(family for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if _speaks_of_experts(family))
 
 
+def families_with_back_ends() -> list[str]:
+    """Those of them whose source takes back ends for experts; nothing is imported for that."""
+    return [f for f in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if "@use_experts_implementation" in _source_of(f)]
+
+
+def _source_of(family: str) -> str:
+    """The source of a family's models, empty where what is served of it is another family, its language model."""
+    folder = Path(transformers.__file__).parent / "models" / model_type_to_module_name(family)
+    path = folder / f"modeling_{folder.name}.py"
+    if family not in CONFIG_MAPPING_NAMES or f"{family}_text" in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return ""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
 def _speaks_of_experts(family: str) -> bool:
     """Whether its source has a class of experts; of those that can be built the modules decide."""
-    name = model_type_to_module_name(family)
-    spec = importlib.util.find_spec(f"transformers.models.{name}.modeling_{name}") if _exists(name) else None
-    if family not in CONFIG_MAPPING_NAMES or spec is None or spec.origin is None:
-        return False
-    if f"{family}_text" in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # what is served of it is its language model
-        return False
-    if "xperts" not in Path(spec.origin).read_text(encoding="utf-8"):
+    if "xperts" not in _source_of(family):
         return False
     try:
         with torch.device("meta"):
@@ -134,10 +141,6 @@ def _speaks_of_experts(family: str) -> bool:
     except Exception:
         return True
     return bool(find_experts(model))
-
-
-def _exists(name: str) -> bool:
-    return importlib.util.find_spec(f"transformers.models.{name}") is not None
 
 
 def small_config(family: str) -> Any:

@@ -12,6 +12,7 @@ from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import require_file
 from moeplace.profiling.recording.checkpoint_files import check_checkpoint
 from moeplace.profiling.recording.corpus import Tokenize, estimate_tokens, token_sequences
+from moeplace.profiling.recording.model_config import foreign_config, no_experts, read_model_config
 from moeplace.profiling.recording.recorder import Recorder
 from moeplace.profiling.recording.routing_sources import find_sources
 
@@ -50,16 +51,14 @@ def _check_architecture(path: Path) -> None:
     """Refuse a configuration that is not an MoE language model, before any weight is read."""
     import transformers
 
+    config = read_model_config(path)
     try:
-        config = transformers.AutoConfig.from_pretrained(path, **_LOCAL)
         with torch.device("meta"):
             skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a foreign configuration can fail anywhere in transformers
-        raise FormatError(
-            f"{path / 'config.json'} does not describe a causal language model: {_line(error)}"
-        ) from error
+        raise foreign_config(path, error) from error
     if not find_sources(skeleton):
-        raise InputError(f"{path} is a dense model ({type(skeleton).__name__}): it has no experts to record")
+        raise no_experts(str(path), skeleton)
 
 
 def _device(name: str) -> torch.device:
@@ -77,7 +76,12 @@ def _read_weights(path: Path) -> torch.nn.Module:
 
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, dtype="auto", output_loading_info=True, **_LOCAL
+            path,
+            config=read_model_config(path),
+            use_safetensors=True,
+            dtype="auto",
+            output_loading_info=True,
+            **_LOCAL,
         )
     except Exception as error:
         raise FormatError(f"the weights of {path} do not fit its config.json: {_line(error)}") from error

@@ -20,6 +20,7 @@ from moeplace.profiling.errors import InputError
 from moeplace.profiling.model_facts import facts_of
 from moeplace.profiling.recording.cache_names import cache_of
 from moeplace.profiling.recording.gate_accuracy import GateAccuracy
+from moeplace.profiling.recording.model_config import no_experts
 from moeplace.profiling.recording.routing_sources import Routing, RoutingSource, find_sources
 from moeplace.profiling.traces.file import TraceWriter
 
@@ -91,7 +92,7 @@ class Recorder:
         config: Any = model.config
         self._name = name or str(config.name_or_path or config.model_type)
         if not self._sources:
-            raise InputError(f"{self._name} is a dense model ({type(model).__name__}): it has no experts to record")
+            raise no_experts(self._name, model)
         self._gate_modules = find_gates(self._sources) if gate_accuracy else []
         self.workload = 0
         self._workload_names = tuple(workload_names)

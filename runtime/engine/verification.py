@@ -6,9 +6,11 @@ Rank 0 loads the whole plain model for it, experts included, and lets it go agai
 Shape letters: n tokens of a sequence, V vocabulary.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +45,9 @@ def verify_engine(engine: Engine) -> None:
     served = engine.score(sequences, prompt_lengths=[prompt for _, prompt in shapes])
     differing = torch.zeros(1, dtype=torch.int64, device=engine.group.device)
     if engine.group.rank == 0:
-        plain = plain_logits(engine.checkpoint.path, sequences, dtype=engine.executor.decoder.dtype)
+        plain = plain_logits(
+            engine.checkpoint.path, engine.checkpoint.family.config, sequences, dtype=engine.executor.decoder.dtype
+        )
         differing[0] = sum(not _agree(*pair) for pair in zip(served, plain, strict=True))
     if engine.group.size > 1:
         engine.group.all_reduce(differing, kind="verification")
@@ -57,12 +61,19 @@ def verify_engine(engine: Engine) -> None:
 
 
 @torch.inference_mode()
-def plain_logits(folder: Path, sequences: Sequence[Sequence[int]], *, dtype: torch.dtype) -> list[torch.Tensor]:
+def plain_logits(
+    folder: Path, config: Any, sequences: Sequence[Sequence[int]], *, dtype: torch.dtype
+) -> list[torch.Tensor]:
     """(n, V) of the plain model per sequence, one at a time and without a cache."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, experts_implementation="eager"
+        folder,
+        config=copy.deepcopy(config),
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        experts_implementation="eager",
     ).eval()
     return [model(input_ids=torch.tensor([list(s)]), use_cache=False).logits[0] for s in sequences]
 

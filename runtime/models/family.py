@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from moeplace.profiling.errors import FormatError, InputError
+from moeplace.profiling.errors import InputError
 from moeplace.profiling.recording.experts_modules import ExpertsModule, find_experts
+from moeplace.profiling.recording.model_config import foreign_config, no_experts, read_model_config
 from moeplace.runtime.experts.weights import Activation, Part
 from moeplace.runtime.models.adapters import adapter_of
 
@@ -80,19 +81,14 @@ class Family:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        self.config: Any = read_model_config(folder)
+        self.name = str(self.config.model_type)
         try:
-            self.config: Any = transformers.AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-            self.name = str(self.config.model_type)
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = transformers.AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         except Exception as error:  # a foreign configuration can fail anywhere in transformers
-            reason = " ".join(str(error).split())[:200]
-            raise FormatError(
-                f"{folder / 'config.json'} does not describe a causal language model: {reason}"
-            ) from error
+            raise foreign_config(folder, error) from error
         self.model: Any = model.eval().requires_grad_(False)
         quantised = getattr(self.config, "quantization_config", None)
         if quantised:
@@ -100,7 +96,7 @@ class Family:
             raise self.refusal(f"its weights are quantised ({method}): they must be converted to plain tensors first")
         found = find_experts(self.model)
         if not found:
-            raise InputError(f"{folder} is a dense model ({self.name}): it has no experts to place")
+            raise no_experts(str(folder), self.model)
         self.forms = [self._form_of(experts) for experts in found]
         if any(form.shapes != self.forms[0].shapes for form in self.forms):
             raise self.refusal("its MoE layers have experts of different shapes")

@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from moeplace.profiling.errors import MoeplaceError
 from moeplace.runtime.models.blocks import NotSplitError
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.decoder import Decoder
@@ -32,5 +33,13 @@ def open_model(
         check_split(model, decoder)
     except NotSplitError as error:
         logger.info("%s runs its own code from end to end: %s", checkpoint.family.name, error)
-        return WholeModel(checkpoint, dtype=dtype, device=device, model=model, reason=str(error))
-    return decoder
+        reason = str(error)
+    else:
+        return decoder
+    try:
+        return WholeModel(checkpoint, dtype=dtype, device=device, model=model, reason=reason)
+    except MoeplaceError:
+        raise
+    except Exception as error:  # the family's own code may fail anywhere on a prompt of a few tokens
+        sentence = " ".join(str(error).split())[:160]
+        raise checkpoint.family.refusal(f"its own code fails: {type(error).__name__}: {sentence}") from error

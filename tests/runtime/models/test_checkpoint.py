@@ -100,7 +100,7 @@ def test_foreign_folders_are_refused(tmp_path: Path) -> None:
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
-    with pytest.raises(InputError, match=r"is a dense model \(llama\): it has no experts"):
+    with pytest.raises(InputError, match=r"is a dense model \(LlamaForCausalLM\): it has no experts"):
         Checkpoint(tmp_path / "dense")
     save_checkpoint("gpt_oss", tmp_path / "quantised")
 
@@ -119,7 +119,9 @@ def test_a_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "mlp_only_layers": [1]}))
     with pytest.raises(FormatError, match=r"experts in decoder layer 1, which its config.json makes dense"):
         Decoder(Checkpoint(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "model_type": "unheard_of", "architectures": ["Unheard"]})
+    )
     with pytest.raises(FormatError, match="does not describe a causal language model"):
         Decoder(Checkpoint(tmp_path))
 

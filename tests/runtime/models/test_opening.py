@@ -1,23 +1,27 @@
 """How a checkpoint's model is opened: cut at its MoE layers only where the parts are the whole, else run whole."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.models.olmoe import modeling_olmoe as olmoe
 
-from moeplace.profiling.errors import InputError
+from moeplace.profiling.errors import FormatError, InputError
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.engine.verification import verify_engine
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.decoder import Decoder
 from moeplace.runtime.models.opening import open_model
 from moeplace.runtime.models.whole import WholeModel
-from tests.model_families import plain_logits
+from tests.model_families import plain_logits, save_family, small_config
 from tests.runtime.checkpoints import FAMILIES, save_checkpoint
 
 PLAIN_BLOCK = olmoe.OlmoeSparseMoeBlock
@@ -156,3 +160,96 @@ def test_a_broken_pass_leaves_no_state_half_done(tmp_path: Path, monkeypatch: py
         with pytest.raises(RuntimeError, match="a peer is gone"):
             engine.step()
     assert [s.cached for s in engine.scheduler.running] == [0, 0, 0]
+
+
+def test_an_alias_is_served_by_the_architecture_that_it_states(tmp_path: Path) -> None:
+    """Kimi-K2 brings a model type and code of its own, and states DeepSeek-V3's class; a made-up class is refused."""
+    save_checkpoint("deepseek_v3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    engine = Engine(tmp_path, mode="coherent", dtype=torch.float64)
+    verify_engine(engine)
+    assert isinstance(engine.executor.decoder, Decoder)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["MadeUpForCausalLM"]}))
+    with pytest.raises(FormatError, match="does not describe a causal language model"):
+        Checkpoint(tmp_path)
+
+
+def test_a_language_model_inside_another_model_is_served(tmp_path: Path) -> None:
+    """A checkpoint of text and vision: its language model, by the names that `transformers` gives the tensors."""
+    text = small_config("qwen3_5_moe_text")
+    config = transformers.Qwen3_5MoeConfig(text_config=text.to_dict())
+    for name, value in {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2}.items():
+        setattr(config.vision_config, name, value)
+    config.vision_config.out_hidden_size = text.hidden_size
+    torch.manual_seed(0)
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    engine = Engine(tmp_path, mode="dispatch-combine", dtype=torch.float64)
+    verify_engine(engine)
+    assert engine.checkpoint.num_hidden_layers == text.num_hidden_layers
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "granitemoe", "longcat_flash", "minimax_m2", "gpt_oss"])
+def test_a_rank_reads_its_own_experts_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """One tensor per expert: no other's is touched. One per layer: nothing but rows of its own experts is read."""
+    save_family(family, tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    own, touched = [1, 2, 5], set()
+    plain = Checkpoint.slice_of
+
+    class Watched:
+        def __init__(self, name: str, source: Any) -> None:
+            self._name, self._source = name, source
+
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            rows = range(self._source.get_shape()[0])[index] if isinstance(index, slice) else index
+            touched.add((self._name, tuple(rows) if isinstance(rows, range) else rows))
+            return self._source[index]
+
+    monkeypatch.setattr(Checkpoint, "slice_of", lambda self, name: Watched(name, plain(self, name)))
+    for layer in range(checkpoint.num_layers):
+        for expert in own:
+            checkpoint.expert(layer, expert)
+    assert touched
+    for name, rows in touched:
+        number = re.search(r"experts\.(\d+)\.", name)
+        expert = rows if number is None else int(number.group(1))
+        assert expert in own or (isinstance(expert, tuple) and len(expert) == 1 and expert[0] in own), (name, rows)
+
+
+def test_zero_computation_experts_cost_no_load(tmp_path: Path) -> None:
+    """LongCat: the window counts exactly the ids below E that the plain model's experts get, and nothing is sent."""
+    save_family("longcat_flash", tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    experts = Checkpoint(tmp_path).family.forms[0].experts
+    received: list[torch.Tensor] = []
+    for name, module in plain.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(lambda _m, args: received.append(args[1]))
+    with torch.inference_mode():
+        for sequence in SEQUENCES:
+            plain(torch.tensor([sequence]), use_cache=False)
+    ids = torch.cat([part.flatten() for part in received])
+    assert (ids >= experts.num_experts).any()
+    engine = Engine(tmp_path, mode="dispatch-combine", dtype=torch.float64, limits=EngineLimits(max_length=16))
+    engine.score(SEQUENCES)
+    assert int(engine.window.load.sum()) == int((ids < experts.num_experts).sum())
+    assert sum(engine.group.counters.tokens.values()) == int((ids < experts.num_experts).sum())
+
+
+def test_a_model_whose_experts_are_not_found_is_not_called_dense(tmp_path: Path) -> None:
+    """Doge's experts are rows of embeddings; what its configuration states is believed."""
+    config = transformers.DogeConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, is_moe=True,
+        num_experts=16, num_experts_per_tok=2,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    with pytest.raises(InputError, match=r"family doge is not supported \(because it has 16 experts a layer, but"):
+        Checkpoint(tmp_path / "moe")
+    config.is_moe = False
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    with pytest.raises(InputError, match="is a dense model"):
+        Checkpoint(tmp_path / "dense")
