@@ -55,8 +55,9 @@ class Cluster:
         speed_of_rank: (R,) float64, relative speed of the expert computation, mean 1.
         intra: link between ranks of a node.
         inter: link between nodes.
-        distance_RR: (R, R) float64 relative cost of moving a byte between ranks, 0 on the diagonal, from a topology;
-            None means the two tiers.
+        distance_RR: (R, R) float64 cost of moving a byte between ranks, 0 on the diagonal, from a topology; relative
+            inside each tier, whose farthest pair has the bandwidth of its link. None means that all pairs of a tier
+            are alike.
 
     Raises:
         InputError: a shape or a value breaks a rule.
@@ -242,16 +243,26 @@ class Cluster:
         return np.concatenate([[0], np.cumsum(self.slots_of_rank)]).astype(np.int64)
 
     @cached_property
+    def seconds_per_byte_RR(self) -> np.ndarray:
+        """(R, R) seconds that a byte from rank to rank keeps a rank's link busy; 0 on the diagonal.
+
+        Distances of a topology hold inside each tier: the farthest pair has the bandwidth of its link.
+        """
+        same = self.node_of_rank[:, None] == self.node_of_rank[None, :]
+        shared = self.inter.node_bandwidth / self.ranks_per_node[self.node_of_rank]
+        inter = 1.0 / np.minimum(self.inter.bandwidth, shared)
+        seconds = np.where(same, 1.0 / self.intra.bandwidth, inter[:, None]) * ~np.eye(self.num_ranks, dtype=bool)
+        if self.distance_RR is not None:
+            for tier in (same, ~same):
+                farthest = float(self.distance_RR[tier].max(initial=0.0))
+                if farthest > 0:
+                    seconds[tier] *= self.distance_RR[tier] / farthest
+        return seconds
+
+    @cached_property
     def cost_RR(self) -> np.ndarray:
         """(R, R) cost of one byte from rank to rank, relative to the cheapest remote pair; 0 on the diagonal."""
-        if self.distance_RR is not None:
-            cost = self.distance_RR
-        else:
-            same = self.node_of_rank[:, None] == self.node_of_rank[None, :]
-            shared = self.inter.node_bandwidth / self.ranks_per_node[self.node_of_rank]
-            inter = 1.0 / np.minimum(self.inter.bandwidth, shared)
-            cost = np.where(same, 1.0 / self.intra.bandwidth, inter[:, None])
-            cost = cost * ~np.eye(self.num_ranks, dtype=bool)
+        cost = self.seconds_per_byte_RR
         remote = cost[cost > 0]
         return cost / remote.min() if remote.size else cost
 

@@ -30,13 +30,17 @@ def measured(problem: Problem, evaluation: Evaluation) -> tuple[str, float, dict
 
 
 def traffic(problem: Problem, evaluation: Evaluation) -> float:
-    """The mode's traffic: mean d + node_weight * mean dn, or copies per token with the links' cost, or 0."""
-    weight = problem.node_weight
+    """The mode's traffic at the prices of links: of serving ranks and nodes per token, or of copies per token, or 0.
+
+    With the two tiers of links that is mean d + node_weight * mean dn, or copies + node_weight * those between nodes.
+    """
+    prices = problem.prices
     if problem.mode == "dispatch-combine":
-        return float(evaluation.ranks_per_token + weight * evaluation.nodes_per_token)
+        paid = (evaluation.served_LR @ prices.rank_R + evaluation.served_LN @ prices.node_N).sum()
+        return float(paid / (evaluation.tokens * len(evaluation.served_LR)))
     if problem.mode == "allgather":
         return 0.0
-    return float(evaluation.copies_per_token + weight * evaluation.node_copies_per_token)
+    return float((evaluation.moved_RR * prices.pair_RR).sum())
 
 
 def load_imbalance(problem: Problem, placement: Placement) -> np.ndarray:

@@ -12,6 +12,8 @@ import numpy as np
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import Evaluation, evaluate
+from moeplace.placement.cost.prices import LinkPrices
+from moeplace.placement.cost.replica_rule import MOEPLACE, ReplicaRule
 from moeplace.placement.cost.steps import StepShape, default_shape
 from moeplace.placement.modes import MODES, Mode
 from moeplace.placement.placement import Placement
@@ -51,7 +53,10 @@ class Problem:
         leave_empty: redundant slots may stay empty; by default each gets a replica, because engines need one in each.
         expert_bytes: (L, E) bytes of each expert (1 where unknown).
         layer_ids, num_hidden_layers: passed through to the placement.
-        shape, calibration: sizes and times of the cost model.
+        shape: sizes of a step in the cost model.
+        calibration: its times; by default nominal ones with the cluster's own links.
+        replica_rule: who serves an expert with several slots where the placement will run. Searches may have another
+            rule in mind; placements are judged, and chosen among, by this one.
 
     Raises:
         InputError: a value breaks a rule.
@@ -75,7 +80,8 @@ class Problem:
     layer_ids: np.ndarray | None = None
     num_hidden_layers: int = 0
     shape: StepShape = field(default_factory=StepShape)
-    calibration: Calibration = field(default_factory=Calibration)
+    calibration: Calibration = None  # type: ignore[assignment]  # given or not, one after __post_init__
+    replica_rule: ReplicaRule = MOEPLACE
 
     @classmethod
     def from_trace(cls, trace: RoutingTrace, cluster: Cluster, **options: Any) -> Self:
@@ -133,6 +139,8 @@ class Problem:
         size = np.ones(load.shape, np.int64) if self.expert_bytes is None else np.asarray(self.expert_bytes)
         for name, array in (("experts_per_layer", experts), ("load_LE", load), ("expert_bytes", size)):
             object.__setattr__(self, name, array)
+        if self.calibration is None:
+            object.__setattr__(self, "calibration", Calibration(self.cluster.intra, self.cluster.inter))
         self._check_capacity()
         self._check_previous()
 
@@ -215,15 +223,14 @@ class Problem:
         return counts
 
     @cached_property
+    def prices(self) -> LinkPrices:
+        """What ranks, nodes and copies cost in the traffic objective."""
+        return LinkPrices.of(self.cluster)
+
+    @cached_property
     def node_weight(self) -> float:
-        """What one more node costs beside one more rank: (cost of a byte between nodes / inside a node) - 1."""
-        cluster = self.cluster
-        if cluster.num_nodes == 1:
-            return 0.0
-        same = cluster.node_of_rank[:, None] == cluster.node_of_rank[None, :]
-        inside = cluster.cost_RR[same & ~np.eye(cluster.num_ranks, dtype=bool)]
-        across = float(cluster.cost_RR[~same].mean())
-        return across / float(inside.mean()) - 1.0 if inside.size else 0.0
+        """What one more node costs beside one more rank, mean over nodes."""
+        return float(self.prices.node_N.mean())
 
     def placement(self, slot_to_expert: np.ndarray) -> Placement:
         """A validated placement of this problem's shape, or of its layout's."""
@@ -254,6 +261,7 @@ class Problem:
             cluster=self.cluster,
             shape=self.shape,
             calibration=self.calibration,
+            rule=self.replica_rule,
         )
 
     def replace(self, **changes: Any) -> Self:

@@ -3,7 +3,16 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from moeplace.launch.options.problem import SPLITS, add_kv_argument, index_order_like, judging_side, step_shape
+from moeplace.launch.options.problem import (
+    SPLITS,
+    add_kv_argument,
+    add_replica_rule,
+    build_cluster,
+    index_order_like,
+    load_calibration,
+    one_side,
+    step_shape,
+)
 from moeplace.launch.tables import Cell, format_table
 from moeplace.placement.modes import MODES
 
@@ -23,14 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=MODES, help="default: its own")
     parser.add_argument("--batch", type=int, default=256, help="tokens of one step (default: %(default)s)")
     add_kv_argument(parser)
-    parser.add_argument("--calibration", metavar="C", help="measured links and expert time")
+    group = parser.add_argument_group("cluster", "links and speeds; by default the placement's nodes, nominal links")
+    group.add_argument("--cluster", metavar="TOML", help="cluster description")
+    group.add_argument("--topology", metavar="GRAPHML", help="graph of GPUs, switches and links (GraphML)")
+    group.add_argument("--calibration", metavar="C", help="measured links and expert time")
+    add_replica_rule(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures for machines")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print, write."""
-    from moeplace.placement.cost.calibration import Calibration
     from moeplace.placement.cost.evaluation import cluster_of, evaluate
+    from moeplace.placement.cost.replica_rule import get_rule
     from moeplace.placement.placement_file import load_placement
     from moeplace.profiling.files import require_folder_of, write_json
     from moeplace.profiling.traces.file import load_trace
@@ -42,18 +55,20 @@ def run(args: argparse.Namespace) -> int:
     if loads is not None:
         return _evaluate_loads(args, loads, placement)
     trace = load_trace(args.trace)
-    side = judging_side(trace, args.trace, args.split)
-    calibration = Calibration.load(args.calibration) if args.calibration else None
+    side, name = one_side(trace, args.split)
     shape = step_shape(args, trace)
-    cluster = cluster_of(placement)
+    args.ranks, args.slots_per_rank = None, None
+    named = bool(args.cluster or args.topology)
+    cluster = build_cluster(args, trace.num_experts) if named else cluster_of(placement)
+    rule, calibration = get_rule(args.replica_rule), load_calibration(args)
     ours, base = (
-        evaluate(side, p, mode=args.mode, cluster=cluster, shape=shape, calibration=calibration).summary()
+        evaluate(side, p, mode=args.mode, cluster=cluster, shape=shape, calibration=calibration, rule=rule).summary()
         for p in (placement, index_order_like(placement))
     )
-    rows = [[name.replace("_", " "), base[name], ours[name]] for name in ours]
-    print(format_table([f"{args.split} tokens", "index order", "placement"], rows))
+    rows = [[key.replace("_", " "), base[key], ours[key]] for key in ours]
+    print(format_table([f"{name} tokens", "index order", "placement"], rows))
     if args.json:
-        write_json(args.json, {"split": args.split, "digest": placement.digest, **ours, "index_order": base})
+        write_json(args.json, {"split": name, "digest": placement.digest, **ours, "index_order": base})
     return 0
 
 

@@ -3,12 +3,14 @@
 import argparse
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.layers import layer_range
 
 if TYPE_CHECKING:
     from moeplace.placement.placement import Placement
+    from moeplace.placement.placement_file import PlacementFile
 
 HELP = "write a placement as the file that a serving engine loads"
 EXAMPLE = "moeplace export p.json --to sglang --out sglang.json"
@@ -32,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--add-layers", type=layer_range, default=(), metavar="IDS", help="add decoder layers whose routers were not "
         "recorded, experts in index order: 0-2",
     )  # fmt: skip
+    parser.add_argument(
+        "--trace",
+        metavar="T",
+        help="judge replicas by the engine's own rule on this trace, not by what P says",
+    )
     parser.add_argument("--json", metavar="J", help="write files, start flags and notes to J")
 
 
@@ -47,12 +54,45 @@ def run(args: argparse.Namespace) -> int:
     placement, notes = _fit(args, placement)
     provenance = {"command": shlex.join(["moeplace", *sys.argv[1:]]), "solver": file.solver, "evidence": file.evidence}
     export = write_engine_placement(args.out, placement, args.to, provenance=provenance)
+    notes += [*export.notes, *_what_remains(args, file)]
     if args.json:
-        write_json(args.json, {"files": list(export.files), "start": export.start, "notes": [*notes, *export.notes]})
+        write_json(args.json, {"files": list(export.files), "start": export.start, "notes": notes})
     print("\n".join(f"wrote {name}" for name in export.files))
     print(f"start {args.to} with: {export.start}")
-    print("\n".join(f"note: {note}" for note in (*notes, *export.notes)))
+    print("\n".join(f"note: {note}" for note in notes))
     return 0
+
+
+def _what_remains(args: argparse.Namespace, file: "PlacementFile") -> Iterator[str]:
+    """Sentences on what replicas are worth where the engine chooses among them by its own rule."""
+    from moeplace.placement.cost.replica_rule import RULES_OF_ENGINE, get_rule
+
+    if not file.placement.has_replicas:
+        return
+    figures = _judge(args.trace, file) if args.trace else file.evidence.get("by_replica_rule")
+    if not figures:
+        yield "replicas were not judged by the engine's rule, which moeplace's figures do not hold for: give --trace"
+        return
+    own = figures["moeplace"]
+    for name in RULES_OF_ENGINE.get(args.to, ("random",)):
+        found = figures[name]
+        yield (
+            f"by the replica rule of {get_rule(name).engine} ({name}) {found['ranks_per_token']:.3f} ranks per token "
+            f"remain of the {own['ranks_per_token']:.3f} by moeplace's own, at imbalance "
+            f"{found['imbalance_mean']:.3f} instead of {own['imbalance_mean']:.3f}"
+        )
+
+
+def _judge(path: str, file: "PlacementFile") -> dict[str, Any]:
+    """Figures by rule, on the judging side of a trace."""
+    from moeplace.launch.options.problem import figures_by_rule, one_side
+    from moeplace.placement.cost.evaluation import cluster_of
+    from moeplace.placement.problem import Problem
+    from moeplace.profiling.traces.file import load_trace
+
+    side, _ = one_side(load_trace(path), "test")
+    problem = Problem.from_trace(side, cluster_of(file.placement), mode=file.placement.mode)
+    return figures_by_rule(problem, file.placement, side)
 
 
 def _fit(args: argparse.Namespace, placement: "Placement") -> tuple["Placement", list[str]]:

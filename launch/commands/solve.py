@@ -8,6 +8,7 @@ from moeplace.launch.options.problem import (
     add_cluster_arguments,
     add_problem_arguments,
     build_cluster,
+    figures_by_rule,
     held_out_figures,
     index_order_like,
     problem_options,
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     problem, result, held_out, baseline = chosen.problem, chosen.result, chosen.solved, chosen.baseline
     _print_result(problem, result, held_out, baseline, sides.name)
     evidence = {"split": sides.name, **held_out_figures(held_out), "index_order": held_out_figures(baseline)}
+    if result.placement.has_replicas:
+        evidence["by_replica_rule"] = figures_by_rule(problem, result.placement, sides.test)
     _write(args, result, evidence)
     return 0
 

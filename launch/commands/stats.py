@@ -176,5 +176,6 @@ def describe_drift(drift: dict[str, Any]) -> str:
         [name, value, drift["threshold"][name], drift["p_value"][name]] for name, value in drift["distance"].items()
     ]
     verdict = "the routing has drifted" if drift["is_significant"] else "no drift beyond chance"
-    table = format_table(["distance", "value", "95 % of chance", "p"], rows)
-    return f"{table}\n{verdict} (compared {drift['tokens'][0]} and {drift['tokens'][1]} tokens)"
+    table = format_table(["distance", "value", "chance", "p"], rows)
+    sizes = [f"{drift['tokens'][side]} tokens in {drift['sequences'][side]} sequences" for side in (0, 1)]
+    return "\n".join([table, f"{verdict} (compared {sizes[0]} and {sizes[1]})", *drift["notes"]])

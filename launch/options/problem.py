@@ -8,6 +8,8 @@ from moeplace.launch.options.layers import slot_counts
 from moeplace.placement.modes import MODES
 
 SPLITS = ("all", "train", "test")
+RULES = ("moeplace", "nearest-static", "random", "hash")
+"""Names of `placement.cost.replica_rule`, which a parser need not import."""
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +40,7 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
         help="global: share the redundant slots of all layers out to those that gain most; every rank holds as many "
         "experts over all layers as before (default: %(default)s)",
     )  # fmt: skip
+    add_replica_rule(parser)
     parser.add_argument("--survive", type=int, default=0, metavar="N", help="ranks that may be lost at once")
     parser.add_argument("--previous", metavar="P", help="placement now in force, to stay near")
     parser.add_argument("--max-moves", type=int, metavar="M", help="most experts fetched per layer")
@@ -64,6 +67,15 @@ def add_kv_argument(parser: Any) -> None:
     )  # fmt: skip
 
 
+def add_replica_rule(parser: Any) -> None:
+    """--replica-rule."""
+    parser.add_argument(
+        "--replica-rule", choices=RULES, default="moeplace",
+        help="who serves an expert with several slots where the placement will run: moeplace's own runtime, SGLang "
+        "with static (nearest-static) or dynamic dispatch (random), vLLM (hash) (default: %(default)s)",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Sides:
     """The two sides of a trace, and what to call the one that judges."""
@@ -82,22 +94,30 @@ def split_sides(trace: Any, fit: str, *, mix_text: str | None = None, seed: int 
         mix_text: mix of workloads or adapters, see --mix; None = the trace's own.
         seed: of the mix.
     """
-    import warnings
-
-    from moeplace.profiling.errors import InputError, MoeplaceWarning
     from moeplace.profiling.traces.mix import mix, parse_mix
 
     if mix_text:
         trace = mix(trace, parse_mix(mix_text), seed=seed)
     if fit == "all":
         return Sides(trace, trace, "all")
-    try:
-        sides = {side: trace.split(side) for side in ("train", "test")}
-    except InputError as error:
-        warnings.warn(f"{error}: fitted to and judged on all tokens", MoeplaceWarning, stacklevel=2)
+    train, name = one_side(trace, fit, "fitted to and judged on all tokens")
+    if name == "all":
         return Sides(trace, trace, "all")
     other = {"train": "test", "test": "train"}[fit]
-    return Sides(sides[fit], sides[other], other)
+    return Sides(train, trace.split(other), other)
+
+
+def one_side(trace: Any, split: str, instead: str = "judged on all tokens") -> tuple[Any, str]:
+    """One side of a trace and its name; the whole trace, with a warning, where it cannot be split."""
+    import warnings
+
+    from moeplace.profiling.errors import InputError, MoeplaceWarning
+
+    try:
+        return trace.split(split), split
+    except InputError as error:
+        warnings.warn(f"{error}: {instead}", MoeplaceWarning, stacklevel=3)
+        return trace, "all"
 
 
 def judging_side(trace: Any, path: Any, split: str) -> Any:
@@ -188,6 +208,7 @@ def step_shape(args: argparse.Namespace, known: Any) -> Any:
 def problem_options(args: argparse.Namespace, known: Any, cluster: Any) -> dict[str, Any]:
     """Keyword arguments of `Problem.from_trace` or `from_load` that the flags and a trace or load file state."""
     from moeplace.placement.cost.calibration import Calibration
+    from moeplace.placement.cost.replica_rule import get_rule
     from moeplace.placement.placement_file import load_placement
 
     return {
@@ -200,6 +221,7 @@ def problem_options(args: argparse.Namespace, known: Any, cluster: Any) -> dict[
         "move_price": args.move_price,
         "shape": step_shape(args, known),
         "calibration": load_calibration(args) or Calibration(cluster.intra, cluster.inter),
+        "replica_rule": get_rule(args.replica_rule),
     }
 
 
@@ -223,4 +245,16 @@ def held_out_figures(evaluation: Any) -> dict[str, Any]:
         "ranks_per_token", "nodes_per_token", "copies_per_token", "stay_rate", "node_stay_rate",
         "single_rank_share", "imbalance_mean", "imbalance_worst", "activated_imbalance_mean", "predicted_seconds",
     )  # fmt: skip
-    return {name: round(float(getattr(evaluation, name)), 9) for name in names}
+    figures: dict[str, Any] = {name: round(float(getattr(evaluation, name)), 9) for name in names}
+    return {"replica_rule": evaluation.replica_rule, **figures}
+
+
+def figures_by_rule(problem: Any, placement: Any, trace: Any) -> dict[str, dict[str, float]]:
+    """What a placement with replicas costs by the rule of each engine, shortly."""
+    from moeplace.placement.cost.replica_rule import REPLICA_RULES
+
+    names = ("ranks_per_token", "copies_per_token", "imbalance_mean", "predicted_seconds")
+    judged = {
+        name: problem.replace(replica_rule=rule).evaluate(placement, trace) for name, rule in REPLICA_RULES.items()
+    }
+    return {rule: {name: round(float(getattr(each, name)), 9) for name in names} for rule, each in judged.items()}

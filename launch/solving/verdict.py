@@ -1,12 +1,14 @@
 """What `moeplace stats` says once a cluster is named: verdict, tokens needed, what survives of a placement's gain."""
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.problem import (
     add_cluster_arguments,
     add_kv_argument,
+    add_replica_rule,
     build_cluster,
     load_calibration,
     split_sides,
@@ -41,6 +43,7 @@ def add_verdict_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=float, default=5.0, metavar="P",
         help="per cent of the full gain that may be missing where tokens are called enough (default: %(default)g)",
     )  # fmt: skip
+    add_replica_rule(group)
     group.add_argument("--no-curve", action="store_true", help="leave out how many tokens are enough")
 
 
@@ -113,12 +116,12 @@ class _Shares:
 
 def _terms(args: argparse.Namespace, trace: "RoutingTrace") -> "Terms":
     from moeplace.placement.cost.calibration import Calibration
+    from moeplace.placement.cost.replica_rule import get_rule
     from moeplace.placement.studies.verdict import Terms
 
     cluster = build_cluster(args, trace.num_experts)
-    return Terms(
-        cluster, step_shape(args, trace), load_calibration(args) or Calibration(cluster.intra, cluster.inter), args.seed
-    )
+    calibration = load_calibration(args) or Calibration(cluster.intra, cluster.inter)
+    return Terms(cluster, step_shape(args, trace), calibration, args.seed, get_rule(args.replica_rule))
 
 
 def describe_judgement(document: dict[str, Any]) -> Iterator[str]:
@@ -170,8 +173,9 @@ def _describe_curve(curve: dict[str, Any]) -> str:
     return f"{table}\n{curve['sentence']}"
 
 
-def _range(gain: dict[str, float]) -> str:
-    return f"{gain['low'] * 100:.2f}..{gain['high'] * 100:.2f}"
+def _range(gain: dict[str, float | None]) -> str:
+    low, high = gain["low"], gain["high"]
+    return "not known" if low is None or high is None else f"{low * 100:.2f}..{high * 100:.2f}"
 
 
 def _verdict(
@@ -228,5 +232,9 @@ def _carry_over(carried: "CarryOver") -> dict[str, Any]:
     return {"mode": carried.mode, **document, "sentence": carried.sentence}
 
 
-def _gain(gain: "Gain | None") -> dict[str, float] | None:
-    return None if gain is None else {"share": gain.share, "low": gain.low, "high": gain.high}
+def _gain(gain: "Gain | None") -> dict[str, float | None] | None:
+    """As data; an interval that one sequence cannot give is null."""
+    if gain is None:
+        return None
+    known = math.isfinite(gain.low)
+    return {"share": gain.share, "low": gain.low if known else None, "high": gain.high if known else None}

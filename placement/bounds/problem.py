@@ -24,8 +24,8 @@ from moeplace.placement.search.packing import packed_imbalance
 def problem_bounds(problem: Problem, *, time_limit: float, caps_L: np.ndarray | None = None) -> dict[str, float]:
     """Lower bounds on "imbalance" and, where tokens are known, on "traffic" and "seconds".
 
-    Traffic is mean d + node_weight * mean dn in `dispatch-combine`; copies per token, plus node_weight times those
-    between nodes, in `coherent` mode (for K = 1: 1 - stay rate, likewise for nodes); 0 in `allgather`.
+    Traffic is `objective.traffic`: of serving ranks and nodes per token in `dispatch-combine`, of copies per token in
+    `coherent` mode, both at the prices of links; 0 in `allgather`.
 
     Args:
         problem: the problem.

@@ -8,11 +8,12 @@ Shape letters: T tokens, L MoE layers, E experts, R ranks, N nodes, S steps.
 
 import numpy as np
 
-from moeplace.placement.bounds.copies import coherent_copies
+from moeplace.placement.bounds.copies import coherent_copies, least_paid, used_share
 from moeplace.placement.bounds.layers import LayerBounds
 from moeplace.placement.bounds.load import least_imbalance
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.gateways import gateways
+from moeplace.placement.cost.replica_rule import home_ranks
 from moeplace.placement.cost.seconds import collective_latency, transfer_seconds
 from moeplace.placement.cost.steps import step_of_token
 from moeplace.placement.problem import Problem
@@ -35,14 +36,38 @@ def least_seconds(problem: Problem, trace: RoutingTrace, bounds: LayerBounds) ->
             seconds + layers * (latency + 2 * transfer_seconds(np.full((ranks,) * 2, 1 / ranks), cluster, hidden))
         )
     if problem.mode == "dispatch-combine":
-        scattered = _least_scatter(float(bounds.d_L.sum()), float(bounds.dn_L.sum()), cluster)
-        return float(seconds + layers * latency + 2 * hidden * scattered)
+        return float(seconds + layers * latency + 2 * hidden * _least_dispatch(problem, trace, bounds, cluster))
     first_L, second_L = coherent_copies(problem, trace, bounds.d_L, bounds.stay_L, ranks)
     across = coherent_copies(problem, trace, bounds.dn_L, bounds.node_stay_L, cluster.num_nodes)
     moved = _least_first_scatter(float(bounds.d_L[0]), cluster)
     moved += _least_move(float(first_L.sum()), float(across[0].sum()), cluster)
     moved += _least_move(float(second_L.sum()), float(across[1].sum()), cluster)
     return float(seconds + hidden * moved + latency + _least_kv(problem, trace, cluster))
+
+
+def _least_dispatch(problem: Problem, trace: RoutingTrace, bounds: LayerBounds, cluster: Cluster) -> float:
+    """Seconds per byte of sending all layers' tokens from their homes, at least."""
+    has_spare = bool((problem.redundant_slots > 0).any())
+    if not has_spare and cluster.distance_RR is None:
+        return _least_scatter(float(bounds.d_L.sum()), float(bounds.dn_L.sum()), cluster)
+    ranks, largest = cluster.num_ranks, int(cluster.ranks_per_node.max())
+    copies_L, across_L = bounds.d_L * (1 - 1 / ranks), bounds.dn_L * (1 - largest / ranks)
+    if has_spare:  # with replicas homes are known, and may serve more of their own tokens than chance would have it
+        home_L = np.array([_most_at_home(problem, trace, layer) for layer in range(problem.num_layers)])
+        copies_L = np.minimum(copies_L, bounds.d_L - home_L)
+        across_L = np.minimum(across_L, bounds.dn_L - used_share(trace))
+    return _least_move(float(np.maximum(copies_L, 0.0).sum()), float(np.maximum(across_L, 0.0).sum()), cluster)
+
+
+def _most_at_home(problem: Problem, trace: RoutingTrace, layer: int) -> float:
+    """Largest share of tokens whose home can hold one of their experts: every expert once, then the redundant slots."""
+    ids_TK, ranks, experts = trace.layer(layer), problem.num_ranks, int(problem.experts_per_layer[layer])
+    token, slot = np.nonzero(ids_TK >= 0)
+    cell = ids_TK[token, slot].astype(np.int64) * ranks + home_ranks(len(ids_TK), ranks)[token]
+    falling_ER = -np.sort(-np.bincount(cell, minlength=experts * ranks).reshape(experts, ranks), axis=1)
+    further = np.sort(falling_ER[:, 1:], axis=None)[::-1][: max(int(problem.redundant_slots[layer]), 0)]
+    met = falling_ER[:, 0].sum() + further.sum()
+    return float(min(met, (ids_TK >= 0).any(axis=1).sum()) / len(ids_TK))
 
 
 def _least_scatter(d: float, dn: float, cluster: Cluster) -> float:
@@ -69,6 +94,8 @@ def _least_first_scatter(d: float, cluster: Cluster) -> float:
     Rank r receives p_r (size of its node - 1) / R copies from inside and p_r (R - size) / R from other nodes.
     """
     node_R, size_N, ranks = cluster.node_of_rank, cluster.ranks_per_node, cluster.num_ranks
+    if cluster.distance_RR is not None:
+        return d * float(cluster.seconds_per_byte_RR.sum(axis=0).min()) / ranks**2
     inside_R, across_N = (size_N[node_R] - 1) / ranks, (ranks - size_N) / ranks
     seconds = d * _harmonic(inside_R) / cluster.intra.bandwidth
     if cluster.num_nodes > 1:
@@ -84,6 +111,8 @@ def _harmonic(factors: np.ndarray) -> float:
 
 def _least_move(copies: float, across: float, cluster: Cluster) -> float:
     """Seconds per byte of one exchange with so many copies per token, `across` of them between nodes, at least."""
+    if cluster.distance_RR is not None:
+        return least_paid(copies, across, cluster.seconds_per_byte_RR / cluster.num_ranks, cluster)
     inside = 1 / (cluster.num_ranks * cluster.intra.bandwidth)
     if cluster.num_nodes == 1:
         return copies * inside
@@ -105,6 +134,8 @@ def _least_kv(problem: Problem, trace: RoutingTrace, cluster: Cluster) -> float:
         owned += float(seen_T.mean())
         seen_T = seen_T | (trace.layer(layer) >= 0).any(axis=1)
     kv_bytes = shape.batch * shape.kv_dim * shape.dtype_bytes
+    if cluster.distance_RR is not None:
+        return _least_move(owned * (ranks - 1), owned * (nodes - 1), cluster) * kv_bytes
     seconds = owned * (ranks - nodes) / (ranks * cluster.intra.bandwidth)
     if nodes > 1:
         seconds += owned * (nodes - 1) * _mean_outside(cluster)

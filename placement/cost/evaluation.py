@@ -11,6 +11,7 @@ import numpy as np
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.replay import Replay, replay
+from moeplace.placement.cost.replica_rule import MOEPLACE, ReplicaRule
 from moeplace.placement.cost.seconds import predict_step
 from moeplace.placement.cost.steps import StepShape, default_shape
 from moeplace.placement.modes import Mode
@@ -45,6 +46,9 @@ class Evaluation:
         ranks_per_token_L, nodes_per_token_L, imbalance_L: (L,) by layer.
         stay_L: (L-1,) by boundary.
         travel_RR: (R, R) primary transitions from rank to rank over all boundaries.
+        served_LR, served_LN: (L, R), (L, N) tokens that a rank serves, that any rank of a node serves.
+        moved_RR: (R, R) copies of `copies_per_token` from rank to rank.
+        replica_rule: name of the rule by which experts with several slots were served.
         tokens_per_step: the busiest rank's routed tokens over the mean rank's in one step, mean over steps and layers.
     """
 
@@ -70,7 +74,11 @@ class Evaluation:
     imbalance_L: np.ndarray = field(repr=False)
     stay_L: np.ndarray = field(repr=False)
     travel_RR: np.ndarray = field(repr=False)
+    served_LR: np.ndarray = field(repr=False)
+    served_LN: np.ndarray = field(repr=False)
+    moved_RR: np.ndarray = field(repr=False)
     step_imbalance_mean: float = 1.0
+    replica_rule: str = MOEPLACE.name
 
     def summary(self) -> dict[str, Any]:
         """The scalar figures, ready for JSON."""
@@ -79,6 +87,7 @@ class Evaluation:
 
 _SCALARS = (
     "mode",
+    "replica_rule",
     "tokens",
     "ranks_per_token",
     "nodes_per_token",
@@ -106,6 +115,7 @@ def evaluate(
     cluster: Cluster | None = None,
     shape: StepShape | None = None,
     calibration: Calibration | None = None,
+    rule: ReplicaRule = MOEPLACE,
 ) -> Evaluation:
     """Replay `trace` under `placement`.
 
@@ -116,6 +126,7 @@ def evaluate(
         cluster: links and speeds, by default the placement's nodes with default links.
         shape: sizes of a step, by default those of the trace and `StepShape`.
         calibration: measured times, by default nominal ones.
+        rule: who serves an expert with several slots.
 
     Raises:
         InputError: the placement is for another model or another cluster.
@@ -134,9 +145,10 @@ def evaluate(
     cluster = calibration.apply(cluster)
     shape = shape or default_shape(trace)
     counted = replay(
-        trace, placement, mode, batch=shape.batch, speed_R=cluster.speed_of_rank, expert=calibration.expert
-    )
-    return _evaluation(counted, cluster, shape, calibration)
+        trace, placement, mode,
+        batch=shape.batch, speed_R=cluster.speed_of_rank, expert=calibration.expert, rule=rule,
+    )  # fmt: skip
+    return _evaluation(counted, cluster, shape, calibration, rule)
 
 
 def require_same_model(trace: RoutingTrace, placement: Placement) -> None:
@@ -158,7 +170,9 @@ def cluster_of(placement: Placement) -> Cluster:
     return Cluster(placement.node_of_rank, placement.slots_of_rank, np.ones(placement.num_ranks))
 
 
-def _evaluation(counted: Replay, cluster: Cluster, shape: StepShape, calibration: Calibration) -> Evaluation:
+def _evaluation(
+    counted: Replay, cluster: Cluster, shape: StepShape, calibration: Calibration, rule: ReplicaRule
+) -> Evaluation:
     tokens, layers, mode = counted.tokens, counted.num_layers, counted.mode
     d, dn, single = counted.sum_L5[:, :3].sum(axis=0) / (tokens * layers)
     imbalance_L = _max_over_mean(counted.load_LR / cluster.speed_of_rank, cluster.speed_of_rank)
@@ -171,13 +185,14 @@ def _evaluation(counted: Replay, cluster: Cluster, shape: StepShape, calibration
     moved_LRR = counted.first_LRR + counted.second_LRR
     if mode == "coherent":
         moved_LRR = moved_LRR[1:]  # per layer boundary, as copies_per_token
+    moved_RR = moved_LRR.sum(axis=0) / max(len(moved_LRR), 1)
     return Evaluation(
         mode=mode,
         tokens=tokens,
         ranks_per_token=float(d),
         nodes_per_token=float(dn),
         copies_per_token=_copies_per_token(counted),
-        node_copies_per_token=float((moved_LRR * ~same_RR).sum() / max(len(moved_LRR), 1)),
+        node_copies_per_token=float((moved_RR * ~same_RR).sum()),
         stay_rate=float(np.trace(travel_RR) / pairs),
         node_stay_rate=float((travel_RR * same_RR).sum() / pairs),
         single_rank_share=float(single),
@@ -195,6 +210,10 @@ def _evaluation(counted: Replay, cluster: Cluster, shape: StepShape, calibration
         imbalance_L=imbalance_L,
         stay_L=travel_LRR.trace(axis1=1, axis2=2) / pairs_L,
         travel_RR=travel_RR,
+        served_LR=counted.served_LR,
+        served_LN=counted.served_LN,
+        moved_RR=moved_RR,
+        replica_rule=rule.name,
     )
 
 
@@ -204,6 +223,8 @@ def _copies_per_token(counted: Replay) -> float:
         return 2.0 * (ranks - 1)
     if counted.mode == "coherent":
         return float(counted.sum_L5[1:, 3:].sum() / max(cells - counted.tokens, 1))
+    if counted.knows_home:
+        return float(2 * counted.sum_L5[:, 3].sum() / cells)
     return float(2 * counted.sum_L5[:, 0].sum() / cells * (1 - 1 / ranks))
 
 

@@ -17,6 +17,7 @@ Shape letters: T tokens, E experts, K top-k, R ranks, P orders of ranks.
 """
 
 from functools import lru_cache
+from math import lcm
 
 import numpy as np
 
@@ -41,6 +42,19 @@ def preference_orders(num_ranks: int) -> np.ndarray:
     orders_PR = np.stack([shuffled_PR, shuffled_PR[:, ::-1]], axis=1).reshape(-1, num_ranks).astype(np.int16)
     orders_PR.flags.writeable = False
     return orders_PR
+
+
+def home_first_orders(num_ranks: int) -> np.ndarray:
+    """(P', R) int16: `preference_orders` with the home of token t, rank t mod R, before all others.
+
+    P' is the least multiple of R and 64 from P on, so that row t mod P' is that of token t: exactly while t < P or R
+    divides P; beyond that the home is right and the others come in the order of another token.
+    """
+    period = lcm(num_ranks, 64)
+    rows = np.arange(-(-NUM_ORDERS // period) * period)
+    orders_PR = preference_orders(num_ranks)[rows % NUM_ORDERS]
+    is_other_PR = orders_PR != (rows % num_ranks)[:, None]
+    return np.take_along_axis(orders_PR, np.argsort(is_other_PR, axis=1, kind="stable"), axis=1)
 
 
 def choose_ranks(

@@ -2,8 +2,9 @@
 
     seconds = sum over layers of [ sum over exchanges of (latency + transfer) + expert time ] + the K/V exchange
 
-    transfer    = the busiest rank's bytes per tier / that tier's bandwidth, both tiers added; between nodes also the
-                  busiest node's bytes / the node's shared bandwidth, whichever is longer
+    transfer    = the busiest rank's bytes per tier / that tier's bandwidth (of each pair, where a topology tells them
+                  apart), both tiers added; between nodes also the busiest node's bytes / the node's shared bandwidth,
+                  whichever is longer
     expert time = max over ranks of fixed + per_token * tokens + per_activated * activated experts, both divided by
                   the rank's relative speed
 
@@ -59,16 +60,8 @@ def transfer_seconds(copies_RR: np.ndarray, cluster: Cluster, bytes_per_copy: fl
         bytes_per_copy: bytes of one copy.
     """
     node = cluster.node_of_rank
-    same = node[:, None] == node[None, :]
-    remote = copies_RR * ~np.eye(len(node), dtype=bool)
-    inside, across = remote * same, remote * ~same
-
-    def busiest(matrix: np.ndarray) -> float:
-        return float(max(matrix.sum(axis=0).max(), matrix.sum(axis=1).max()))
-
-    seconds = busiest(inside) / cluster.intra.bandwidth
-    if cluster.num_nodes > 1:
-        seconds += slowest_direction_seconds(across, cluster)
+    inside = copies_RR * (node[:, None] == node[None, :])
+    seconds = _busiest(inside, cluster, cluster.intra.bandwidth) + slowest_direction_seconds(copies_RR, cluster)
     return seconds * bytes_per_copy
 
 
@@ -83,9 +76,17 @@ def slowest_direction_seconds(bytes_RR: np.ndarray, cluster: Cluster) -> float:
         return 0.0
     node = cluster.node_of_rank
     across = bytes_RR * (node[:, None] != node[None, :])
-    by_rank = max(across.sum(axis=0).max(), across.sum(axis=1).max())
     by_node = max(np.bincount(node, across.sum(axis=axis)).max() for axis in (0, 1))
-    return float(max(by_rank / cluster.inter.bandwidth, by_node / cluster.inter.node_bandwidth))
+    by_rank = _busiest(across, cluster, cluster.inter.bandwidth)
+    return float(max(by_rank, by_node / cluster.inter.node_bandwidth))
+
+
+def _busiest(bytes_RR: np.ndarray, cluster: Cluster, bandwidth: float) -> float:
+    """Seconds of the rank that sends or receives longest, at one bandwidth or by the pairs of a topology."""
+    remote = bytes_RR * ~np.eye(len(bytes_RR), dtype=bool)
+    if cluster.distance_RR is not None:
+        remote, bandwidth = remote * cluster.seconds_per_byte_RR, 1.0
+    return float(max(remote.sum(axis=0).max(), remote.sum(axis=1).max())) / bandwidth
 
 
 def collective_latency(cluster: Cluster) -> float:

@@ -25,10 +25,10 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.replacement.rule import Decision, ReplacementRule, ServiceHistory
 from moeplace.placement.solve import solve
 from moeplace.profiling.errors import InputError
-from moeplace.profiling.scores.drift import measure_drift
+from moeplace.profiling.scores.drift import DECIDING, measure_drift
 from moeplace.profiling.traces.trace import RoutingTrace
 
-DRIFT_BOOTSTRAPS = 100
+DRIFT_SPLITS = 100
 DRIFT_TOKENS = 16_384
 
 
@@ -40,7 +40,7 @@ class ReviewSettings:
         rule: thresholds.
         shape, calibration: sizes and times of the cost model; the links of `calibration` are those of the cluster.
         time_limit: seconds of the search.
-        seed: of bootstrap and search.
+        seed: of the test for drift and of the search.
         steps_left: steps for which routing stays as it is; None = unknown.
         max_moves: most experts fetched per layer, None = any number.
         survive: ranks that may be lost at once without losing an expert.
@@ -139,10 +139,9 @@ def _consider(task: ReviewTask, history: ServiceHistory, now: float, figures: di
     assert task.reference is not None
     settings = task.settings
     drift = measure_drift(
-        task.reference, task.routing, seed=settings.seed, bootstraps=DRIFT_BOOTSTRAPS, most_tokens=DRIFT_TOKENS
+        task.reference, task.routing, seed=settings.seed, splits=DRIFT_SPLITS, most_tokens=DRIFT_TOKENS
     )
-    names = ("load_tv", "transitions_tv")
-    worst = max(names, key=lambda name: drift.distance[name] / max(drift.threshold[name], 1e-12))
+    worst = max(DECIDING, key=lambda name: drift.distance[name] / max(drift.threshold[name], 1e-12))
     figures |= {"drift": drift.distance[worst], "drift_threshold": drift.threshold[worst]}
     figures |= {"promised_seconds": history.promised_seconds, "regret": history.regret}
     return settings.rule.consider(history, seconds_per_step=now, has_drifted=drift.is_significant)

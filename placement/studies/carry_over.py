@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from moeplace.placement.modes import Mode
 from moeplace.placement.solve import solve
-from moeplace.placement.studies.held_out import Gain, HeldOut, gain, ratio
+from moeplace.placement.studies.held_out import Gain, HeldOut, ratio
 from moeplace.placement.studies.verdict import WORTH_HAVING, Terms
 from moeplace.profiling.traces.trace import RoutingTrace
 
@@ -59,18 +59,20 @@ def carry_over(
         placement = solve(terms.problem(fitted, mode), time_limit=time_limit / 2, seed=terms.seed).placement
         after.append(held_out.seconds(problem, placement))
         report(number / 2)
-    gains, refit = [gain(before, seconds) for seconds in after], gain(after[0], after[1])
-    surviving = ratio(before - after[0], before - after[1]) if gains[1].is_beyond_noise else None
+    gains, refit = [held_out.gain(before, seconds) for seconds in after], held_out.gain(after[0], after[1])
+    surviving = None
+    if gains[1].is_beyond_noise:
+        surviving = ratio(before - after[0], before - after[1], sequences=held_out.num_sequences)
     return CarryOver(mode, gains[0], gains[1], surviving, refit, _sentence(gains, surviving, refit))
 
 
 def _sentence(gains: list[Gain], surviving: Gain | None, refit: Gain) -> str:
     if surviving is None:
         return "On the new trace no placement gains beyond noise, so there is nothing that could survive."
-    kept = f"{surviving.share:.0%} ({surviving.low:.0%} to {surviving.high:.0%})"
+    kept = f"{surviving.share:.0%} ({surviving.span})"
     advice = "solve again" if refit.is_beyond_noise and refit.share >= WORTH_HAVING else "keep the placement"
     return (
         f"A placement fitted to the old trace gains {gains[0].share:.1%} on the new one, one fitted to the new one "
         f"{gains[1].share:.1%}: {kept} of the gain survives. Fitting anew saves {refit.share:.1%} of a step "
-        f"({refit.low:.1%} to {refit.high:.1%}): {advice}."
+        f"({refit.span}): {advice}."
     )

@@ -2,13 +2,17 @@
 
 Placements are compared in pairs on bootstrap samples of whole sequences (tokens of a sequence resemble each other).
 What a step costs is no sum over sequences (its busiest rank decides), so every sample is replayed in full. Intervals
-are normal: 1.96 standard deviations of the samples to each side (Efron & Tibshirani 1993, ch. 13), which few samples
-estimate well.
+are a number of standard deviations of the samples to each side, which few samples estimate well: those of Student's t
+with one degree of freedom per sequence but one, and widened by sqrt(n / (n - 1)), because n sequences drawn from
+themselves vary less than n new ones would (Efron & Tibshirani 1993, ch. 12 and 13). One sequence says nothing of how
+others vary: its interval is all that can be.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 from moeplace.placement.cost.evaluation import Evaluation
 from moeplace.placement.placement import Placement
@@ -19,7 +23,8 @@ from moeplace.profiling.traces.trace import RoutingTrace
 
 SAMPLES = 32
 MOST_TOKENS = 16_384
-_DEVIATIONS = 1.96
+FEW_SEQUENCES = 8
+"""Below this many an interval is so wide that it is worth a word: 2.4 deviations and more instead of 2."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Gain:
 
     Attributes:
         share: on the held-out tokens; negative = lost.
-        low, high: 95 % interval over sequences.
+        low, high: 95 % interval over sequences; infinite where there is one sequence only.
     """
 
     share: float
@@ -39,6 +44,11 @@ class Gain:
     def is_beyond_noise(self) -> bool:
         """Whether the interval lies above 0."""
         return self.low > 0
+
+    @property
+    def span(self) -> str:
+        """The interval for people."""
+        return f"{self.low:.1%} to {self.high:.1%}" if np.isfinite(self.low) else "not known from one sequence"
 
 
 class HeldOut:
@@ -75,24 +85,41 @@ class HeldOut:
         """What the placement costs on the tokens."""
         return problem.evaluate(placement, self.trace)
 
+    @property
+    def note(self) -> str:
+        """A sentence where there are too few sequences to judge well, else ""."""
+        if self.num_sequences >= FEW_SEQUENCES:
+            return ""
+        return (
+            f"Held-out sequences: {self.num_sequences}; how much of a gain is chance cannot be told well from fewer "
+            f"than {FEW_SEQUENCES}."
+        )
+
+    def gain(self, before: np.ndarray, after: np.ndarray) -> Gain:
+        """The gain from `before` to `after`, both from `seconds`."""
+        return gain(before, after, sequences=self.num_sequences)
+
     def seconds(self, problem: Problem, placement: Placement) -> np.ndarray:
         """(1 + samples,) predicted seconds per step: on the tokens, then on every sample."""
         traces = (self.trace, *self._samples)
         return np.array([problem.evaluate(placement, trace).predicted_seconds for trace in traces])
 
 
-def gain(before: np.ndarray, after: np.ndarray) -> Gain:
-    """The gain from `before` to `after`, both as `HeldOut.seconds` gives them."""
-    return interval(1 - after / before)
+def gain(before: np.ndarray, after: np.ndarray, *, sequences: int) -> Gain:
+    """The gain from `before` to `after`, both as `HeldOut.seconds` gives them for so many sequences."""
+    return interval(1 - after / before, sequences=sequences)
 
 
-def ratio(part: np.ndarray, whole: np.ndarray) -> Gain:
+def ratio(part: np.ndarray, whole: np.ndarray, *, sequences: int) -> Gain:
     """part / whole with the interval of its linearisation, which a small `whole` in some sample does not upset."""
     value = part[0] / whole[0]
-    return interval(value + ((part - part[0]) - value * (whole - whole[0])) / whole[0])
+    return interval(value + ((part - part[0]) - value * (whole - whole[0])) / whole[0], sequences=sequences)
 
 
-def interval(values: np.ndarray) -> Gain:
-    """A figure and its interval, from its value on the tokens and on every sample."""
-    spread = _DEVIATIONS * float(values[1:].std(ddof=1)) if len(values) > 2 else 0.0
+def interval(values: np.ndarray, *, sequences: int) -> Gain:
+    """A figure and its interval, from its value on the tokens and on every sample of so many sequences."""
+    spread = float("inf")
+    if sequences > 1 and len(values) > 2:
+        deviations = float(student.ppf(0.975, sequences - 1)) * math.sqrt(sequences / (sequences - 1))
+        spread = deviations * float(values[1:].std(ddof=1))
     return Gain(float(values[0]), float(values[0]) - spread, float(values[0]) + spread)

@@ -10,7 +10,7 @@ import numpy as np
 
 from moeplace.placement.modes import Mode
 from moeplace.placement.solve import solve
-from moeplace.placement.studies.held_out import Gain, HeldOut, gain
+from moeplace.placement.studies.held_out import Gain, HeldOut
 from moeplace.placement.studies.verdict import Terms
 from moeplace.profiling.traces.sampling import sequence_rows
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -87,7 +87,7 @@ def learning_curve(
         figures = held_out.evaluate(problem, placement)
         traffic = figures.copies_per_token if mode == "coherent" else figures.ranks_per_token
         after = held_out.seconds(problem, placement)
-        points.append(CurvePoint(subset.num_tokens, count, gain(before, after), traffic))
+        points.append(CurvePoint(subset.num_tokens, count, held_out.gain(before, after), traffic))
         report(len(points) / len(counts))
     enough = enough_tokens(points, tolerance)
     return LearningCurve(tuple(points), tolerance, enough, _sentence(points, tolerance, enough))

@@ -11,6 +11,7 @@ import numpy as np
 
 from moeplace.placement.cluster import Cluster, even_slots
 from moeplace.placement.cost.calibration import Calibration
+from moeplace.placement.cost.replica_rule import MOEPLACE, ReplicaRule
 from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.migration.plan import plan_migration
 from moeplace.placement.modes import MODES, Mode
@@ -18,7 +19,7 @@ from moeplace.placement.placement import Placement, index_order, with_slots
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Status
 from moeplace.placement.solve import solve
-from moeplace.placement.studies.held_out import Gain, HeldOut, gain
+from moeplace.placement.studies.held_out import Gain, HeldOut
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 
@@ -94,17 +95,24 @@ class Terms:
         cluster: ranks, slots and links; slots beyond one per expert are used for replicas.
         shape, calibration: of the cost model.
         seed: of solvers and samples.
+        rule: who serves an expert with several slots.
     """
 
     cluster: Cluster
     shape: StepShape
     calibration: Calibration
     seed: int
+    rule: ReplicaRule = MOEPLACE
 
     def problem(self, train: RoutingTrace, mode: Mode, cluster: Cluster | None = None) -> Problem:
         """The problem of fitting to `train`."""
         return Problem.from_trace(
-            train, cluster or self.cluster, mode=mode, shape=self.shape, calibration=self.calibration
+            train,
+            cluster or self.cluster,
+            mode=mode,
+            shape=self.shape,
+            calibration=self.calibration,
+            replica_rule=self.rule,
         )
 
     def index_order(self, problem: Problem) -> Placement:
@@ -169,8 +177,8 @@ def judge(
         report(len(options) / len(work))
     chosen = _choose(options)
     worth = chosen.over_baseline.is_beyond_noise and chosen.over_baseline.share >= WORTH_HAVING
-    sentences = _sentences(options, chosen, ground.baseline, worth)
-    return Verdict(tuple(options), ground.baseline, chosen, worth, " ".join(sentences))
+    sentences = [*_sentences(options, chosen, ground.baseline, worth), held_out.note]
+    return Verdict(tuple(options), ground.baseline, chosen, worth, " ".join(filter(None, sentences)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,9 +238,9 @@ class _Ground:
             index_order_seconds=float(before[0]),
             fitted_seconds=problem.evaluate(placement).predicted_seconds,
             seconds=float(after[0]),
-            gain=gain(before, after),
-            over_baseline=gain(self.before[self.baseline], after),
-            over_plain=None if judged.plain_seconds is None else gain(judged.plain_seconds, after),
+            gain=self.held_out.gain(before, after),
+            over_baseline=self.held_out.gain(self.before[self.baseline], after),
+            over_plain=None if judged.plain_seconds is None else self.held_out.gain(judged.plain_seconds, after),
             ranks_per_token=figures.ranks_per_token,
             imbalance=figures.imbalance_mean,
             move_seconds=move,
@@ -267,7 +275,7 @@ def _choose(options: list[Option]) -> Option:
 
 def _sentences(options: list[Option], chosen: Option, baseline: Mode, worth: bool) -> Iterator[str]:
     best = chosen.over_baseline
-    figures = f"{best.share:.1%} (95 % interval {best.low:.1%} to {best.high:.1%})"
+    figures = f"{best.share:.1%} (95 % interval {best.span})"
     if not worth:
         why = f"less than {WORTH_HAVING:.0%}" if best.is_beyond_noise else "within noise"
         yield (
@@ -284,7 +292,7 @@ def _sentences(options: list[Option], chosen: Option, baseline: Mode, worth: boo
         extra = wide.over_plain
         yield (
             f"Replicas in {wide.slots_per_rank} slots per rank{memory} change it by {extra.share:.1%} "
-            f"({extra.low:.1%} to {extra.high:.1%}) and {use}."
+            f"({extra.span}) and {use}."
         )
     if chosen.move_seconds is not None and chosen.payback_steps is not None:
         yield (

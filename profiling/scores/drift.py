@@ -1,10 +1,15 @@
 """Whether the routing has changed since a placement was planned, and not by chance.
 
-The distance between two samples of tokens is set against a null: the distances between pairs of bootstrap samples of
-the reference, drawn by sequence and of the sizes of the two. Tokens of a sequence resemble each other, so a null
-by token would call every new conversation a drift. Shape letters: T tokens, L MoE layers, E experts per layer.
+The distance between two samples of tokens is set against what it would be if their sequences were dealt out anew: the
+sequences of both are pooled, shuffled and split again, many times (a permutation test; Good 2005, ch. 3). Tokens of a
+sequence resemble each other, so it is whole sequences that change sides; and since both sides of every split come from
+one pool, tables with few tokens per entry are as far apart under the null as they are in truth. Few sequences allow few
+splits, and then nothing is significant.
+
+Shape letters: T tokens, L MoE layers, E experts per layer, Q sequences.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,35 +23,50 @@ from moeplace.profiling.traces.trace import RoutingTrace
 
 _MOST_TOKENS = 32_768
 MEASURES = ("load_tv", "load_js", "transitions_tv", "transitions_js")
+DECIDING = ("load_tv", "transitions_tv")
+_LEVEL = 0.05
+"""Share of unchanged routings that may be called changed."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Distances between two traces, each with the level that chance exceeds in one of twenty samples.
+    """Distances between two traces, each with the level that chance seldom exceeds.
 
     Attributes:
         distance: per measure, mean over layers: total variation (0..1) or Jensen-Shannon divergence (bits) of the
             load, and of the transitions between neighbouring MoE layers.
-        threshold: per measure, the 95 % quantile of the null.
-        p_value: per measure, share of the null at or above the distance (never below 1 / (bootstraps + 1)).
+        threshold: per measure, what chance exceeds in one of forty splits, so that it exceeds that of load or of
+            transitions in one of twenty.
+        p_value: per measure, share of the splits, the true one among them, that are at or above the distance.
         num_tokens: tokens of (reference, current) that were compared.
+        num_sequences: sequences of both.
+        notes: remarks, such as that there are too few sequences to tell.
     """
 
     distance: dict[str, float]
     threshold: dict[str, float]
     p_value: dict[str, float]
     num_tokens: tuple[int, int]
+    num_sequences: tuple[int, int] = (0, 0)
+    notes: tuple[str, ...] = ()
 
     @property
     def is_significant(self) -> bool:
-        """Whether the load or the transitions are farther apart than chance explains."""
-        return any(self.distance[name] > self.threshold[name] for name in ("load_tv", "transitions_tv"))
+        """Whether load or transitions are farther apart than chance explains; wrong in one of twenty cases at most."""
+        return any(self.p_value[name] <= _LEVEL / len(DECIDING) for name in DECIDING)
 
 
 def measure_drift(
-    reference: RoutingTrace, current: RoutingTrace, *, seed: int, bootstraps: int = 200, most_tokens: int = _MOST_TOKENS
+    reference: RoutingTrace, current: RoutingTrace, *, seed: int, splits: int = 200, most_tokens: int = _MOST_TOKENS
 ) -> Drift:
     """Compare two traces of one model; longer ones are sampled by whole sequences.
+
+    Args:
+        reference: what the placement was planned on.
+        current: what is routed now.
+        seed: of the splits.
+        splits: random ones, beside the true one.
+        most_tokens: of each trace.
 
     Raises:
         InputError: the traces are not of one model shape, or one has no token.
@@ -59,37 +79,68 @@ def measure_drift(
     for name, trace in (("reference", reference), ("current", current)):
         if not trace.num_tokens:
             raise InputError(f"the {name} trace has no token, at least one is needed")
-    base = sample_sequences(reference, most_tokens=most_tokens)
-    now = sample_sequences(current, most_tokens=most_tokens)
-    ones = (np.ones(len(sample.starts), dtype=np.int64) for sample in (base, now))
-    observed = _distances(*(_weighted(sample, weights) for sample, weights in zip((base, now), ones, strict=True)))
+    base, now = (sample_sequences(trace, most_tokens=most_tokens) for trace in (reference, current))
+    pool = _Pool.of(base, now)
+    counts = (len(base.starts), len(now.starts))
     rng = np.random.default_rng(seed)
-    sequences = len(base.starts)
-    draws = max(round(now.num_tokens / base.lengths.mean()), 1)
-    pairs = [rng.multinomial(count, np.full(sequences, 1 / sequences), size=bootstraps) for count in (sequences, draws)]
-
-    def chance(number: int) -> tuple[float, ...]:
-        return _distances(*(_weighted(base, weights[number]) for weights in pairs))
-
-    with thread_pool() as pool:
-        null = np.array(list(pool.map(chance, range(bootstraps))))
-    threshold = np.quantile(null, 0.95, axis=0)
-    p_value = (1 + (null >= np.array(observed)).sum(axis=0)) / (bootstraps + 1)
+    sides = [np.arange(sum(counts)) >= counts[0]]
+    sides += [rng.permutation(sides[0]) for _ in range(splits)]
+    with thread_pool() as threads:
+        found = np.array(list(threads.map(pool.distances, sides)))
+    observed, null = found[0], found[1:]
+    p_value = (1 + (null >= observed - 1e-12).sum(axis=0)) / (splits + 1)
+    threshold = np.quantile(null, 1 - _LEVEL / len(DECIDING), axis=0)
     return Drift(
-        dict(zip(MEASURES, observed, strict=True)),
+        dict(zip(MEASURES, map(float, observed), strict=True)),
         dict(zip(MEASURES, map(float, threshold), strict=True)),
         dict(zip(MEASURES, map(float, p_value), strict=True)),
         (base.num_tokens, now.num_tokens),
+        counts,
+        _too_few(*counts),
     )
 
 
-def _weighted(sample: SequenceSample, weights_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(load (L, E), transitions (L-1, E, E)) with every sequence counted as often as its weight says."""
-    layers, most = sample.ids.shape[1], int(sample.experts_per_layer.max())
+def _too_few(reference: int, current: int) -> tuple[str, ...]:
+    """A remark if there are not enough splits for any of them to be rare."""
+    if math.comb(reference + current, current) * _LEVEL >= len(DECIDING):
+        return ()
+    return (
+        f"{reference} and {current} sequences are too few to tell drift from chance: tokens of one sequence resemble "
+        "each other; record more and shorter ones",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Pool:
+    """The sequences of both traces, and what they sum to."""
+
+    ids: np.ndarray
+    lengths_Q: np.ndarray
+    experts_L: np.ndarray
+    load_LE: np.ndarray
+    transitions_LEE: np.ndarray
+
+    @classmethod
+    def of(cls, *samples: SequenceSample) -> "_Pool":
+        ids = np.concatenate([sample.ids for sample in samples])
+        lengths_Q = np.concatenate([sample.lengths for sample in samples])
+        experts_L = samples[0].experts_per_layer
+        return cls(ids, lengths_Q, experts_L, *_count(ids, np.ones(len(ids), np.int64), experts_L))
+
+    def distances(self, side_Q: np.ndarray) -> tuple[float, ...]:
+        """Between the sequences with `side_Q` true and those with false, in the order of `MEASURES`."""
+        side_T = np.repeat(side_Q, self.lengths_Q).astype(np.int64)
+        one = _count(self.ids, side_T, self.experts_L)
+        other = (self.load_LE - one[0], self.transitions_LEE - one[1])
+        return _distances(one, other)
+
+
+def _count(ids: np.ndarray, weights_T: np.ndarray, experts_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(load (L, E), transitions (L-1, E, E)) with every token counted as often as its weight says."""
+    layers, most = ids.shape[1], int(experts_L.max())
     load_LE = np.zeros((layers, most), dtype=np.int64)
     transitions_LEE = np.zeros((layers - 1, most, most), dtype=np.int64)
-    weights_T = np.repeat(weights_Q, sample.lengths)
-    count_weighted(sample.ids, weights_T, sample.experts_per_layer, load_LE, transitions_LEE)
+    count_weighted(ids, weights_T, experts_L, load_LE, transitions_LEE)
     return load_LE, transitions_LEE
 
 

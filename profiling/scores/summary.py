@@ -76,7 +76,9 @@ def drift_document(drift: Drift) -> dict[str, Any]:
         "threshold": drift.threshold,
         "p_value": drift.p_value,
         "tokens": list(drift.num_tokens),
+        "sequences": list(drift.num_sequences),
         "is_significant": drift.is_significant,
+        "notes": list(drift.notes),
     }
 
 
@@ -188,9 +190,9 @@ def _stability(trace: RoutingTrace, primary_LT: np.ndarray, seed: int) -> dict[s
     does), workloads, phases, windows of time."""
     document: dict[str, Any] = {"windows": _windows(trace)}
     if trace.sequence_ids is not None:
-        sequence_T = np.asarray(trace.sequence_ids)
-        chance = np.random.default_rng(seed).random(int(sequence_T.max(initial=0)) + 1) < 0.5
-        document["train_test"] = _halves(trace, primary_LT, sequence_T % 2 == 1)
+        known, sequence_T = np.unique(np.asarray(trace.sequence_ids), return_inverse=True)  # ids may be hashes
+        chance = np.random.default_rng(seed).random(len(known)) < 0.5
+        document["train_test"] = _halves(trace, primary_LT, np.asarray(trace.sequence_ids) % 2 == 1)
         document["random_halves"] = _halves(trace, primary_LT, chance[sequence_T])
     if trace.is_decode is not None and trace.is_decode.any() and not trace.is_decode.all():
         document["prefill_decode"] = {"load_tv": _between(trace, trace.is_decode.astype(np.int64))}

@@ -149,7 +149,7 @@ class RoutingTrace:
     def layer(self, index: int) -> np.ndarray:
         """(T, K) int16 or int32 contiguous ids of one MoE layer, null experts as -1: what dispatch sees."""
         dtype = np.int16 if self.num_experts < 2**15 else np.int32
-        ids_TK = np.ascontiguousarray(self.topk_ids[:, index], dtype=dtype)
+        ids_TK = np.array(self.topk_ids[:, index], dtype=dtype, order="C")  # a copy, even of a trace of one layer
         if self.null_experts:
             ids_TK[ids_TK >= self.experts_per_layer[index]] = NO_EXPERT
         return ids_TK

@@ -48,7 +48,7 @@ def search_chain(
     slots, ranks = problem.cluster.num_slots, problem.num_ranks
     descend_chain(start_LS, chain.transitions_LSS, chain.cost_RR, np.zeros((problem.num_layers, slots, ranks)))
     old_LS = start_LS if ties is None else _old_ranks(problem, ties)
-    hot = 6.0 * problem.load_LE.sum() / (problem.num_layers * slots) / 15
+    hot = max(6.0 * problem.load_LE.sum() / (problem.num_layers * slots) / 15, 0.5)  # also where no token has an expert
     proposals = int(1.8 * seconds / ROUNDS / (60e-9 + 1.5e-9 * slots))
     deadline = min(budget.elapsed + seconds, budget.time_limit)
 

@@ -73,7 +73,8 @@ class LayerSearch:
             fair_R = self._cluster.speed_of_rank * problem.load_LE[layer].sum() / self._cluster.speed_of_rank.sum()
             limits_R = np.minimum(limits_R, fair_R * max(cap, packed_imbalance(problem, layer)) + 1e-9)
         thin_TK = np.ascontiguousarray(ids_TK[::stride])
-        share = (thin_TK >= 0).sum() / max(int((ids_TK >= 0).sum()), 1)
+        assigned = int((ids_TK >= 0).sum())
+        share = (thin_TK >= 0).sum() / assigned if assigned else 1.0
         self._full_limit_R = limits_R
         self._limit_R = limits_R * share
         risk_SS = risk_matrix(problem.trace.select(slice(None, None, stride)), thin_TK, self._start_S, hedge)

@@ -49,7 +49,7 @@ def share_out(value_LS: np.ndarray, steps: range) -> np.ndarray:
     chosen = np.zeros((layers, room + 1), np.int64)
     for layer in range(layers):
         options = np.full((len(steps), room + 1), np.inf)
-        for used in range(len(steps)):
+        for used in range(min(len(steps), room + 1)):  # no layer can have more than all others give
             options[used, used:] = best[: room + 1 - used] + value_LS[layer, used]
         chosen[layer] = options.argmin(axis=0)
         best = options.min(axis=0)

@@ -1,5 +1,7 @@
 """The replica choice of `cost.replica_choice` on the lists of ranks that a search keeps: what each token costs.
 
+Token t is near rank t mod R, its home, as in the evaluation.
+
 A search changes two experts at a time and asks again for their tokens only, so the rule is written for one token, in
 terms of the ranks of its few experts: nothing here grows with the number of ranks.
 
@@ -95,9 +97,10 @@ def serve(t, ids_TK, node_R, place_PR, weight, mark_X, count_E, rank_EH, held_ER
                 remaining += 1
     if remaining > 0:
         place_R = place_PR[t % len(place_PR)]
-        remaining -= _serve_where_in_use(t, ids_TK, mark_X, count_E, rank_EH, place_R, rank_K)
+        home = t % len(node_R)
+        remaining -= _serve_where_in_use(t, home, ids_TK, mark_X, count_E, rank_EH, place_R, rank_K)
         while remaining > 0:
-            best, held = _best_rank(t, ids_TK, node_R, mark_X, count_E, rank_EH, held_ER, place_R, rank_K)
+            best, held = _best_rank(t, home, ids_TK, node_R, mark_X, count_E, rank_EH, held_ER, place_R, rank_K)
             remaining -= held
             mark_X[best] = stamp
             ranks += 1
@@ -111,7 +114,7 @@ def serve(t, ids_TK, node_R, place_PR, weight, mark_X, count_E, rank_EH, held_ER
 
 
 @njit(cache=True, nogil=True)
-def _serve_where_in_use(t, ids_TK, mark_X, count_E, rank_EH, place_R, rank_K):  # type: ignore[no-untyped-def]
+def _serve_where_in_use(t, home, ids_TK, mark_X, count_E, rank_EH, place_R, rank_K):  # type: ignore[no-untyped-def]
     """Replicated experts that a rank in use holds are served there; returns their number."""
     served, stamp = 0, mark_X[-1]
     for k in range(len(rank_K)):
@@ -120,7 +123,7 @@ def _serve_where_in_use(t, ids_TK, mark_X, count_E, rank_EH, place_R, rank_K):  
             best = -1
             for i in range(count_E[e]):
                 r = rank_EH[e, i]
-                if mark_X[r] == stamp and (best < 0 or place_R[r] < place_R[best]):
+                if mark_X[r] == stamp and best != home and (best < 0 or r == home or place_R[r] < place_R[best]):
                     best = r
             if best >= 0:
                 served += 1
@@ -129,8 +132,8 @@ def _serve_where_in_use(t, ids_TK, mark_X, count_E, rank_EH, place_R, rank_K):  
 
 
 @njit(cache=True, nogil=True)
-def _best_rank(t, ids_TK, node_R, mark_X, count_E, rank_EH, held_ER, place_R, rank_K):  # type: ignore[no-untyped-def]
-    """The rank that holds most experts not served yet, on a node in use before others; and how many it holds."""
+def _best_rank(t, home, ids_TK, node_R, mark_X, count_E, rank_EH, held_ER, place_R, rank_K):  # type: ignore[no-untyped-def]
+    """The rank that holds most experts not served yet, home and nodes in use before others; and how many it holds."""
     best, best_score, stamp = -1, -1, mark_X[-1]
     for j in range(len(rank_K)):
         if ids_TK[t, j] < 0 or rank_K[j] >= 0:
@@ -141,10 +144,11 @@ def _best_rank(t, ids_TK, node_R, mark_X, count_E, rank_EH, held_ER, place_R, ra
             for k in range(len(rank_K)):
                 if ids_TK[t, k] >= 0 and rank_K[k] < 0 and held_ER[ids_TK[t, k], r]:
                     held += 1
-            score = 2 * held + (mark_X[node_R[r]] == stamp)
+            beside = mark_X[node_R[r]] == stamp or node_R[r] == node_R[home]
+            score = 4 * held + 2 * (r == home) + beside
             if score > best_score or (score == best_score and place_R[r] < place_R[best]):
                 best, best_score = r, score
-    return best, best_score // 2
+    return best, best_score // 4
 
 
 @njit(cache=True, nogil=True)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeplace.placement.solvers.replicas.rule import preference_places
+from moeplace.placement.cost.replica_choice import home_first_orders
 from moeplace.placement.solvers.replicas.seats import Seats
 from moeplace.placement.solvers.replicas.words import add_repeats, clear, copy, count_row, popcount, subtract, unite
 from moeplace.profiling.kernel_cache import njit
@@ -97,7 +97,7 @@ def token_bits(ids_TK: np.ndarray, num_slots: int, num_ranks: int) -> TokenBits:
 @lru_cache(maxsize=4)
 def _preferred(num_ranks: int) -> np.ndarray:
     """(R, R, Q) uint64, read-only, see `TokenBits`; shared by all layers (52 MB at 320 ranks)."""
-    place_RP = np.ascontiguousarray(preference_places(num_ranks).T)
+    place_RP = np.ascontiguousarray(np.argsort(home_first_orders(num_ranks), axis=1).T.astype(np.int16))
     prefer_RRQ = np.stack([_words(place_R < place_RP) for place_R in place_RP])
     prefer_RRQ.flags.writeable = False
     return prefer_RRQ

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplace.placement.cluster import Cluster, Link
+from moeplace.placement.cost.calibration import Calibration, ExpertTime
 from moeplace.placement.cost.evaluation import evaluate
-from moeplace.placement.cost.replica_choice import NUM_ORDERS, preference_orders
-from moeplace.placement.cost.steps import step_of_token
+from moeplace.placement.cost.replica_rule import get_rule
+from moeplace.placement.cost.steps import StepShape, step_of_token
 from moeplace.placement.modes import MODES, Mode
 from moeplace.placement.objective import measure
 from moeplace.placement.placement import Placement, index_order
@@ -16,101 +17,64 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.solve import solve
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
+from tests.placement.cost.reference import Setting, cost
 from tests.placement.instances import skewed_trace
 from tests.placement.random_placements import random_placement
+from tests.seeds import FIXED_AND_TODAY
 
 
-def serving_ranks(ids, copies_ER, node_R, near, rotation):
-    """The rule of `replica_choice`, word for word: {expert: rank}."""
-    ranks = len(node_R)
-    holders = {int(e): [r for r in range(ranks) if copies_ER[e, r]] for e in ids if e >= 0}
-    order = preference_orders(ranks)[rotation % NUM_ORDERS].tolist()
-    chosen = {e: held[0] for e, held in holders.items() if len(held) == 1}
-    forced = set(chosen.values())
-    for e, held in holders.items():
-        if e not in chosen and forced & set(held):
-            chosen[e] = near if near in forced & set(held) else next(r for r in order if r in forced & set(held))
-    used = set(forced)
-    while len(chosen) < len(holders):
-        nodes = {int(node_R[r]) for r in used} | ({int(node_R[near])} if near >= 0 else set())
-
-        def score(rank, nodes=nodes):
-            held = sum(rank in held for e, held in holders.items() if e not in chosen)
-            return (held, rank == near, int(node_R[rank]) in nodes)
-
-        best = max(order, key=score)  # the first of the best
-        used.add(best)
-        chosen.update({e: best for e, held in holders.items() if e not in chosen and best in held})
-    return chosen
-
-
-def reference(trace: RoutingTrace, placement: Placement, mode: str) -> dict[str, float]:
-    """The figures of section "what a placement costs", token by token."""
-    tokens, layers, ranks = trace.num_tokens, trace.num_layers, placement.num_ranks
-    node_R = placement.node_of_rank
-    sums = dict.fromkeys(("d", "dn", "single", "copies", "stay", "node_stay", "pairs"), 0)
-    load_LR = np.zeros((layers, ranks))
-    for t in range(tokens):
-        owner, before = -1, None
-        for layer in range(layers):
-            ids = trace.layer(layer)[t]
-            near = owner if mode == "coherent" else -1
-            chosen = serving_ranks(ids, placement.copies_LER[layer], node_R, near, t)
-            used = sorted(set(chosen.values()))
-            for rank in chosen.values():
-                load_LR[layer, rank] += 1
-            sums["d"] += len(used)
-            sums["dn"] += len({int(node_R[r]) for r in used})
-            sums["single"] += len(used) == 1
-            primary = chosen.get(int(ids[0])) if ids[0] >= 0 else None
-            if layer and primary is not None and before is not None:
-                sums["pairs"] += 1
-                sums["stay"] += primary == before
-                sums["node_stay"] += node_R[primary] == node_R[before]
-            before = primary
-            if used:
-                if layer:
-                    sums["copies"] += (len(used) - 1) + (len(used) - (owner in used) if owner >= 0 else 0)
-                held = {r: list(chosen.values()).count(r) for r in used}
-                owner = max(used, key=lambda r: (held[r], r == owner, -r))
-    imbalance_L = [row.max() / row.mean() if row.sum() else 1.0 for row in load_LR]
-    cells, boundaries = tokens * layers, max(tokens * (layers - 1), 1)
-    copies = {
-        "coherent": sums["copies"] / boundaries,
-        "dispatch-combine": 2 * sums["d"] / cells * (1 - 1 / ranks),
-        "allgather": 2 * (ranks - 1),
-    }
-    return {
-        "ranks_per_token": sums["d"] / cells,
-        "nodes_per_token": sums["dn"] / cells,
-        "single_rank_share": sums["single"] / cells,
-        "copies_per_token": copies[mode],
-        "stay_rate": sums["stay"] / max(sums["pairs"], 1),
-        "node_stay_rate": sums["node_stay"] / max(sums["pairs"], 1),
-        "imbalance_mean": float(np.mean(imbalance_L)),
-        "imbalance_worst": float(np.max(imbalance_L)),
-    }
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    top_k=st.integers(1, 4),
-    nodes=st.sampled_from([[0, 0, 0], [0, 0, 1], [0, 1, 1, 2]]),
-    ragged=st.sampled_from([0.0, 0.3]),
-    fill=st.sampled_from([0.0, 0.7, 1.0]),
-    mode=st.sampled_from(MODES),
-)
-def test_agrees_with_the_reference(seed, top_k, nodes, ragged, fill, mode):
-    """Every figure equals the token-by-token reference: replicas, ragged top-k, several nodes, all modes."""
-    trace = skewed_trace(seed, tokens=15, layers=3, experts=6, top_k=top_k, ragged=ragged)
-    rng = np.random.default_rng(seed)
-    placement = random_placement(
-        rng, layers=3, experts=6, slots_of_rank=[3] * len(nodes), node_of_rank=nodes, fill=fill
+def figures_of(trace: RoutingTrace, placement: Placement, setting: Setting) -> dict[str, float]:
+    """The reference's figures."""
+    ids = [trace.layer(layer).tolist() for layer in range(trace.num_layers)]
+    return cost(
+        [list(rows) for rows in zip(*ids, strict=True)],
+        placement.slot_to_expert.tolist(),
+        placement.slots_of_rank.tolist(),
+        placement.node_of_rank.tolist(),
+        setting,
     )
-    figures = evaluate(trace, placement, mode=mode).summary()
-    for name, value in reference(trace, placement, mode).items():
-        assert figures[name] == pytest.approx(value, abs=1e-12), name
+
+
+def random_case(rng: np.random.Generator) -> tuple[RoutingTrace, Placement, Cluster, StepShape, Calibration, Setting]:
+    """A small trace, placement, cluster and cost model, with what the reference needs of them."""
+    nodes = [[0], [0, 0, 0], [0, 0, 1], [0, 1, 1, 2], [0, 0, 1, 1], [0, 1, 2]][rng.integers(6)]
+    top_k, layers, experts = int(rng.integers(1, 5)), int(rng.integers(1, 4)), 6
+    trace = skewed_trace(
+        int(rng.integers(10_000)), tokens=int(rng.integers(1, 24)), layers=layers, experts=experts, top_k=top_k,
+        ragged=float(rng.choice([0.0, 0.4])),
+    )  # fmt: skip
+    sizes = [int(x) for x in rng.integers(3, 6, len(nodes))] if len(nodes) > 1 else [experts]
+    placement = random_placement(
+        rng, layers=layers, experts=experts, slots_of_rank=sizes, node_of_rank=nodes,
+        fill=float(rng.choice([0.0, 0.6, 1.0])),
+    )  # fmt: skip
+    speeds = [1.0] * len(nodes) if rng.random() < 0.5 else (0.5 + rng.random(len(nodes))).tolist()
+    intra, inter = (float(rng.uniform(0, 1e-4)), float(rng.uniform(1e8, 1e10))), (3e-5, float(rng.uniform(1e8, 1e10)))
+    shared = float(rng.choice([np.inf, 1.5 * inter[1]]))
+    expert = tuple(rng.uniform(0, 1e-5, 3).tolist())
+    mode, rule = MODES[rng.integers(3)], ["moeplace", "hash", "nearest-static"][rng.integers(3)]
+    batch = int(rng.choice([1, 2, 5, 256]))
+    cluster = Cluster(np.array(nodes), np.array(sizes), np.array(speeds))
+    calibration = Calibration(Link(*intra), Link(*inter, shared), ExpertTime(*expert), 2e-6)
+    setting = Setting(
+        mode, batch, 2 * 64, 2 * 24, speeds, intra, inter, shared, expert, overhead=2e-6, rule=rule  # type: ignore[arg-type]
+    )  # fmt: skip
+    return trace, placement, cluster, StepShape(batch, 64, 2, 24), calibration, setting
+
+
+@pytest.mark.parametrize("seed", FIXED_AND_TODAY)
+def test_agrees_with_the_reference(seed: int) -> None:
+    """Every figure equals the token-by-token reference: replicas and rules, ragged top-k, nodes, speeds, modes."""
+    rng = np.random.default_rng(seed)
+    for number in range(60):
+        trace, placement, cluster, shape, calibration, setting = random_case(rng)
+        mode: Mode = setting.mode  # type: ignore[assignment]
+        rule = get_rule(setting.rule)
+        result = evaluate(
+            trace, placement, mode=mode, cluster=cluster, shape=shape, calibration=calibration, rule=rule
+        ).summary()
+        for name, value in figures_of(trace, placement, setting).items():
+            assert result[name] == pytest.approx(value, rel=1e-9, abs=1e-12), f"case {number}: {name}, {setting}"
 
 
 def test_top1_coherent_copies_are_one_minus_stay_rate():

@@ -100,17 +100,17 @@ def test_intervals_follow_the_differences_between_sequences() -> None:
     held_out = judges(trace)
     problem = TERMS.problem(trace, "dispatch-combine")
     base = TERMS.index_order(problem)
-    assert gain(held_out.seconds(problem, base), held_out.seconds(problem, base)) == Gain(0.0, 0.0, 0.0)
+    assert gain(held_out.seconds(problem, base), held_out.seconds(problem, base), sequences=20) == Gain(0.0, 0.0, 0.0)
     twins = trace.select(np.tile(np.arange(128), 8)).replace(sequence_ids=np.repeat(np.arange(8), 128))
     better = Placement(
         np.roll(base.slot_to_expert, 2, axis=1), base.slots_of_rank, base.node_of_rank, base.experts_per_layer
     )
     same = HeldOut(twins, seed=0)
-    found = gain(same.seconds(problem, base), same.seconds(problem, better))
+    found = same.gain(same.seconds(problem, base), same.seconds(problem, better))
     assert found.high - found.low < 1e-12
     whole = np.array([2.0, 2.1, 1.9])
-    assert ratio(whole / 2, whole).share == 0.5
-    assert ratio(whole / 2, whole).high == pytest.approx(0.5)
+    assert ratio(whole / 2, whole, sequences=20).share == 0.5
+    assert ratio(whole / 2, whole, sequences=20).high == pytest.approx(0.5)
     with pytest.raises(InputError, match="no held-out tokens"):
         HeldOut(trace.select(slice(0, 0)), seed=0)
 

@@ -233,10 +233,10 @@ def test_drift_sees_a_change_and_not_noise() -> None:
     """Two samples of one chain: no drift. Another permutation of the experts: drift in load and transitions."""
     shares = zipf_shares(3, 8, exponent=0.7, rng=np.random.default_rng(0))
     whole = markov(shares, num_tokens=12_800, top_k=2, stickiness=0.5, seed=1)
-    calm = measure_drift(whole.select(slice(0, 6400)), whole.select(slice(6400, None)), seed=0, bootstraps=60)
+    calm = measure_drift(whole.select(slice(0, 6400)), whole.select(slice(6400, None)), seed=0, splits=60)
     assert not calm.is_significant
     other = markov(shares[:, ::-1], num_tokens=6400, top_k=2, stickiness=0.5, seed=2)
-    moved = measure_drift(whole.select(slice(0, 6400)), other, seed=0, bootstraps=60)
+    moved = measure_drift(whole.select(slice(0, 6400)), other, seed=0, splits=60)
     assert moved.is_significant
     assert moved.p_value["transitions_tv"] == pytest.approx(1 / 61)
     assert moved.distance["load_tv"] > 3 * moved.threshold["load_tv"]
@@ -246,7 +246,7 @@ def test_affinity_drift_without_load_drift_is_seen() -> None:
     """Uniform load before and after, other partners: the transitions drift."""
     shares = np.full((3, 8), 1 / 8)
     before, after = (markov(shares, num_tokens=6400, top_k=1, stickiness=0.8, seed=seed) for seed in (1, 2))
-    drift = measure_drift(before, after, seed=0, bootstraps=60)
+    drift = measure_drift(before, after, seed=0, splits=60)
     assert drift.distance["load_tv"] < 2 * drift.threshold["load_tv"]
     assert drift.distance["transitions_tv"] > 3 * drift.threshold["transitions_tv"]
 
