@@ -263,3 +263,12 @@ def test_samples_are_whole_sequences_in_order(seed: int, most: int) -> None:
     whole = [trace.topk_ids[trace.sequence_ids == s] for s in sorted(set(trace.sequence_ids.tolist()))]
     for piece in pieces:
         assert any(np.array_equal(piece, w[: len(piece)]) and len(piece) in (len(w), most) for w in whole)
+
+
+def test_affinity_counts_every_expert() -> None:
+    """Two experts that follow each other without fail: one bit, and expert 0 is one of them; the control has none."""
+    primary_LT = np.tile(np.arange(400) % 2, (2, 1))
+    score = affinity(primary_LT, 2, seed=0)
+    assert score.bits.tolist() == [1.0]
+    assert score.control_bits[0] < 0.05
+    assert score.num_tokens == 400
