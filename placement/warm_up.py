@@ -68,7 +68,7 @@ def _balance(trace: RoutingTrace) -> None:
 def _score(trace: RoutingTrace) -> None:
     """What `moeplace stats` says."""
     summarize(trace, seed=0)
-    measure_drift(trace, trace, seed=0, bootstraps=2)
+    measure_drift(trace, trace, seed=0, splits=2)
 
 
 def _read(ids_TLK: np.ndarray) -> None:

@@ -63,12 +63,12 @@ def test_commands_use_it(tmp_path: Path) -> None:
 
 
 def test_one_prompt_has_no_other_side(tmp_path: Path) -> None:
-    """One sequence: evaluate and report name the flag that judges on all of it."""
+    """One sequence: evaluate judges on all of it and says so; report names the flag that does."""
     save_trace(tmp_path / "t", small_trace(sequence_ids=np.zeros(512, int)))
     rows = np.tile(np.arange(8), (2, 1))
     save_placement(tmp_path / "p.json", Placement(rows, np.full(2, 4), np.zeros(2, int), np.full(2, 8)))
-    with pytest.raises(InputError, match=r"one side of the split by sequence is empty.*--split all"):
-        run(evaluate, tmp_path / "t", tmp_path / "p.json")
+    with pytest.warns(MoeplaceWarning, match="one side of the split by sequence is empty: judged on all tokens"):
+        assert run(evaluate, tmp_path / "t", tmp_path / "p.json") == 0
     with pytest.raises(InputError, match="split all judges"):
         run(report, tmp_path / "t", "--placement", tmp_path / "p.json", "--out", tmp_path / "r.html")
     assert run(evaluate, tmp_path / "t", tmp_path / "p.json", "--split", "all") == 0
