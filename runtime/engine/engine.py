@@ -288,12 +288,13 @@ class Engine:
         return drawn, heard
 
     def _describe_draw(self, sequence: RunningSequence) -> Draw:
-        request = sequence.request
+        request, sampling = sequence.request, sequence.request.sampling
+        history_counts = sampling.has_penalties or sampling.min_tokens > 0  # else nothing of it is copied
         return Draw(
-            request.sampling,
+            sampling,
             position=len(sequence.token_ids),
             prompt=request.token_ids,
-            added=sequence.token_ids[len(request.token_ids) :],
+            added=sequence.added if history_counts else (),
             stop_ids=self.stop_ids if request.stop_set is None else request.stop_set,
         )
 

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moeplace.launch.http_front.completions.body import parse_body
 from moeplace.launch.http_front.completions.run import CompletionRun
+from moeplace.launch.http_front.server import bind
 from moeplace.launch.http_front.settings import FrontSettings, parse_address, read_api_key
 from moeplace.launch.http_front.wire.metrics import FrontMetrics
 from moeplace.profiling.errors import InputError
@@ -368,6 +369,16 @@ def test_a_slow_reader_holds_up_nobody(service: ManualService, pool: ThreadPoolE
             assert answer.result(WAIT).json()["choices"][0]["text"] == "y"
         assert service.cancelled.get() == slow.request_id
         stuck.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such option")
+def test_connections_end_when_nobody_takes_what_was_sent() -> None:
+    """The system closes them after the stall timeout, also those that this process has let go of."""
+    settings = FrontSettings("m", stall_timeout=2.5)
+    with bind("127.0.0.1", 0, settings) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2500
 
 
 def test_what_gathers_comes_in_one_piece(service: ManualService) -> None:
