@@ -27,6 +27,7 @@ KINDS = {
     "temperature 1, top-k 50, top-p 0.9": SamplingParameters(1.0, 50, 0.9, seed=1),
     "temperature 1, min-p 0.05": SamplingParameters(1.0, min_p=0.05, seed=1),
 }
+SORTED = SamplingParameters(0.8, top_p=0.95)
 
 
 def sort_and_draw(logits: torch.Tensor, parameters: SamplingParameters) -> None:
@@ -67,8 +68,7 @@ def main() -> None:
             figures[label] = median_seconds(lambda b=logits, d=draws: draw_tokens(b, d), args.repeats)  # type: ignore[misc]
             print(f"{label:50} {1e3 * figures[label]:8.1f} ms", flush=True)
         label = f"sorted row by row, top-p 0.95, spread {spread:g}"
-        top_p = SamplingParameters(0.8, top_p=0.95)
-        figures[label] = median_seconds(lambda b=logits: sort_and_draw(b, top_p), 1)  # type: ignore[misc]
+        figures[label] = median_seconds(lambda b=logits: sort_and_draw(b, SORTED), 1)  # type: ignore[misc]
         print(f"{label:50} {1e3 * figures[label]:8.1f} ms", flush=True)
     if args.json:
         with open(args.json, "w") as file:

@@ -10,7 +10,16 @@ import pytest
 
 from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served
 
-PROTECTED = ("/v1/models", "/v1/models/toy", "/v1/completions", "/metrics", "/admin/scale", "/admin/status", "/nothing")
+PROTECTED = (
+    "/dashboard/state",
+    "/v1/models",
+    "/v1/models/toy",
+    "/v1/completions",
+    "/metrics",
+    "/admin/scale",
+    "/admin/status",
+    "/nothing",
+)
 HOSTS = (
     "x",
     "x/healthz?",
@@ -33,13 +42,12 @@ TARGETS = (
     "/healthz/..{path}",
     "//healthz{path}",
 )
-OPEN = {b"/healthz", b"//healthz"}
 
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[ThreadedFront]:
     service = ManualService()
-    with served(service, api_key="secret", admin=True) as front:
+    with served(service, api_key="secret", admin=True, dashboard=True) as front:
         yield front
     assert service.submitted.empty()
     assert service.scaled is None

@@ -212,6 +212,15 @@ def test_penalties_and_least_tokens(seed: int) -> None:
     assert draw_tokens(logits, draws).tolist() == expected.argmax(1).tolist()
 
 
+def test_defaults_ask_for_nothing() -> None:
+    """Whatever the sequence has: the logits stay, and the most likely token is taken."""
+    draw = Draw(SamplingParameters(), 4, [0, 1], [1, 1], stop_ids=(1,))
+    logits = torch.tensor([[-1.0, 3.0, 2.9]])
+    assert not draw.changes_logits
+    assert torch.equal(adjust_logits(logits, [draw]), logits)
+    assert draw_tokens(logits, [draw]).tolist() == [1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-40, 1e-9])
 def test_the_smallest_temperatures_take_the_most_likely_token(dtype: torch.dtype, temperature: float) -> None:
