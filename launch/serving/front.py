@@ -72,9 +72,6 @@ def add_front_arguments(group: "argparse._ActionsContainer") -> None:
     group.add_argument(
         "--dashboard", action="store_true", help="a live page at /dashboard; its data needs the same bearer token"
     )
-    group.add_argument(
-        "--start-timeout", type=float, default=300.0, metavar="S", help="seconds for several ranks to start and load"
-    )
     group.add_argument("--max-body-bytes", type=int, default=1 << 20, metavar="B", help="of a request")
     group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of a prompt (default: what fits)")
     group.add_argument("--max-tokens", type=int, metavar="N", help="most that may be asked for (default: what fits)")
