@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _SHAPES = ((1, 1), (6, 2), (24, 19))
 """Length and prompt length of each sequence: masks of several lengths, and single tokens after a prompt."""
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 2e-3}
+_FAILED = 1 << 20
 _COARSE, _COARSE_SHARE = 0.1, 0.75
 """Of 16-bit types: how far a position may be off, and how many must not be; near-ties of routers may fall otherwise."""
 
@@ -43,21 +44,30 @@ def verify_engine(engine: Engine) -> None:
     vocabulary = engine.executor.decoder.vocabulary
     sequences = [[(5 + 11 * seed + 7 * index) % vocabulary for index in range(n)] for seed, (n, _) in enumerate(shapes)]
     served = engine.score(sequences, prompt_lengths=[prompt for _, prompt in shapes])
-    differing = torch.zeros(1, dtype=torch.int64, device=engine.group.device)
+    verdict = torch.zeros(1, dtype=torch.int64, device=engine.group.device)
     if engine.group.rank == 0:
-        plain = plain_logits(
-            engine.checkpoint.path, engine.checkpoint.family.config, sequences, dtype=engine.executor.decoder.dtype
-        )
-        differing[0] = sum(not _agree(*pair) for pair in zip(served, plain, strict=True))
+        verdict[0] = _count_differing(engine, sequences, served)
     if engine.group.size > 1:
-        engine.group.all_reduce(differing, kind="verification")
-    if differing.item():
-        family = engine.checkpoint.model_type
-        raise InputError(
-            f"family {family} is not supported (because the logits of {int(differing)} of {len(sequences)} test "
-            "sequences are not those of the plain model)"
+        engine.group.all_reduce(verdict, kind="verification")
+    if differing := int(verdict.item()):
+        reason = (
+            "its plain model cannot be run beside the engine; --no-verify serves without a comparison"
+            if differing == _FAILED
+            else f"the logits of {differing} of {len(sequences)} test sequences are not those of the plain model"
         )
+        raise InputError(f"family {engine.checkpoint.model_type} is not supported (because {reason})")
     engine.group.counters.reset()
+
+
+def _count_differing(engine: Engine, sequences: Sequence[Sequence[int]], served: Sequence[torch.Tensor]) -> int:
+    """Sequences whose logits are not the plain model's; _FAILED where that cannot be asked: other ranks must hear."""
+    checkpoint = engine.checkpoint
+    try:
+        plain = plain_logits(checkpoint.path, checkpoint.family.config, sequences, dtype=engine.executor.decoder.dtype)
+    except Exception as error:  # memory, or anything in foreign code
+        logger.warning("the plain model cannot be run: %s: %s", type(error).__name__, error)
+        return _FAILED
+    return sum(not _agree(*pair) for pair in zip(served, plain, strict=True))
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moeplace.profiling.errors import InputError
+from moeplace.runtime.engine import verification
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.verification import needs_verification, verify_engine
 from moeplace.runtime.models.recorded import recorded_families
@@ -50,6 +51,18 @@ def test_what_differs_is_refused(tmp_path: Path, spoil: Any, dtype: torch.dtype)
     spoil(engine)
     with pytest.raises(InputError, match=r"family qwen3_moe is not supported \(because the logits of"):
         verify_engine(engine)
+
+
+def test_a_plain_model_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the comparison cannot be made, nothing is served in silence; the sentence says how to do without."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError("too large")
+
+    save_checkpoint("olmoe", tmp_path)
+    monkeypatch.setattr(verification, "plain_logits", fail)
+    with pytest.raises(InputError, match="cannot be run beside the engine; --no-verify"):
+        verify_engine(Engine(tmp_path, mode="dispatch-combine"))
 
 
 def test_recorded_families_need_no_verification() -> None:
