@@ -228,7 +228,7 @@ def _read_cells(path: Path, form: _Form, lines: Iterable[Line]) -> CountTable:
 def _check_piece(path: Path, piece: list[Line], table: np.ndarray) -> None:
     for column, name, most in ((0, "layer", MOST_LAYERS), (1, "expert", MOST_EXPERTS - 1)):
         values = table[:, column]
-        bad = ~((values >= 0) & (values <= most) & (values % 1 == 0))
+        bad = ~((values >= 0) & (values <= most) & (np.floor(values) == values))
         if bad.any():
             row = int(bad.argmax())
             raise FormatError(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import warnings
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,9 @@ def test_layers_with_different_numbers_of_experts(form: str, tmp_path: Path) -> 
         ("m.json", "[[1, -1, 2], [0, 1, -1]]", r"m.json: the load -1 of expert 1 in layer 0 is negative"),
         ("m.csv", "1,2\n3,x\n", "m.csv, line 2: 'x' is not a number"),
         ("m.csv", "layer,expert,count\n0,1,5\n0,-2,5\n", "m.csv, line 3: expert -2 must be a whole number"),
+        ("m.csv", "layer,expert,count\n0,1,5\n1e400,2,5\n", "m.csv, line 3: layer inf must be a whole number"),
+        ("m.csv", "layer,expert,count\n0,1,inf\n", "m.csv, line 2: count inf must lie in"),
+        ("m.csv", "1,2\n3,1e400\n", "must be finite"),
         ("m.csv", "layer,expert,count\n0,1\n", "m.csv, line 2 has 2 columns, 3 are needed"),
         ("m.csv", "name,size,age\n1,2,3\n", "columns 'name', 'size', 'age' are not understood"),
         ("m.csv", "\n\n# nothing\n", "m.csv is empty"),
@@ -284,6 +288,7 @@ def test_tables_that_break_a_rule(name: str, text: str, message: str | None, tmp
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / name).write_text(text)
+    warnings.simplefilter("error", RuntimeWarning)  # numpy's own remarks are no way to say it
     if message is None:
         read(folder / name)
         return
