@@ -278,3 +278,12 @@ def test_a_plan_fits_one_placement_only(tmp_path: Path) -> None:
         path.write_text(damaged)
         with pytest.raises(FormatError, match=r"m\.json"):
             load_plan(path)
+
+
+def test_sources_take_turns() -> None:
+    """Two ranks hold what two others want: each sends once, the least busy one first."""
+    old = Placement(np.array([[0, 1, 0, 2, 3, -1, 4, -1]]), np.full(4, 2), np.zeros(4, int), np.full(1, 5))
+    new = old.replace(slot_to_expert=np.array([[0, 1, 0, 2, 3, 0, 4, 0]]))
+    plan = plan_migration(old, new)
+    assert sorted(plan.members(transfer)[0] for transfer in plan.transfers) == [0, 1]
+    assert len(plan.rounds) == 1
