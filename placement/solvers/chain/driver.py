@@ -44,7 +44,8 @@ def search_chain(
     """
     starts = [packed_start(problem, layer) for layer in range(problem.num_layers)]
     chain = _chain_of(problem, starts, cap, ties)
-    start_LS = np.stack(starts)
+    packed_LS = np.stack(starts)
+    start_LS = packed_LS.copy()
     slots, ranks = problem.cluster.num_slots, problem.num_ranks
     descend_chain(start_LS, chain.transitions_LSS, chain.cost_RR, np.zeros((problem.num_layers, slots, ranks)))
     old_LS = start_LS if ties is None else _old_ranks(problem, ties)
@@ -58,6 +59,8 @@ def search_chain(
         seconds_left = (deadline - budget.elapsed) / (ROUNDS - run // workers())
         first_hot = LUKEWARM * hot if warm else hot
         cut = _one_run(rank_LS, chain, first_hot, proposals, seconds_left, run, budget, stop)
+        if ties is None or not ties.bind:
+            _pack_overloaded(rank_LS, packed_LS, chain)
         return chain_value(rank_LS, chain), rank_LS, cut
 
     runs = range(ROUNDS * workers())
@@ -68,6 +71,14 @@ def search_chain(
     rank_LS = min(found, key=lambda triple: triple[0])[1]
     rows = [to_slots(r, int(e)) for r, e in zip(rank_LS, problem.experts_per_layer, strict=True)]
     return np.stack(rows), any(cut for _, _, cut in found)
+
+
+def _pack_overloaded(rank_LS: np.ndarray, packed_LS: np.ndarray, chain: Chain) -> None:
+    """Layers that a run left above their limits go back, in place, to packing, which keeps them."""
+    for layer, load_S in enumerate(chain.load_LS):
+        load_R = np.bincount(rank_LS[layer], load_S, minlength=len(chain.cost_RR))
+        if (load_R > chain.limit_LR[layer] + 1e-6).any():
+            rank_LS[layer] = packed_LS[layer]
 
 
 def _old_ranks(problem: Problem, ties: Ties) -> np.ndarray:

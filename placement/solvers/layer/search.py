@@ -139,7 +139,8 @@ class LayerSearch:
         hot = effort.hot * (LUKEWARM if effort.warm else 1.0)
         copies = self._problem.redundant_slots[self._layer] > 0
         if copies and ties.bind:
-            return self._copy_search().value(row_S), row_S
+            seconds = max(effort.copy_seconds, 0.2 * effort.seconds)
+            return self._copy_search().run_tied(row_S, self._near, hot, seconds, rng)
         anneal_layer(
             self._nets, rank_S, cluster.node_of_rank, self._limit_R, node_weight=self._problem.node_weight,
             sweeps=effort.sweeps, hot=hot, stop=self._stop, state=seed_state(rng), near=self._near,

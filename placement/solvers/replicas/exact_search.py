@@ -12,11 +12,15 @@ import numpy as np
 
 from moeplace.placement.search.annealing import next_random
 from moeplace.placement.search.nets import LayerNets
+from moeplace.placement.search.swaps import Near
 from moeplace.placement.solvers.replicas.rule import Rule, Served, replay, serve
 from moeplace.placement.solvers.replicas.seats import (
     Seats,
     all_risks,
+    changed_bias,
     changed_risk,
+    count_moves,
+    further_moves,
     make_move,
     propose,
     take_back,
@@ -140,7 +144,7 @@ def overload(load_R, limit_R):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def anneal_replicas(  # type: ignore[no-untyped-def]
-    nets: LayerNets, rule: Rule, seats: Seats, served: Served, limit_R, schedule: Schedule, stop, state
+    nets: LayerNets, rule: Rule, seats: Seats, served: Served, limit_R, schedule: Schedule, near: Near, stop, state
 ):
     """Improve the seats in place by exact moves; returns (best cost, or with a price on overload; tokens touched).
 
@@ -153,6 +157,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
         served: tables for the replay, written.
         limit_R: (R,) most load of each rank.
         schedule: temperatures, work, and what is kept.
+        near: ties to ranks; no move leads above their cap on moves.
         stop: (1,) uint8, set from outside when time is up.
         state: (1,) uint64.
     """
@@ -163,7 +168,8 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
     over = overload(load_R, limit_R)
     if over <= 0.0:
         best_cost = cost
-    done = 0
+    moves, tied = count_moves(slots_S, rank_S, near.new_ER), len(near.new_ER) > 0
+    done, more = 0, 0
     while done < schedule.work and not stop[0]:
         share = done / schedule.work
         cooled = share / (1.0 - FINAL_SHARE)
@@ -174,12 +180,19 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
         move = propose(slots_S, rank_S, count_E, held_ER, seats.num_real, schedule.min_replicas, room_R, over, state)
         if move.x < 0 or not _make_if_spread(move, seats, rule.node_R, schedule.min_nodes):
             continue
+        if tied:
+            more = further_moves(move, near.new_ER)
+            if more > 0 and moves + more > near.most_moves:
+                take_back(move, seats)
+                continue
         work = nets.first_E[move.a + 1] - nets.first_E[move.a]
         if move.b >= 0:
             work += nets.first_E[move.b + 1] - nets.first_E[move.b]
         done += work
         delta = _change(move, nets, rule, seats.holders, served.cost_T)
         delta += changed_risk(move, seats, nets.risk_EE, risk_R, new_risk_R)
+        if tied:
+            delta += changed_bias(move, near.bias_ER)
         draw = max(float(next_random(state) >> np.uint64(11)) * (1.0 / 9007199254740992.0), 1e-12)
         allowed = -temperature * np.log(draw) if temperature > 0 else -1e-9
         take, new_over = delta <= allowed + price * over, 0.0  # even if it ended all overload
@@ -194,6 +207,7 @@ def anneal_replicas(  # type: ignore[no-untyped-def]
             continue
         _serve_again(move, nets, rule, seats.holders, served, load_R, True)
         over = new_over
+        moves += more
         room_R[:] = limit_R - load_R
         cost += delta
         risk_R[:] = new_risk_R

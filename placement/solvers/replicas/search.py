@@ -11,6 +11,7 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.nets import LayerNets, layer_nets
 from moeplace.placement.search.packing import pack_slots
+from moeplace.placement.search.swaps import Near, no_ties
 from moeplace.placement.solvers.replicas.bit_search import anneal_bits
 from moeplace.placement.solvers.replicas.exact_search import Schedule, anneal_replicas
 from moeplace.placement.solvers.replicas.filling import fill_with_replicas
@@ -98,6 +99,28 @@ class ReplicaSearch:
         value = self._exact_moves(slots_S, 1, 0.25 * hot, int(0.6 * touches), rng)
         return min((value, slots_S), (self.value(packed_S), packed_S), key=lambda pair: pair[0])
 
+    def run_tied(
+        self, row_S: np.ndarray, near: Near, hot: float, seconds: float, rng: np.random.Generator
+    ) -> tuple[float, np.ndarray]:
+        """(objective with hedge, bias and overload; (S,) slots) from a row within its cap on moves, never worse.
+
+        Args:
+            row_S: (S,) int32 slot -> expert.
+            near: ties to ranks.
+            hot, seconds: as in `run`.
+        """
+        slots_S, touches = row_S.copy(), seconds / TOUCH_SECONDS
+        hot *= float(self._nets.load_E.sum()) / self._problem.cluster.num_slots
+        self._exact_moves(slots_S, 3, hot, int(0.4 * touches), rng, near)
+        self._exact_moves(slots_S, 1, 0.25 * hot, int(0.6 * touches), rng, near)
+
+        def tied_value(some_S: np.ndarray) -> float:
+            held = some_S >= 0
+            bias = near.bias_ER[some_S[held], self._problem.cluster.rank_of_slot[held]].sum()
+            return self.value(some_S) + float(bias)
+
+        return min(((tied_value(each_S), each_S) for each_S in (row_S, slots_S)), key=lambda pair: pair[0])
+
     def value(self, slots_S: np.ndarray) -> float:
         """The objective of a layer as the search sees it: traffic and hedge by exact replay, overload priced."""
         cost, _ = self._replay(self._rule, slots_S)
@@ -150,9 +173,11 @@ class ReplicaSearch:
         anneal_bits(self._bits, seats, state, limit_R, self._nets.risk_EE, schedule, self._stop, seed_state(rng))
 
     def _exact_moves(
-        self, slots_S: np.ndarray, thinned: int, hot: float, touches: int, rng: np.random.Generator
-    ) -> float:
+        self, slots_S: np.ndarray, thinned: int, hot: float, touches: int, rng: np.random.Generator,
+        near: Near | None = None,
+    ) -> float:  # fmt: skip
         """Exact moves on one in `thinned` tokens, in place; returns `value`, or infinity for thinned ones."""
+        near = no_ties(self._problem.num_ranks) if near is None else near
         cluster, nets, rule = self._problem.cluster, self._nets, self._rule
         if thinned > 1:
             risk_EE = nets.risk_EE / np.sqrt(float(thinned))
@@ -164,8 +189,8 @@ class ReplicaSearch:
             min(replicas, cluster.num_nodes),
         )  # fmt: skip
         anneal_replicas(
-            nets, rule, self._seats(slots_S), unserved(rule), self._limit_R / thinned, schedule, self._stop,
-            seed_state(rng),
+            nets, rule, self._seats(slots_S), unserved(rule), self._limit_R / thinned, schedule,
+            near._replace(bias_ER=near.bias_ER / thinned), self._stop, seed_state(rng),
         )  # fmt: skip
         return self.value(slots_S) if thinned == 1 else np.inf
 

@@ -210,3 +210,37 @@ def all_risks(seats, risk_EE, risk_R):  # type: ignore[no-untyped-def]
         risk_R[r] = rank_risk(first, last, seats.slots_S, seats.holders.count_E, risk_EE)
         total += risk_R[r] ** 2
     return total
+
+
+@njit(cache=True, nogil=True)
+def count_moves(slots_S, rank_S, new_ER):  # type: ignore[no-untyped-def]
+    """Slots whose expert is new on its rank; `new_ER` may be empty: then none is."""
+    moves = np.int64(0)
+    if len(new_ER):
+        for s in range(len(slots_S)):
+            if slots_S[s] >= 0:
+                moves += np.int64(new_ER[slots_S[s], rank_S[s]])
+    return moves
+
+
+@njit(cache=True, nogil=True)
+def further_moves(move, new_ER):  # type: ignore[no-untyped-def]
+    """Change of `count_moves` by a move of seats."""
+    more = -np.int64(new_ER[move.a, move.g])
+    if move.y < 0:
+        return more + np.int64(new_ER[move.b, move.g])
+    more += np.int64(new_ER[move.a, move.h])
+    if move.b >= 0:
+        more += np.int64(new_ER[move.b, move.g]) - np.int64(new_ER[move.b, move.h])
+    return more
+
+
+@njit(cache=True, nogil=True)
+def changed_bias(move, bias_ER):  # type: ignore[no-untyped-def]
+    """Change of the sum of biases by a move of seats."""
+    if move.y < 0:
+        return bias_ER[move.b, move.g] - bias_ER[move.a, move.g]
+    change = bias_ER[move.a, move.h] - bias_ER[move.a, move.g]
+    if move.b >= 0:
+        change += bias_ER[move.b, move.g] - bias_ER[move.b, move.h]
+    return change

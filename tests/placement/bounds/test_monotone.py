@@ -13,7 +13,7 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.layout import UNLIMITED, padded_transitions
 from moeplace.placement.search.nets import layer_nets
-from moeplace.placement.search.swaps import anneal_layer
+from moeplace.placement.search.swaps import anneal_layer, no_ties
 from moeplace.placement.solve import solve
 from moeplace.placement.solvers.chain.search import Chain, Cooling, anneal_chain, attraction, untied
 from moeplace.placement.solvers.replicas.bit_search import anneal_bits
@@ -126,7 +126,7 @@ def endless(kernel: str, problem: Problem, flag: np.ndarray) -> np.ndarray:
         anneal_bits(bits, seats, tables, free_R, none_SS, Schedule(5.0, 0.1, 1e18), flag, state)
     elif kernel == "replicas":
         seats, rule = seat(row_S, cluster.first_slots, 12, 9), rule_on(nets.ids_TK, cluster.node_of_rank, 0.0)
-        anneal_replicas(nets, rule, seats, unserved(rule), free_R, Schedule(5.0, 0.1, 1e18), flag, state)
+        anneal_replicas(nets, rule, seats, unserved(rule), free_R, Schedule(5.0, 0.1, 1e18), no_ties(3), flag, state)
     else:
         rank_LS, flow_LSS = np.tile(np.arange(12) % 3, (2, 1)), padded_transitions(problem)
         limit_LR, risk_LSS = np.full((2, 3), np.inf), np.zeros((2, 12, 12))

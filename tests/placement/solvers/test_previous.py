@@ -125,3 +125,35 @@ def test_the_law_holds_for_every_solver(solver: str, seed: int) -> None:
     for replicas in (False, True):
         problem = random_problem(seed, "dispatch-combine", replicas, loads=solver in ("auto", "lpt"))
         check_law(problem, solve(problem, solver=solver, time_limit=0.3, seed=seed))
+
+
+def disturbed(placement: Placement, swaps: int, seed: int) -> Placement:
+    """The placement with so many pairs of experts of every layer on each other's ranks."""
+    rng, rows = np.random.default_rng(seed), placement.slot_to_expert.copy()
+    for row_S in rows:
+        done = 0
+        while done < swaps:
+            x, y = rng.integers(len(row_S), size=2)
+            on_x, on_y = (row_S[placement.rank_of_slot == placement.rank_of_slot[s]] for s in (x, y))
+            if row_S[x] not in on_y and row_S[y] not in on_x:
+                row_S[x], row_S[y] = row_S[y], row_S[x]
+                done += 1
+    return placement.replace(slot_to_expert=rows)
+
+
+@pytest.mark.parametrize(("mode", "top_k"), [("dispatch-combine", 2), ("coherent", 1), ("coherent", 2)])
+@pytest.mark.parametrize("slots", [4, 5])
+def test_few_moves_mend_what_few_moves_broke(mode: Any, top_k: int, slots: int) -> None:
+    """Most of what a free solve would gain comes back with as many moves as took it away, replicas or not."""
+    trace = skewed_trace(5, tokens=400, layers=3, experts=16, top_k=top_k)
+    cluster = Cluster.uniform(4, slots_per_rank=slots)
+    problem = Problem.from_trace(trace, cluster, mode=mode, objective="traffic", max_imbalance=2.0)
+    free = solve(problem, time_limit=1.5)
+    broken = disturbed(free.placement, 2, seed=7)
+    worse = problem.replace(previous=broken, max_moves=4)
+    result = solve(worse, time_limit=1.5)
+    check_law(worse, result)
+    gain = value_of(worse, broken.replace(mode=mode)) - free.objective
+    assert gain > 0
+    if "time_limit" not in (free.status, result.status):  # else the machine is too slow for the planned work
+        assert value_of(worse, broken.replace(mode=mode)) - result.objective >= 0.6 * gain
