@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +33,7 @@ class Record:
         tokens: token ids per request number.
         failed: request number -> why it ended without all its tokens.
         killed_at: seconds since the epoch.
+        wiped: how often all ranks were killed at once; those moments are in `killed_at` too.
         switch_seconds: from the last step of a generation to the first of the next, where no rank was killed.
     """
 
@@ -43,6 +45,7 @@ class Record:
     failed: dict[int, str] = field(default_factory=dict)
     killed_at: list[float] = field(default_factory=list)
     switch_seconds: list[float] = field(default_factory=list)
+    wiped: int = 0
 
 
 class ElasticDriver:
@@ -141,6 +144,9 @@ class ElasticDriver:
         if change.kind == "kill":
             self._kill(change)
             return
+        if change.kind == "kill-all":
+            self._kill_all()
+            return
         self._await_quiet()
         self._repeat_replacement()
         assert self._service is not None
@@ -166,6 +172,18 @@ class ElasticDriver:
         service.member(victim).kill()
         generation = service.status().generation
         self._await(lambda status: victim not in status.allocated and status.generation > generation)
+
+    def _kill_all(self) -> None:
+        """Kill whoever there is, at once."""
+        service = self._service
+        assert service is not None
+        status = service.status()
+        self.record.killed_at.append(time.time())
+        self.record.wiped += 1
+        for victim in status.allocated:
+            with suppress(KeyError):  # it has gone by itself
+                service.member(victim).kill()
+        self._await(lambda now: now.generation > status.generation and now.serving)
 
     def _repeat_replacement(self) -> None:
         while self._is_replacement_due():

@@ -18,7 +18,7 @@ from moeplace.runtime.engine.sampling import GREEDY, SamplingParameters
 
 PROMPT_TOKENS, NEW_TOKENS = (4, 24), (16, 48)
 """Least and most per request."""
-ChangeKind = Literal["replacement", "join", "leave", "kill"]
+ChangeKind = Literal["replacement", "join", "leave", "kill", "kill-all"]
 
 
 class Change(NamedTuple):
@@ -45,6 +45,7 @@ class ElasticJob:
         steps: timed decode steps, at least.
         replacements: re-placements among them.
         joins, leaves, kills: of ranks; a rank that was killed is replaced by a new one.
+        kill_alls: times that all ranks are killed at once.
         share: of all slots, changed by each re-placement.
         batch: sequences in flight; a quarter of them is admitted at a time.
         bytes_per_step: most bytes a rank sends between two steps, and most it receives.
@@ -62,6 +63,7 @@ class ElasticJob:
     joins: int = 0
     leaves: int = 0
     kills: int = 0
+    kill_alls: int = 0
     share: float = 0.25
     batch: int = 32
     bytes_per_step: int = 1 << 16
@@ -79,6 +81,7 @@ class ElasticJob:
             "joins": 0,
             "leaves": 0,
             "kills": 0,
+            "kill_alls": 0,
             "batch": 4,
             "bytes_per_step": 1,
             "staging_rows": 1,
@@ -88,7 +91,7 @@ class ElasticJob:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"{name.replace('_', ' ')} ({getattr(self, name)}) must be at least {value}")
-        changes = self.replacements + self.joins + self.leaves + self.kills
+        changes = self.replacements + self.joins + self.leaves + self.kills + self.kill_alls
         if changes > self.steps:
             raise InputError(f"changes ({changes}) must not exceed the steps ({self.steps})")
         if self.ranks + self.joins - self.leaves < 2:
@@ -109,6 +112,7 @@ class ElasticJob:
             "join": self.joins,
             "leave": self.leaves,
             "kill": self.kills,
+            "kill-all": self.kill_alls,
         }
         in_turn = [kind for kind, count in counts.items() for _ in range(count)]
         kinds = [in_turn[index] for index in rng.permutation(len(in_turn))]

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--joins", type=int, default=0, metavar="N", help="ranks that join (0)")
     parser.add_argument("--leaves", type=int, default=0, metavar="N", help="ranks that leave, any of them (0)")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="ranks killed, and replaced by new ones (0)")
+    parser.add_argument("--kill-alls", type=int, default=0, metavar="N", help="times that all ranks are killed (0)")
     parser.add_argument("--share", type=float, default=0.25, metavar="X", help="of all slots, changed each time (0.25)")
     parser.add_argument("--batch", type=int, default=32, metavar="B", help="sequences in flight (32)")
     parser.add_argument("--mode", choices=MODES, default="dispatch-combine")
@@ -58,6 +59,7 @@ def _job(args: argparse.Namespace) -> Any:
         joins=args.joins,
         leaves=args.leaves,
         kills=args.kills,
+        kill_alls=args.kill_alls,
         share=args.share,
         batch=args.batch,
         bytes_per_step=args.bytes_per_step,

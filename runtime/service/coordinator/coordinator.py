@@ -216,6 +216,12 @@ class Coordinator:
         with self._lock:
             return self._conductor.placement
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids of the model, once it serves."""
+        with self._lock:
+            return self._conductor.limits["vocabulary"]
+
     def load(self) -> np.ndarray | None:
         """(L, E) int64 routed assignments per expert since the start, a second old at most; None = none yet."""
         with self._lock:
