@@ -358,7 +358,7 @@ class Generations:
         self._failures += 1
         seconds = min(0.1 * 2.0**self._failures, _LONGEST_PAUSE)
         self._pause_until = self._out.now + seconds
-        self._out.add(Remind(seconds + 0.01, {"kind": "wish"}))
+        self._out.add(Remind(seconds, {"kind": "wish"}))
 
     def _remind_of_start(self, member: int) -> None:
         self._out.add(Remind(self._options.start_timeout, {"kind": "deadline", "member": member}))
