@@ -10,7 +10,7 @@ import numpy as np
 
 from moeplace.placement.placement import EMPTY_SLOT, slot_starts
 from moeplace.placement.problem import Problem
-from moeplace.placement.search.packing import pack
+from moeplace.placement.rebalancing.packing import pack
 
 UNLIMITED = np.inf
 
