@@ -8,6 +8,7 @@ from numba import njit
 
 from moeplace.placement.rebalancing.seating import Floor, Seating, moves_of, repoint, set_times, swap
 from moeplace.placement.rebalancing.steps import (
+    Free,
     Goal,
     Limits,
     Step,
@@ -30,16 +31,16 @@ def descend(target, floor: Floor, seating: Seating, limits: Limits, most_steps):
     trial = Trial(np.zeros(ranks), np.zeros(4 * ranks, np.int64), np.zeros(1, np.int64))
     mean, room = seating.load_E.sum() / (1.0 / floor.slow_R).sum(), _room(target, floor, seating)
     for number in range(most_steps):
-        goal = Goal(np.argmax(time_R), target, mean, room)
+        goal = Goal(int(np.argmax(time_R)), target, mean, room)
         if time_R[goal.top] <= target:
             return number
         set_losses(goal, floor, seating, limits, loss_S)
         best = best_swap(goal, floor, seating, limits, Step(0.0, -1, -1, -1, -1))
-        free_S = np.flatnonzero(loss_S < np.inf)
-        best = best_repoint(goal, floor, seating, limits, loss_S, free_S, trial, best)
-        best = best_lightening(goal, floor, seating, limits, loss_S, free_S, trial, best)
+        free = Free(np.flatnonzero(loss_S < np.inf), loss_S)
+        best = best_repoint(goal, floor, seating, limits, free, trial, best)
+        best = best_lightening(goal, floor, seating, limits, free, trial, best)
         if best.score <= 0.0 and moves_of(seating.moves[0]) + 2 <= limits.moves:
-            best = best_relay(goal, floor, seating, limits, loss_S, free_S, trial, best)
+            best = best_relay(goal, floor, seating, limits, free, trial, best)
         if best.score <= 0.0:
             return number
         _take(best, floor, seating)

@@ -83,7 +83,7 @@ def plan(
     floor = floor_of(np.full(ranks, slots_per_rank), np.arange(ranks) * nodes // ranks)
     layers, experts = load_LE.shape
     start_LS = None if previous is None else _checked_previous(previous, layers, experts, ranks * slots_per_rank)
-    limits = Limits(*(_limit(each) for each in (max_moves, max_moves_per_rank, max_moves_across_nodes)), 1)
+    limits = Limits(_limit(max_moves), _limit(max_moves_per_rank), _limit(max_moves_across_nodes), 1)
     seating = empty_seating(experts, floor)
     steps = max(int(time_limit * STEPS_PER_SECOND / max(layers, 1)), 1)
     slots_LS = np.empty((layers, len(floor.rank_S)), np.int64)
@@ -171,7 +171,7 @@ def _checked_load(load: np.ndarray, ranks: int, slots_per_rank: int, nodes: int)
         raise InputError(f"load must be finite numbers (layers, experts), not negative; its shape is {load_LE.shape}")
     if ranks < 1 or nodes < 1 or ranks % nodes:
         raise InputError(f"ranks ({ranks}) must be a multiple of nodes ({nodes})")
-    if not 1 <= slots_per_rank or ranks * slots_per_rank < load_LE.shape[1]:
+    if not slots_per_rank >= 1 or ranks * slots_per_rank < load_LE.shape[1]:
         raise InputError(f"{ranks} ranks with {slots_per_rank} slots do not hold {load_LE.shape[1]} experts")
     return load_LE
 

@@ -10,7 +10,16 @@ import numpy as np
 from numba import njit
 
 from moeplace.placement.rebalancing.descent import descend
-from moeplace.placement.rebalancing.seating import Floor, Seating, across_of, moves_of, remember, repoint, set_times, sit
+from moeplace.placement.rebalancing.seating import (
+    Floor,
+    Seating,
+    across_of,
+    moves_of,
+    remember,
+    repoint,
+    set_times,
+    sit,
+)
 from moeplace.placement.rebalancing.steps import Limits
 
 TOLERANCE = 3e-4
@@ -96,7 +105,7 @@ def seat_missing(slots_S, load_E, home_E, floor: Floor, seating: Seating):  # ty
 def fill_empty(start_S, slots_S, load_E, home_E, floor: Floor, seating: Seating, limits: Limits):  # type: ignore[no-untyped-def]
     """Give empty slots, in place, the expert of the largest share that leaves the busiest rank the busiest.
 
-    Where there is none, the lightest. Slots stay empty where the limits on moves say so, or their rank has every expert.
+    Where there is none, the lightest. Slots stay empty where the limits on moves say so, or their rank has all experts.
     """
     remember(start_S, load_E, home_E, floor, seating)
     sit(slots_S, floor, seating)

@@ -1,7 +1,7 @@
 """Seating: one layer's slots while they are rebalanced, what each rank does, and what has been fetched so far.
 
-An expert's load is split evenly over its slots, as engines do. A running map may hold an expert twice on a rank or leave
-a slot empty: both are counted as they are, and such slots can be given to another expert.
+An expert's load is split evenly over its slots, as engines do. A running map may hold an expert twice on a rank or
+leave a slot empty: both are counted as they are, and such slots can be given to another expert.
 
 Shape letters: E experts of a layer, R ranks, N nodes, S slots per layer.
 """

@@ -6,12 +6,13 @@ experts, and all must be relieved before the maximum falls.
 
     swap      a slot of the busiest rank with a lighter one elsewhere (or an empty one)
     repoint   a slot whose expert has others gets an expert of the busiest rank; or, on the busiest rank, a lighter one
-    relay     a slot elsewhere gets an expert of the busiest rank, and its own expert, the only one of its kind, moves to
-              a slot that is free for re-pointing
+    relay     a slot elsewhere gets an expert of the busiest rank, and its own expert, the only one of its kind, moves
+              to a slot that is free for re-pointing
 
 Functions take plain arrays out of their tuples once, because every access counts references.
 
-Shape letters: E experts of a layer, R ranks, H ranks of an expert, N nodes, S slots per layer, A slots of a rank.
+Shape letters: E experts of a layer, R ranks, H ranks of an expert, N nodes, S slots per layer, F free ones, A slots of
+a rank.
 """
 
 from typing import NamedTuple
@@ -22,8 +23,8 @@ from numba import njit
 from moeplace.placement.rebalancing.seating import Floor, Seating, across_of, moves_of
 
 SPREAD = 0.1
-"""What a fall of the sum of squared times counts beside a fall of overload, both in loads: it decides between steps that
-end the same overload (0.01 to 2 gave imbalances within 2 % of each other on Zipf and lognormal loads)."""
+"""What a fall of the sum of squared times counts beside a fall of overload, both in loads: it decides between steps
+that end the same overload (0.01 to 2 gave imbalances within 2 % of each other on Zipf and lognormal loads)."""
 ACROSS = 0.5
 """What an expert that is new to the node costs on top of a move: links between nodes are the slow ones."""
 FREE = 0.3
@@ -81,12 +82,19 @@ class Step(NamedTuple):
     s: int
 
 
+class Free(NamedTuple):
+    """Slots that can be given to another expert, and what it costs other ranks (S,), infinity for the other slots."""
+
+    slot_F: np.ndarray
+    loss_S: np.ndarray
+
+
 class Trial(NamedTuple):
-    """Changes of ranks' times that a step would make: `change_R` is zero but for the first `count[0]` of `rank_R`."""
+    """Changes of ranks' times that a step would make: `change_R` is zero but for the first `used[0]` of `rank_R`."""
 
     change_R: np.ndarray
     rank_R: np.ndarray
-    count: np.ndarray
+    used: np.ndarray
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -167,10 +175,10 @@ def best_swap(goal: Goal, floor: Floor, seating: Seating, limits: Limits, best: 
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _add(r, change, change_R, rank_R, count):  # type: ignore[no-untyped-def]
+def _add(r, change, change_R, rank_R, used):  # type: ignore[no-untyped-def]
     if change_R[r] == 0.0:
-        rank_R[count[0]] = r
-        count[0] += 1
+        rank_R[used[0]] = r
+        used[0] += 1
     change_R[r] += change
 
 
@@ -216,40 +224,40 @@ def set_losses(goal: Goal, floor: Floor, seating: Seating, limits: Limits, loss_
 def _worth(b, i, s, goal, floor, seating, limits, trial):  # type: ignore[no-untyped-def]
     """Exact score of giving slot b to expert i and slot s (-1: none) to the expert that was in b."""
     slots_S, load_E, _, code_ER, count_E, share_E, on_ER, holder_EH, holders_E, time_R, _, done = seating
-    change_R, rank_R, count = trial
+    change_R, rank_R, used = trial
     h, j, slow_R = floor.rank_S[b], slots_S[b], floor.slow_R
     code, part_i = code_ER[i, h], load_E[i] / (count_E[i] + 1)
     for n in range(holders_E[i]):
         r = holder_EH[i, n]
-        _add(r, (part_i - share_E[i]) * on_ER[i, r] * slow_R[r], change_R, rank_R, count)
-    _add(h, part_i * slow_R[h], change_R, rank_R, count)
+        _add(r, (part_i - share_E[i]) * on_ER[i, r] * slow_R[r], change_R, rank_R, used)
+    _add(h, part_i * slow_R[h], change_R, rank_R, used)
     if j >= 0:
-        _add(h, -share_E[j] * slow_R[h], change_R, rank_R, count)
+        _add(h, -share_E[j] * slow_R[h], change_R, rank_R, used)
         code -= code_ER[j, h] if on_ER[j, h] == 1 else 0
     free, leaves = (b, j) if s < 0 else (s, slots_S[s])
     if s >= 0:
         r = floor.rank_S[s]
         code += code_ER[j, r]
-        _add(r, share_E[j] * slow_R[r], change_R, rank_R, count)
+        _add(r, share_E[j] * slow_R[r], change_R, rank_R, used)
         if leaves >= 0:
-            _add(r, -share_E[leaves] * slow_R[r], change_R, rank_R, count)
+            _add(r, -share_E[leaves] * slow_R[r], change_R, rank_R, used)
             code -= code_ER[leaves, r] if on_ER[leaves, r] == 1 else 0
     if leaves >= 0:
         more = load_E[leaves] / (count_E[leaves] - 1) - share_E[leaves]
         for n in range(holders_E[leaves]):
             r = holder_EH[leaves, n]
             slots = on_ER[leaves, r] - (r == floor.rank_S[free])
-            _add(r, more * slots * slow_R[r], change_R, rank_R, count)
+            _add(r, more * slots * slow_R[r], change_R, rank_R, used)
     gain, spread = _needs(load_E[i], count_E[i], goal), 0.0
     if leaves >= 0:
         gain -= _needs(load_E[leaves], count_E[leaves] - 1, goal)
-    for n in range(count[0]):
+    for n in range(used[0]):
         r = rank_R[n]
         new = time_R[r] + change_R[r]
         gain += _over(time_R[r], goal.target) - _over(new, goal.target)
         spread += time_R[r] ** 2 - new**2
         change_R[r] = 0.0
-    count[0] = 0
+    used[0] = 0
     if gain <= 1e-9 * goal.mean:
         return 0.0
     return _per_move(gain + SPREAD / goal.mean * spread, code, done[0], limits)
@@ -257,12 +265,12 @@ def _worth(b, i, s, goal, floor, seating, limits, trial):  # type: ignore[no-unt
 
 @njit(cache=True, nogil=True)
 def best_repoint(  # type: ignore[no-untyped-def]
-    goal: Goal, floor: Floor, seating: Seating, limits: Limits, loss_S, free_S, trial: Trial, best: Step
+    goal: Goal, floor: Floor, seating: Seating, limits: Limits, free: Free, trial: Trial, best: Step
 ):
     """The best step, or a better one that gives a free slot to an expert of the busiest rank."""
     rank_S, start_R, node_R, slow_R = floor
     slots_S, load_E, home_E, code_ER, count_E, share_E, on_ER, _, _, time_R, fetched_R, done = seating
-    top, target, unit = goal.top, goal.target, SPREAD / goal.mean
+    top, target, unit, loss_S = goal.top, goal.target, SPREAD / goal.mean, free.loss_S
     for a in range(start_R[top], start_R[top + 1]):
         i = slots_S[a]
         if i < 0:
@@ -270,7 +278,7 @@ def best_repoint(  # type: ignore[no-untyped-def]
         relief, part_i = _relief(i, goal, floor, seating), load_E[i] / (count_E[i] + 1)
         if relief <= FREE * best.score:
             continue
-        for b in free_S:
+        for b in free.slot_F:
             r, j = rank_S[b], slots_S[b]
             if loss_S[b] >= relief or r == top or i == j:
                 continue
@@ -291,13 +299,13 @@ def best_repoint(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def best_lightening(  # type: ignore[no-untyped-def]
-    goal: Goal, floor: Floor, seating: Seating, limits: Limits, loss_S, free_S, trial: Trial, best: Step
+    goal: Goal, floor: Floor, seating: Seating, limits: Limits, free: Free, trial: Trial, best: Step
 ):
     """The best step, or a better one that gives a free slot of the busiest rank to a lighter expert."""
     rank_S, _, node_R, slow_R = floor
     slots_S, load_E, home_E, code_ER, count_E, share_E, on_ER, _, _, time_R, fetched_R, done = seating
-    top, target, unit = goal.top, goal.target, SPREAD / goal.mean
-    for b in free_S:
+    top, target, unit, loss_S = goal.top, goal.target, SPREAD / goal.mean, free.loss_S
+    for b in free.slot_F:
         j = slots_S[b]
         if rank_S[b] != top or j < 0:
             continue
@@ -321,10 +329,10 @@ def best_lightening(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def best_relay(  # type: ignore[no-untyped-def]
-    goal: Goal, floor: Floor, seating: Seating, limits: Limits, loss_S, free_S, trial: Trial, best: Step
+    goal: Goal, floor: Floor, seating: Seating, limits: Limits, free: Free, trial: Trial, best: Step
 ):
     """The best step, or a better relay of an expert of the busiest rank."""
-    slots_S, load_E, home_E, code_ER, count_E, _, on_ER, _, _, time_R, fetched_R, _ = seating
+    slots_S, _, home_E, code_ER, _, _, on_ER, _, _, time_R, fetched_R, _ = seating
     start_R, top, per_rank = floor.start_R, goal.top, limits.per_rank
     emptiest = np.argsort(time_R)[:RELAY_RANKS]
     for a in range(start_R[top], start_R[top + 1]):
@@ -333,27 +341,29 @@ def best_relay(  # type: ignore[no-untyped-def]
         if relief <= max(FREE * best.score, RELAYED * _over(time_R[top], goal.target)):
             continue
         for h in emptiest:
-            if time_R[h] >= goal.target or not _may_get(i, h, on_ER, code_ER, home_E, floor.node_R, fetched_R, per_rank):
+            if time_R[h] >= goal.target or not _may_get(
+                i, h, on_ER, code_ER, home_E, floor.node_R, fetched_R, per_rank
+            ):
                 continue
             for b in range(start_R[h], start_R[h + 1]):
                 if slots_S[b] >= 0 and on_ER[slots_S[b], h] == 1:
-                    best = _best_relay_through(b, i, relief, goal, floor, seating, limits, loss_S, free_S, trial, best)
+                    best = _best_relay_through(b, i, relief, goal, floor, seating, limits, free, trial, best)
     return best
 
 
 @njit(cache=True, nogil=True)
-def _best_relay_through(b, i, relief, goal, floor, seating, limits, loss_S, free_S, trial, best):  # type: ignore[no-untyped-def]
+def _best_relay_through(b, i, relief, goal, floor, seating, limits, free, trial, best):  # type: ignore[no-untyped-def]
     """The best step, or a better one that gives slot b to expert i and a free slot to the expert that was in b."""
     rank_S, _, node_R, slow_R = floor
     slots_S, load_E, home_E, code_ER, count_E, share_E, on_ER, _, _, time_R, fetched_R, done = seating
-    target, h, j = goal.target, rank_S[b], slots_S[b]
+    target, h, j, loss_S = goal.target, rank_S[b], slots_S[b], free.loss_S
     value = relief - _over(time_R[h] + (load_E[i] / (count_E[i] + 1) - share_E[j]) * slow_R[h], target)
     code_h = code_ER[i, h] - code_ER[j, h]
     if value <= FREE * best.score:
         return best
-    for s in free_S:
+    for s in free.slot_F:
         r, k = rank_S[s], slots_S[s]
-        if r == h or k == j or k == i or loss_S[s] >= value:
+        if r == h or k in (j, i) or loss_S[s] >= value:
             continue
         new, code = time_R[r] + share_E[j] * slow_R[r], code_h + code_ER[j, r]
         if k >= 0:

@@ -10,7 +10,6 @@ import numpy as np
 from moeplace.placement.problem import Problem
 from moeplace.placement.rebalancing.packing import pack_with_replicas
 from moeplace.profiling.errors import InfeasibleError
-from moeplace.profiling.kernel_cache import njit
 
 
 def pack_slots(problem: Problem, layer: int) -> np.ndarray:

@@ -10,8 +10,8 @@ import numpy as np
 
 from moeplace.placement.budget import Budget
 from moeplace.placement.problem import Problem
+from moeplace.placement.rebalancing.balancing import rebalance_layer
 from moeplace.placement.result import Draft
-from moeplace.placement.search.balancing import rebalance_layer
 from moeplace.placement.search.packing import pack_slots
 from moeplace.placement.search.ties import Ties, ties_of
 from moeplace.placement.solvers.judge import Judge

@@ -39,8 +39,8 @@ from scipy.optimize import linear_sum_assignment
 
 from moeplace.placement.budget import Budget
 from moeplace.placement.problem import Problem
-from moeplace.placement.result import Draft, Status
 from moeplace.placement.rebalancing.packing import pack
+from moeplace.placement.result import Draft, Status
 from moeplace.placement.solvers.exact.exflow import slots_of_ranks
 from moeplace.placement.solvers.exact.optimizers import pulp, solve_program
 from moeplace.profiling.errors import InputError

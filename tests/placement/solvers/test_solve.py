@@ -11,11 +11,11 @@ from moeplace.placement.modes import MODES
 from moeplace.placement.objective import load_imbalance
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
-from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.rebalancing.balancing import rebalance_layer
+from moeplace.placement.rebalancing.packing import pack, pack_with_replicas
+from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.layout import padded_transitions
 from moeplace.placement.search.nets import connectivity, layer_nets
-from moeplace.placement.rebalancing.packing import pack, pack_with_replicas
 from moeplace.placement.search.swaps import anneal_layer
 from moeplace.placement.solve import solve
 from moeplace.placement.solvers.chain.search import Chain, Cooling, anneal_chain, attraction, descend_chain, untied
