@@ -15,10 +15,13 @@ from moeplace.placement.result import Draft, SolveResult
 from moeplace.placement.solvers import get_solver
 from moeplace.placement.solvers.judge import held_caps
 from moeplace.placement.solvers.previous import keep_close, moved_summary
+from moeplace.placement.solvers.replicas.repair import keep_caps
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.kernel_cache import compile_once
 
 OPTIMAL_GAP = 1e-9
+PUBLISHED = frozenset({"index-order", "round-robin", "eplb", "exflow-ilp", "moetuner-ilp"})
+"""Solvers that are compared as they were published: they know no cap, and their placements are not mended."""
 _BOUND_SHARE = 0.2
 _ROUNDING = 1e-7
 
@@ -60,6 +63,8 @@ def solve(
         draft = keep_close(problem, draft, caps_L, time_limit)
     if problem.replica_budget == "global":
         problem, draft = with_layout(problem, draft)
+    if caps_L is not None and solver not in PUBLISHED:
+        draft = within_caps(problem, draft, caps_L, budget.rng(0), started + time_limit)
     placement = problem.placement(draft.slot_to_expert)
     name, objective, values, imbalance_L = _measured(problem, placement)
     broken = broken_cap(imbalance_L, caps_L) or broken_survival(problem, placement)
@@ -87,6 +92,14 @@ def solve(
         moved=moved_summary(problem, placement),
         notes=draft.notes + ((broken,) if broken else ()),
     )
+
+
+def within_caps(problem: Problem, draft: Draft, caps_L: np.ndarray, rng: np.random.Generator, deadline: float) -> Draft:
+    """The draft with layers mended whose replicas break a cap by the runtime's rule; not where moves are counted."""
+    if problem.trace is None or problem.max_moves is not None or problem.move_price > 0:
+        return draft
+    slots_LS = keep_caps(problem, draft.slot_to_expert, caps_L, rng, lambda: time.monotonic() > deadline)
+    return replace(draft, slot_to_expert=slots_LS)
 
 
 def with_layout(problem: Problem, draft: Draft) -> tuple[Problem, Draft]:

@@ -4,7 +4,6 @@ Shape letters: E experts of a layer, R ranks, S slots per layer.
 """
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.rebalancing.seating import Floor, Seating, moves_of, repoint, set_times, swap
 from moeplace.placement.rebalancing.steps import (
@@ -19,6 +18,7 @@ from moeplace.placement.rebalancing.steps import (
     best_swap,
     set_losses,
 )
+from moeplace.profiling.kernel_cache import njit
 
 
 @njit(cache=True, nogil=True)

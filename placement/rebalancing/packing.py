@@ -7,9 +7,9 @@ Shape letters: E experts of a layer, R ranks, C slots per rank, S slots per laye
 """
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.rebalancing.balancing import rebalance_layer
+from moeplace.profiling.kernel_cache import njit
 
 _EMPTY = -1
 

@@ -100,7 +100,7 @@ def plan(
         imbalance, code = 1.0, 0
         if load_E.any():
             imbalance, code = search_layer(
-                start_S, load_E, home_E, bound, move_price, floor, seating, free, steps, slots_LS[layer]
+                start_S, load_E, home_E, bound, float(move_price), floor, seating, free, steps, slots_LS[layer]
             )
             if (slots_LS[layer] < 0).any():
                 imbalance, code = fill_empty(start_S, slots_LS[layer], load_E, home_E, floor, seating, free)

@@ -7,7 +7,6 @@ Shape letters: E experts of a layer, R ranks, S slots per layer.
 """
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.rebalancing.descent import descend
 from moeplace.placement.rebalancing.seating import (
@@ -21,6 +20,7 @@ from moeplace.placement.rebalancing.seating import (
     sit,
 )
 from moeplace.placement.rebalancing.steps import Limits
+from moeplace.profiling.kernel_cache import njit
 
 TOLERANCE = 3e-4
 """Imbalances this near are equal: the plan that moves less is taken, and a descent ends this near to the bound."""

@@ -9,7 +9,8 @@ Shape letters: E experts of a layer, R ranks, N nodes, S slots per layer.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from moeplace.profiling.kernel_cache import njit
 
 _SHIFT = 20
 ACROSS_CODE = 1 << _SHIFT

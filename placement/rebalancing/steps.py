@@ -18,9 +18,9 @@ a rank.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from moeplace.placement.rebalancing.seating import Floor, Seating, across_of, moves_of
+from moeplace.profiling.kernel_cache import njit
 
 SPREAD = 0.1
 """What a fall of the sum of squared times counts beside a fall of overload, both in loads: it decides between steps

@@ -61,17 +61,17 @@ def _is_of(a, t, ids_TK):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _change(move, nets, rule, holders, cost_T):  # type: ignore[no-untyped-def]
     """Change of cost over the tokens of the experts that moved."""
-    ids_TK, node_R, place_PR, weight, mark_X = rule
+    asked_TX, node_R, place_PR, weight, mark_X = rule
     rank_EH, count_E, held_ER = holders
-    first_E, token_of, rank_K, delta = nets.first_E, nets.token_of, np.empty(ids_TK.shape[1], np.int64), 0.0
+    first_E, token_of, rank_K, delta = nets.first_E, nets.token_of, np.empty(nets.ids_TK.shape[1], np.int64), 0.0
     for part in range(2):
         e = move.a if part == 0 else move.b
         if e < 0:
             break
         for i in range(first_E[e], first_E[e + 1]):
             t = token_of[i]
-            if part == 0 or not _is_of(move.a, t, ids_TK):
-                cost = serve(t, ids_TK, node_R, place_PR, weight, mark_X, count_E, rank_EH, held_ER, rank_K)
+            if part == 0 or not _is_of(move.a, t, nets.ids_TK):
+                cost = serve(t, asked_TX, node_R, place_PR, weight, mark_X, count_E, rank_EH, held_ER, rank_K)
                 delta += cost - cost_T[t]
     return delta
 
@@ -79,13 +79,13 @@ def _change(move, nets, rule, holders, cost_T):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _serve_again(move, nets, rule, holders, served, load_R, commit):  # type: ignore[no-untyped-def]
     """The tokens of the experts that moved: their loads change in `load_R`, costs and ranks only if `commit`."""
-    ids_TK, node_R, place_PR, weight, mark_X = rule
+    asked_TX, node_R, place_PR, weight, mark_X = rule
     rank_EH, count_E, held_ER = holders
     first_E, token_of, rank_TK, rank_K = (
         nets.first_E,
         nets.token_of,
         served.rank_TK,
-        np.empty(ids_TK.shape[1], np.int64),
+        np.empty(nets.ids_TK.shape[1], np.int64),
     )
     for part in range(2):
         e = move.a if part == 0 else move.b
@@ -93,9 +93,9 @@ def _serve_again(move, nets, rule, holders, served, load_R, commit):  # type: ig
             break
         for i in range(first_E[e], first_E[e + 1]):
             t = token_of[i]
-            if part == 1 and _is_of(move.a, t, ids_TK):
+            if part == 1 and _is_of(move.a, t, nets.ids_TK):
                 continue
-            cost = serve(t, ids_TK, node_R, place_PR, weight, mark_X, count_E, rank_EH, held_ER, rank_K)
+            cost = serve(t, asked_TX, node_R, place_PR, weight, mark_X, count_E, rank_EH, held_ER, rank_K)
             for k in range(len(rank_K)):
                 if rank_K[k] != rank_TK[t, k]:
                     load_R[rank_TK[t, k]] -= 1.0
