@@ -1,7 +1,8 @@
 """ "auto": the right searches for the problem, restarted until the budget is used.
 
     few states per layer            Viterbi over all partitions, proven optimal
-    load only, or `allgather`       packing (traffic does not depend on the placement)
+    load only                       packing, then annealing until the bound is met or the time is used (`balance`)
+    `allgather`                     packing (traffic does not depend on the placement)
     `dispatch-combine`              every layer by itself (`layer.LayerSearch`), layers shared out to threads;
                                     then free alignment, which keeps primary experts in place at no cost
     `coherent`, one expert a token  the chain search over all layers, one restart per thread
@@ -23,6 +24,7 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
 from moeplace.placement.search.alignment import aligned
 from moeplace.placement.search.ties import Ties, ties_of
+from moeplace.placement.solvers.balance import solve_balance
 from moeplace.placement.solvers.exact.viterbi import fits, solve_viterbi
 from moeplace.placement.solvers.judge import Judge, held_caps
 from moeplace.placement.solvers.lpt import rebalanced, solve_lpt
@@ -39,6 +41,8 @@ _NARROW_SHARE = 0.25
 def solve_portfolio(problem: Problem, budget: Budget) -> Draft:
     """See the module's docstring."""
     ties = _mended(problem, ties_of(problem))
+    if problem.trace is None and problem.previous is None:
+        return solve_balance(problem, budget)
     judge = Judge(problem, ties, held_caps(problem), budget.time_limit)
     if problem.trace is None or problem.mode == "allgather" or problem.num_ranks == 1:
         drafts, note = [solve_lpt(problem, budget).slot_to_expert], ""

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeplace.placement.budget import Budget
+from moeplace.placement.objective import load_imbalance, measure
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft, Status
 from moeplace.placement.search.layout import seat_held
@@ -89,7 +90,18 @@ def solve_cpsat(problem: Problem, budget: Budget) -> Draft:
     status: Status = "time_limit" if budget.expired else "feasible"
     if exact and problem.objective == "traffic" and not problem.move_price and not problem.survive:
         status = "optimal" if problem.mode == "dispatch-combine" and problem.trace is not None else status
-    return Draft(np.stack(rows), status, notes=tuple(notes))
+    return Draft(_not_worse(problem, np.stack(rows), slots_LS), status, notes=tuple(notes))
+
+
+def _not_worse(problem: Problem, found_LS: np.ndarray, start_LS: np.ndarray) -> np.ndarray:
+    """What was found, but the start where that is better: programs round loads, and see primary experts only."""
+    if problem.previous is not None:
+        return found_LS
+    found, start = problem.placement(found_LS), problem.placement(start_LS)
+    if problem.trace is None:
+        worse_L = load_imbalance(problem, found) > load_imbalance(problem, start)
+        return np.where(worse_L[:, None], start_LS, found_LS)
+    return start_LS if measure(problem, start)[1] < measure(problem, found)[1] else found_LS
 
 
 class _LayerModel:
