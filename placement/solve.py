@@ -64,7 +64,7 @@ def solve(
     if problem.replica_budget == "global":
         problem, draft = with_layout(problem, draft)
     if caps_L is not None and solver not in PUBLISHED:
-        draft = within_caps(problem, draft, caps_L, budget.rng(0), started + time_limit)
+        draft = within_caps(problem, draft, caps_L, budget.rng(0), started + 1.05 * time_limit + 0.5)
     placement = problem.placement(draft.slot_to_expert)
     name, objective, values, imbalance_L = _measured(problem, placement)
     broken = broken_cap(imbalance_L, caps_L) or broken_survival(problem, placement)

@@ -9,6 +9,7 @@ import numpy as np
 
 from moeplace.placement.problem import Problem
 from moeplace.placement.rebalancing.packing import pack_with_replicas
+from moeplace.placement.search.spreading import fill_and_balance, held_on_nodes
 from moeplace.profiling.errors import InfeasibleError
 
 
@@ -18,9 +19,29 @@ def pack_slots(problem: Problem, layer: int) -> np.ndarray:
     load_E = np.ascontiguousarray(problem.load_LE[layer, :experts])
     replicas = problem.survive + 1
     slots_S = pack_with_replicas(load_E, cluster.slots_of_rank, cluster.speed_of_rank, min_replicas=replicas)
-    if replicas > 1 and cluster.num_nodes > 1:
-        spread_over_nodes(slots_S, cluster.rank_of_slot, cluster.node_of_rank, min(replicas, cluster.num_nodes), layer)
+    if replicas > 1:
+        nodes = min(replicas, cluster.num_nodes)
+        few = np.bincount(slots_S[slots_S >= 0], minlength=experts).min() < replicas
+        if few or not spread_over_nodes(slots_S, cluster.rank_of_slot, cluster.node_of_rank, nodes):
+            return _placed_by_flow(problem, layer, load_E)
     return slots_S
+
+
+def _placed_by_flow(problem: Problem, layer: int, load_E: np.ndarray) -> np.ndarray:
+    """(S,) slots that keep every expert on its nodes, where swaps from the packed layer find no way.
+
+    Raises:
+        InfeasibleError: there is none.
+    """
+    cluster, replicas = problem.cluster, problem.survive + 1
+    held_ER = held_on_nodes(len(load_E), replicas, cluster.slots_of_rank, cluster.node_of_rank)
+    if held_ER is None:
+        nodes = min(replicas, cluster.num_nodes)
+        raise InfeasibleError(
+            f"MoE layer {layer}: the slots of {cluster.num_nodes} nodes have no room for {len(load_E)} experts on "
+            f"{replicas} ranks of {nodes} nodes each"
+        )
+    return fill_and_balance(held_ER, load_E, cluster.slots_of_rank, cluster.node_of_rank)
 
 
 def packed_imbalance(problem: Problem, layer: int) -> float:
@@ -34,11 +55,10 @@ def packed_imbalance(problem: Problem, layer: int) -> float:
     return float((load_R / speed_R).max() / mean) if mean else 1.0
 
 
-def spread_over_nodes(slots_S: np.ndarray, rank_S: np.ndarray, node_R: np.ndarray, nodes: int, layer: int = 0) -> None:
+def spread_over_nodes(slots_S: np.ndarray, rank_S: np.ndarray, node_R: np.ndarray, nodes: int) -> bool:
     """Swap slots, in place, until every expert is on at least `nodes` nodes; never an expert twice on a rank.
 
-    Raises:
-        InfeasibleError: no swap of two slots mends an expert that is on too few nodes.
+    Returns False where no swap of two slots mends an expert that is on too few nodes.
     """
     node_S = node_R[rank_S]
 
@@ -63,9 +83,10 @@ def spread_over_nodes(slots_S: np.ndarray, rank_S: np.ndarray, node_R: np.ndarra
                 None,
             )
             if swap is None:
-                raise InfeasibleError(f"MoE layer {layer}: expert {expert} finds no room on {nodes} nodes")
+                return False
             x, y = swap
             slots_S[x], slots_S[y] = slots_S[y], slots_S[x]
+    return True
 
 
 def _may_swap(slots_S: np.ndarray, rank_S: np.ndarray, x: int, y: int, ok: Callable[[int], bool]) -> bool:

@@ -78,16 +78,19 @@ class ReplicaSearch:
         hot *= float(self._nets.load_E.sum()) / cluster.num_slots
         if self._problem.survive:
             return self._surviving(hot, seconds, rng)
-        slots_S = plain_S.copy()
+        starts = [plain_S]
+        if self.overload(plain_S) > 0:  # the cap needs replicas of the heaviest
+            starts.append(pack_slots(self._problem, self._layer).astype(np.int32))
+        slots_S = starts[-1].copy()
         self._fill(slots_S, redundant)
         work = 0.85 * seconds / self._evaluation_seconds(redundant)
         self._anneal_bits(slots_S, self._limit_R, hot, work, rng)
         self._repair(slots_S, 0.02 * work, rng)
         if self.overload(slots_S) > 0:  # start again from where the cap holds, and stay there
-            slots_S = plain_S.copy()
+            slots_S = starts[-1].copy()
             self._add_within_limits(slots_S, redundant)
         value = self._exact_moves(slots_S, 1, 0.0, int(0.1 * seconds / TOUCH_SECONDS), rng)
-        return min((value, slots_S), (self.value(plain_S), plain_S), key=lambda pair: pair[0])
+        return min([(value, slots_S), *((self.value(each), each) for each in starts)], key=lambda pair: pair[0])
 
     def _surviving(self, hot: float, seconds: float, rng: np.random.Generator) -> tuple[float, np.ndarray]:
         """Start where every expert has the replicas that survival asks for; the moves keep them."""

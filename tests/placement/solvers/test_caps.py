@@ -13,6 +13,7 @@ from moeplace.placement.solve import solve
 from moeplace.placement.solvers.replicas.repair import keep_caps
 from moeplace.placement.solvers.replicas.rule import follow_owners, replay, rule_on, unserved
 from moeplace.placement.solvers.replicas.seats import find_holders
+from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_trace
 from tests.placement.random_placements import random_placement
 
@@ -82,3 +83,17 @@ def test_solvers_keep_caps(solver, mode):
     result = solve(problem.replace(max_imbalance=cap), solver=solver, time_limit=1.0)
     assert problem.evaluate(result.placement).imbalance_L.max() <= cap + 1e-6
     assert not [note for note in result.notes if "cap on imbalance" in note]
+
+
+@pytest.mark.parametrize("solver", ["auto", "lpt"])
+def test_more_ranks_than_a_word_has_bits(solver):
+    """96 experts on 72 ranks x 2 slots, the heaviest needing several: the cap holds by the runtime's rule."""
+    print("seed", TODAY)
+    rng = np.random.default_rng(TODAY)
+    taste = np.log(rng.lognormal(0, 0.8, 96)) + rng.gumbel(size=(6000, 1, 96))
+    trace = RoutingTrace(np.argsort(-taste, axis=2)[:, :, :4], np.full(1, 96))
+    cluster = Cluster.uniform(72, slots_per_rank=2, ranks_per_node=8)
+    problem = Problem.from_trace(trace, cluster, objective="traffic", max_imbalance=1.3)
+    result = solve(problem, solver=solver, time_limit=3.0)
+    assert not [note for note in result.notes if "cap on imbalance" in note]
+    assert problem.evaluate(result.placement).imbalance_L.max() <= 1.3 + 1e-6
