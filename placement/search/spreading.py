@@ -47,7 +47,7 @@ def held_on_nodes(experts: int, replicas: int, slots_R: np.ndarray, node_R: np.n
     if found.flow_value < sum(count for (tail, _), count in arcs.items() if tail == more):
         return None
     flow = found.flow.toarray()[pair:rank, rank:].reshape(experts, nodes, ranks)
-    held_ER: np.ndarray = (flow > 0).any(axis=1)
+    held_ER: np.ndarray = np.any(flow > 0, axis=1)
     return held_ER
 
 
