@@ -290,7 +290,7 @@ class Generations:
         """Nobody is left that has served: what the desk knows is enough to go on with new members."""
         self.reason = "all ranks were lost; others start"
         self._out.note("restart", self.reason)
-        self.is_serving = False
+        self.is_serving, self._disconnections = False, 0
         for member, state in self.members.members.items():
             if member in newest.members or member in self.members.active:
                 self.kill(member, "it had not served when all others were lost")

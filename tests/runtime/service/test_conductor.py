@@ -329,3 +329,22 @@ def test_keys_of_generations_that_are_over_are_deleted() -> None:
     assert len(numbers) <= 6
     assert max(numbers) - min(numbers) <= 5
     assert world.dropped_groups >= set(range(1, min(numbers)))
+
+
+def test_ranks_that_cannot_be_connected_are_given_up() -> None:
+    """Connections break though all live: the same ranks meet again, some times; then others start. Nothing is lost."""
+    world = serving(2)
+    first, ticket = set(world.ranks), ask(world)
+    for turn in range(8):
+        for rank in [rank for rank in world.ranks.values() if rank.begun]:
+            world._lose(rank, rank.generation)
+        for _ in range(6):
+            while world.queue:
+                world.deliver(0)
+            for member in [m for m, rank in sorted(world.ranks.items()) if not rank.begun]:
+                if member in world.ranks:
+                    world.turn(member)
+        assert (set(world.ranks) == first) == (turn < 5)
+    world.settle()
+    assert world.ended == {ticket: "length"}
+    assert notes(world).count("restart") == 1
