@@ -72,7 +72,7 @@ def plan(
         max_moves: most experts fetched in a layer; None = any number. Experts without any slot are fetched besides.
         max_moves_per_rank: most of them by one rank.
         max_moves_across_nodes: most of them that no rank of the fetching node held.
-        move_price: imbalance that one move must save.
+        move_price: imbalance that one move must save; empty slots are filled at any price, engines want full maps.
         time_limit: seconds for all layers, turned into a number of steps.
 
     Raises:

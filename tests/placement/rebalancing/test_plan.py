@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moeplace.placement.rebalancing.plan import Plan, plan
-from moeplace.profiling.errors import InfeasibleError, InputError
+from moeplace.profiling.errors import InputError
 
 TODAY = datetime.date.today().toordinal()
 SEEDS = [*range(12), TODAY]
@@ -136,13 +136,14 @@ def test_few_moves_go_far(loads, seed):
 
 @pytest.mark.parametrize("seed", SEEDS[:5])
 def test_moves_must_pay(seed):
-    """With a price the gain covers what the moves cost; at a price of 1 hardly anything moves; without load nothing."""
+    """With a price the gain covers what the moves cost; at a price of 1 hardly anything moves."""
     given = instance(seed)
     dear, cheap = plan(**given, move_price=1.0), plan(**given, move_price=0.01)
     for price, made in ((1.0, dear), (0.01, cheap)):
         for layer, before in enumerate(given["previous"]):
             start = imbalance(before, given["load"][layer], given["ranks"])
-            assert made.imbalance_L[layer] + price * made.moves_L[layer] <= start + 1e-9
+            paid = max(int(made.moves_L[layer]) - int((before < 0).sum()), 0)  # empty slots are filled at any price
+            assert made.imbalance_L[layer] + price * paid <= start + 1e-9
     assert dear.moves_L.sum() <= cheap.moves_L.sum()
     again = plan(**{**given, "previous": cheap.slot_to_expert}, move_price=0.01)
     assert again.moves_L.sum() <= cheap.moves_L.sum()
@@ -195,8 +196,8 @@ def test_experts_without_a_slot_get_one():
     before = np.concatenate([np.arange(8), np.full(8, -1)])[None]
     made = plan(load, ranks=4, slots_per_rank=4, previous=before, max_moves=0)
     assert set(range(12)) <= set(made.slot_to_expert[0].tolist())
-    with pytest.raises(InfeasibleError):
-        plan(load, ranks=6, slots_per_rank=2, nodes=2, groups=2, previous=np.array([[0, 1, 2, 3, 4, 5] * 2]))
+    crowded = plan(load, ranks=6, slots_per_rank=2, nodes=2, groups=2, previous=np.array([[0, 1, 2, 3, 4, 5] * 2]))
+    assert set(range(12)) == set(crowded.slot_to_expert[0].tolist())
 
 
 @pytest.mark.parametrize(
