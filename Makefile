@@ -3,6 +3,7 @@
 # make lint types   ruff; mypy
 # make test-newest  the suite with today's newest releases of everything, in an environment of its own (.newest)
 # make test-oldest  the suite with the oldest releases that pyproject.toml allows (.oldest)
+# make test-engines  our plug-ins inside the engines' own classes: fetches their wheels (0.4 GB) into .engines
 # make lock         writes lock.txt: the releases in .newest, for when make test-newest has passed
 # make clean        remove everything that make has made
 #
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := quickstart
-.PHONY: quickstart test lint types test-newest test-oldest lock clean FORCE
+.PHONY: quickstart test lint types test-newest test-oldest test-engines lock clean FORCE
 
 PYTHON ?= python3
 VENV := .venv
@@ -53,6 +54,10 @@ test-oldest:
 	@.oldest/bin/python -m moeplace.placement.warm_up
 	@.oldest/bin/python -m pytest $(QUICK) $(ARGS)
 
+test-engines: $(WARM)
+	@test -d .engines/vllm || $(BIN)/python .ci/engines.py .engines
+	@MOEPLACE_ENGINES=.engines $(BIN)/python -m pytest tests/policy $(ARGS)
+
 lock:
 	@test -x .newest/bin/python || { echo "make: nothing to lock; first run make test-newest" >&2; exit 1; }
 	@.newest/bin/python .ci/pins.py lock > lock.tmp && mv lock.tmp lock.txt
@@ -65,11 +70,12 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	@mkdir -p $(TYPES)/moeplace
 	@for folder in $(FOLDERS); do ln -sfn "$(CURDIR)/$$folder" "$(TYPES)/moeplace/$$folder"; done
+	@for name in placement/names/*/; do ln -sfn "$(CURDIR)/$$name" "$(TYPES)/moeplace/$$(basename $$name)"; done
 	@MYPYPATH=$(TYPES) $(BIN)/python -m mypy --config-file pyproject.toml --namespace-packages \
 	    --explicit-package-bases $(foreach folder,$(FOLDERS),-p moeplace.$(folder)) | sed 's#^$(TYPES)/moeplace/##'
 
 clean:
-	rm -rf $(VENV) .newest .oldest lock.tmp build dist *.egg-info quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .newest .oldest .engines lock.tmp build dist *.egg-info quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml lock.txt

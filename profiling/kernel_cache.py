@@ -25,8 +25,12 @@ HOME = Path(__file__).resolve().parent.parent
 """Of the folders of this package, in a checkout as in an installation."""
 WARM_UP = "moeplace.placement.warm_up"
 """The program that uses every kernel once and then calls `mark_compiled`."""
+POLICY_WARM_UP = "moeplace.placement.policy.warm_up"
+"""The one that does so for the kernels of `moeplace.policy` alone: an engine needs no others."""
 NO_WARM_UP = "MOEPLACE_NO_WARM_UP"
 """Environment variable: where it is set, a kernel is compiled when it is first used (the warm-up itself, tests)."""
+_NAMES = {WARM_UP: "moeplace", POLICY_WARM_UP: "moeplace.policy"}
+"""Program -> how its stamp begins."""
 _FLOORS = ("profiling", "placement")
 
 
@@ -77,14 +81,14 @@ from numba import njit  # noqa: E402
 if _MUST_TELL:
     numba.config.CACHE_DIR = str(FOLDER)
 
-__all__ = ["FOLDER", "NO_WARM_UP", "compile_once", "is_compiled", "mark_compiled", "njit"]
+__all__ = ["FOLDER", "NO_WARM_UP", "POLICY_WARM_UP", "compile_once", "is_compiled", "mark_compiled", "njit"]
 
 _log = logging.getLogger("moeplace")
 
 
 @functools.cache
-def _stamp() -> Path:
-    """The file that exists once these sources were compiled by this numba for this processor."""
+def _stamp(program: str) -> Path:
+    """The file that exists once a program has compiled these sources with this numba for this processor."""
     from llvmlite.binding import get_host_cpu_name
 
     digest = hashlib.sha256(f"{numba.__version__} {sys.version} {get_host_cpu_name()}".encode())
@@ -92,35 +96,35 @@ def _stamp() -> Path:
         source = path.read_bytes()
         if b"@njit" in source:
             digest.update(f"{path.relative_to(HOME)} {path.stat().st_mtime_ns}".encode() + source)
-    return FOLDER / f"moeplace-{digest.hexdigest()[:16]}.stamp"
+    return FOLDER / f"{_NAMES[program]}-{digest.hexdigest()[:16]}.stamp"
 
 
-def is_compiled() -> bool:
-    """Whether the kernels of this installation are compiled and kept."""
-    return _stamp().exists()
+def is_compiled(program: str = WARM_UP) -> bool:
+    """Whether the kernels of this installation that a program uses are compiled and kept."""
+    return _stamp(program).exists()
 
 
-def mark_compiled() -> None:
-    """Say that all kernels are compiled and kept. Where nothing can be written, nothing is said."""
+def mark_compiled(program: str = WARM_UP) -> None:
+    """Say that the kernels of a program are compiled and kept. Where nothing can be written, nothing is said."""
     with contextlib.suppress(OSError):
-        for old in FOLDER.glob("moeplace-*.stamp"):
+        for old in FOLDER.glob(f"{_NAMES[program]}-*.stamp"):
             old.unlink(missing_ok=True)
-        _stamp().touch()
+        _stamp(program).touch()
 
 
-def compile_once() -> None:
-    """Have all kernels compiled unless that was done before; one line of the logger `moeplace` says so.
+def compile_once(program: str = WARM_UP) -> None:
+    """Have the kernels of a program compiled unless that was done before; one line of the logger `moeplace` says so.
 
     Call it before a clock starts. If the program fails, kernels are compiled when they are first used.
     """
-    if os.environ.get(NO_WARM_UP) or is_compiled():
+    if os.environ.get(NO_WARM_UP) or is_compiled(program):
         return
     with _alone():
-        if is_compiled():  # by the process that was waited for
+        if is_compiled(program):  # by the process that was waited for
             return
         _log.warning("compiling kernels, once for this installation: about a minute")
         environment = {**os.environ, NO_WARM_UP: "1"}
-        subprocess.run([sys.executable, "-m", WARM_UP], env=environment, stdout=sys.stderr, check=False)
+        subprocess.run([sys.executable, "-m", program], env=environment, stdout=sys.stderr, check=False)
 
 
 @contextlib.contextmanager

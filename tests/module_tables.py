@@ -1,12 +1,14 @@
 """The module tables of docs/architecture.md: what every room is, and the first sentence of every module's docstring.
 
-python -m tests.module_tables writes them anew.
+python -m tests.module_tables writes them anew, and the list of packages in pyproject.toml.
 """
 
 import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests import package_list
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
@@ -56,3 +58,5 @@ def _modules(folder: str) -> Iterator[Path]:
 
 if __name__ == "__main__":
     PAGE.write_text(renew(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PROJECT = ROOT / "pyproject.toml"
+    PROJECT.write_text(package_list.renew(PROJECT.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,5 +1,6 @@
 """The four folders are one installable package: every sub-package listed, nothing shadowed, data files shipped."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests import package_list
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("profiling", "placement", "runtime", "launch")
 
@@ -23,21 +26,27 @@ def settings() -> dict[str, dict[str, object]]:
     return {"project": document["project"], "setuptools": document["tool"]["setuptools"]}
 
 
-def packages_on_disk() -> set[str]:
-    """Dotted names of all folders with Python modules under the four."""
-    modules = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-    return {".".join(("moeplace", *path.parent.relative_to(ROOT).parts)) for path in modules}
-
-
 def test_every_folder_is_a_listed_package() -> None:
     """A sub-package that is not listed imports fine here and is missing from the wheel."""
-    assert set(settings()["setuptools"]["packages"]) == packages_on_disk()  # type: ignore[call-overload]
+    assert settings()["setuptools"]["packages"] == package_list.packages()
 
 
 def test_folders_map_to_moeplace() -> None:
-    """`moeplace.x` is the folder `x`, for the four and nothing else."""
+    """`moeplace.x` is the folder `x`, for the four; short names lie in one folder; nothing else."""
     mapping = settings()["setuptools"]["package-dir"]
-    assert mapping == {f"moeplace.{folder}": folder for folder in FOLDERS}
+    short = {f"moeplace.{name}": f"{package_list.SHORT_NAMES}/{name}" for name in package_list.short_names()}
+    assert mapping == {f"moeplace.{folder}": folder for folder in FOLDERS} | short
+
+
+@pytest.mark.parametrize("name", package_list.short_names())
+def test_a_short_name_only_hands_on(name: str) -> None:
+    """It may be imported under two names, so it defines nothing: there is no second copy of anything."""
+    folder = ROOT / package_list.SHORT_NAMES / name
+    assert [path.name for path in folder.rglob("*.py")] == ["__init__.py"]
+    body = ast.parse((folder / "__init__.py").read_text()).body
+    assert {type(node) for node in body} <= {ast.Expr, ast.ImportFrom, ast.Assign}
+    assert [node.targets[0].id for node in body if isinstance(node, ast.Assign)] == ["__all__"]  # type: ignore[attr-defined]
+    assert name not in FOLDERS
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -119,4 +128,5 @@ def test_wheel_has_modules_and_data(tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path / "source", check=True, timeout=500)
     inside = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     wanted = [name for name in tracked if name.startswith(FOLDERS) and not name.endswith(".md")]
-    assert not {f"moeplace/{name}" for name in wanted if (ROOT / name).is_file()} - inside
+    installed = {name: name.removeprefix(f"{package_list.SHORT_NAMES}/") for name in wanted if (ROOT / name).is_file()}
+    assert not {f"moeplace/{name}" for name in installed.values()} - inside

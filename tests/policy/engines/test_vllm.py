@@ -1,0 +1,91 @@
+"""Inside vLLM's own classes (0.33): parser and configuration, `EplbState` on two ranks, elastic widths.
+
+Skipped where vLLM's wheel is not unpacked (`make test-engines` does that). What is stubbed stands in `stand_ins.py` and
+`vllm_rank.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.policy.engines.stand_ins import folder_of
+
+FOLDER = folder_of("vllm")
+pytestmark = [
+    pytest.mark.skipif(FOLDER is None, reason="vLLM is not unpacked: make test-engines"),
+    pytest.mark.timeout(400),
+]
+
+
+def start(program: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """A program of this folder in an interpreter of its own."""
+    command = [sys.executable, "-m", f"tests.policy.engines.{program}", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(*programs: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """What they found; fails with the first error that any of them wrote."""
+    try:
+        ends = [(*program.communicate(timeout=350), program.returncode) for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+    for _, said, code in ends:
+        assert code == 0, said[-4000:]
+    return [json.loads(wrote.splitlines()[-1]) for wrote, _, _ in ends]
+
+
+def test_the_configuration_takes_our_policies() -> None:
+    """Through vLLM's parser, asynchronous too; vLLM still refuses what else it refuses; elastic widths are filled."""
+    (found,) = finish(start("vllm_process", FOLDER))
+    assert "moeplace" in found["before"]
+    assert found["asynchronous"] == ["moeplace", True, "moeplace"]
+    assert found["synchronous"] == ["moeplace-file", False, "moeplace-file"]
+    assert found["default"] == ["default", True, "default"]
+    assert "other" in found["unknown"]
+    assert "torch_nccl" in found["still checked"]
+    assert found["policies"] == {"default": "DefaultEplbPolicy", "moeplace": "Balance", "moeplace-file": "FromFile"}
+    for name, slots in (("grown", 12), ("shrunk", 8), ("first", 8), ("same", 8)):
+        (row,) = found["elastic"][name]
+        assert len(row) == slots
+        assert set(row) == {0, 1, 2, 3, 4, 5}
+    assert found["hopeless"]
+
+
+@pytest.mark.parametrize("policy", ["moeplace", "moeplace-file"])
+def test_the_environment_replaces_the_default(policy: str, tmp_path: Path) -> None:
+    """Where a configuration cannot change."""
+    environment = {"MOEPLACE_POLICY": policy, "MOEPLACE_PLACEMENT": str(tmp_path / "p.json")}
+    (found,) = finish(start("vllm_process", FOLDER, **environment))
+    assert found["policies"]["default"] == found["policies"][policy]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_weights_follow_the_map(mode: str, tmp_path: Path) -> None:
+    """vLLM's own state moves what the policy says, on two ranks: every weight is where the map has it."""
+    found = finish(*(start("vllm_rank", rank, 2, tmp_path / "store", mode, FOLDER) for rank in range(2)))
+    first, second = found
+    assert first["policy"] == second["policy"] == "Balance"
+    moved = 0
+    for one, other in zip(first["rounds"], second["rounds"], strict=True):
+        assert one["map"] == other["map"]
+        for layer, row in enumerate(one["map"]):
+            weights = one["weights"][layer] + other["weights"][layer]
+            assert weights == [1000 * layer + expert for expert in row]
+            assert imbalance(row, one["load"][layer]) <= imbalance(one["before"][layer], one["load"][layer])
+            moved += row != one["before"][layer]
+    assert moved
+
+
+def imbalance(row: list[int], load_E: list[int]) -> float:
+    """Busiest of two ranks over mean."""
+    parts = [load_E[expert] / row.count(expert) for expert in row]
+    half = len(row) // 2
+    return 2 * max(sum(parts[:half]), sum(parts[half:])) / sum(load_E)
