@@ -80,7 +80,7 @@ def test_plans_are_valid_and_keep_their_limits(seed, limits):
 
 @pytest.mark.parametrize("seed", [*range(20), TODAY])
 def test_tiny_plans_are_near_the_best_of_all(seed):
-    """Three experts or four on two or three ranks: at most 12 % above the best map, the bound below all of them."""
+    """Three experts or four on two or three ranks: at most a quarter above the best map, the bound below all."""
     print("seed", seed)
     rng = np.random.default_rng(seed)
     experts, ranks = int(rng.integers(3, 5)), int(rng.integers(2, 4))
@@ -95,7 +95,7 @@ def test_tiny_plans_are_near_the_best_of_all(seed):
     for previous in (None, start):
         made = plan(load, ranks=ranks, slots_per_rank=slots, previous=previous)
         assert made.bound_L[0] <= least * (1 + 1e-9)
-        assert made.imbalance_L[0] <= 1.12 * best
+        assert made.imbalance_L[0] <= 1.25 * best
     if slots * ranks == experts:
         assert made.imbalance_L[0] <= 1.02 * best
 
