@@ -1,5 +1,5 @@
 # make quickstart   profile, place and run the shipped model on 4 local ranks; writes quickstart/report.html
-# make test         the quick test suite               (ARGS="-k engine -x" is passed on to pytest)
+# make test         the quick test suite               (ARGS="-k engine -x" is passed on to pytest; WORKERS= : one by one)
 # make lint types   ruff; mypy
 # make test-newest  the suite with today's newest releases of everything, in an environment of its own (.newest)
 # make test-oldest  the suite with the oldest releases that pyproject.toml allows (.oldest)
@@ -22,8 +22,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WARM := $(VENV)/.warm
 TYPES := $(VENV)/types
+# Two workers: while one waits for ranks to start, the other computes. WORKERS= runs all tests one after another.
+WORKERS ?= -n 2 --dist loadgroup
 FOLDERS := profiling placement runtime launch
-QUICK := -m "not soak and not gpu"
+QUICK := -m "not soak and not gpu" $(WORKERS)
 INSTALL := -m pip install -qq --disable-pip-version-check
 KERNELS := $(shell find profiling placement -name '*.py')
 

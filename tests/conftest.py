@@ -24,6 +24,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=default, help="seed of randomised tests (default: the date)")
 
 
+_WITH_PROCESSES = ("benches", "docs", "http_front", "on_ray", "quickstart", "serving", "watching")
+"""Rooms of `tests/launch` (and `tests/docs`) whose tests start processes or servers."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where two workers share the suite: one has the pool of ranks, one starts the other processes, both the rest.
+
+    What shares a fixture of the session stays on one worker, and no more than two sets of processes compete for cores.
+    """
+    for item in items:
+        rooms = item.path.relative_to(item.config.rootpath).parts
+        if rooms[:2] == ("tests", "runtime"):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+        elif set(rooms) & set(_WITH_PROCESSES):
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     """The seed of the run."""
     return f"seed of randomised tests: {config.getoption('--seed')} (--seed or MOEPLACE_SEED repeats it)"
