@@ -107,6 +107,7 @@ SCENES: dict[str, Callable[[Path], dict[str, str]]] = {
     "concepts.md": shipped_model,
     "guide-sglang-deepseek-v3.md": deepseek_v3_recordings,
     "guide-vllm.md": qwen3_answers,
+    "guide-vllm-ascend.md": deepseek_v3_answers,
     "guide-tensorrt-llm.md": trtllm_statistics,
     "guide-two-hosts.md": shipped_model,
     "benchmarks.md": interchange,
