@@ -57,6 +57,29 @@ def segment_histogram(
 
 
 @njit(cache=True, nogil=True)
+def _move_to_top(e: int, held: int, priority: np.ndarray, place: np.ndarray, stack: np.ndarray) -> int:
+    """Put an expert on top of the stack; what it displaces sinks as far as its priority lets it. The new height."""
+    depth, where, carried = len(stack), place[e], e
+    end_of_walk = held if where < 0 or where >= depth else where
+    for i in range(min(end_of_walk, depth)):
+        other = stack[i]
+        if i == 0 or priority[carried] > priority[other]:
+            stack[i] = carried
+            place[carried] = i
+            carried = other
+    if 0 <= where < depth:
+        stack[where] = carried
+        place[carried] = where
+    elif held < depth:
+        stack[held] = carried
+        place[carried] = held
+        held += 1
+    else:
+        place[carried] = depth
+    return held
+
+
+@njit(cache=True, nogil=True)
 def segment_cache_hits(
     ids_TK: np.ndarray, starts_Q: np.ndarray, horizon: int, num_experts: int, depth: int
 ) -> np.ndarray:
@@ -100,24 +123,7 @@ def segment_cache_hits(
                 e = ids_TK[t, k]
                 if e < 0 or e >= num_experts:
                     continue
-                where = place[e]
-                end_of_walk = held if where < 0 or where >= depth else where
-                carried = e
-                for i in range(min(end_of_walk, depth)):
-                    other = stack[i]
-                    if i == 0 or priority[carried] > priority[other]:
-                        stack[i] = carried
-                        place[carried] = i
-                        carried = other
-                if 0 <= where < depth:
-                    stack[where] = carried
-                    place[carried] = where
-                elif held < depth:
-                    stack[held] = carried
-                    place[carried] = held
-                    held += 1
-                else:
-                    place[carried] = depth
+                held = _move_to_top(e, held, priority, place, stack)
                 clock += 1
                 uses = (priority[e] >> 32) - 1
                 priority[e] = (uses << 32) | clock
