@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-WHEELS = ("vllm==0.33.0",)
+WHEELS = ("vllm==0.33.0", "sglang==0.5.23")
 BESIDE = ("msgspec", "orjson", "psutil", "pybase64", "dill", "einops")
 """Small packages that they need at import and that nothing can stand in for."""
 COMPILED = (".so", ".cu", ".cubin")

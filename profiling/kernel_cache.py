@@ -29,8 +29,6 @@ POLICY_WARM_UP = "moeplace.placement.policy.warm_up"
 """The one that does so for the kernels of `moeplace.policy` alone: an engine needs no others."""
 NO_WARM_UP = "MOEPLACE_NO_WARM_UP"
 """Environment variable: where it is set, a kernel is compiled when it is first used (the warm-up itself, tests)."""
-_NAMES = {WARM_UP: "moeplace", POLICY_WARM_UP: "moeplace.policy"}
-"""Program -> how its stamp begins."""
 _FLOORS = ("profiling", "placement")
 
 
@@ -86,8 +84,13 @@ __all__ = ["FOLDER", "NO_WARM_UP", "POLICY_WARM_UP", "compile_once", "is_compile
 _log = logging.getLogger("moeplace")
 
 
+def _name(program: str | None) -> str:
+    """How the stamp of a program begins."""
+    return "moeplace.policy" if program == POLICY_WARM_UP else "moeplace"
+
+
 @functools.cache
-def _stamp(program: str) -> Path:
+def _stamp(name: str) -> Path:
     """The file that exists once a program has compiled these sources with this numba for this processor."""
     from llvmlite.binding import get_host_cpu_name
 
@@ -96,23 +99,23 @@ def _stamp(program: str) -> Path:
         source = path.read_bytes()
         if b"@njit" in source:
             digest.update(f"{path.relative_to(HOME)} {path.stat().st_mtime_ns}".encode() + source)
-    return FOLDER / f"{_NAMES[program]}-{digest.hexdigest()[:16]}.stamp"
+    return FOLDER / f"{name}-{digest.hexdigest()[:16]}.stamp"
 
 
-def is_compiled(program: str = WARM_UP) -> bool:
-    """Whether the kernels of this installation that a program uses are compiled and kept."""
-    return _stamp(program).exists()
+def is_compiled(program: str | None = None) -> bool:
+    """Whether the kernels of this installation that a program (by default the warm-up) uses are compiled and kept."""
+    return _stamp(_name(program)).exists()
 
 
-def mark_compiled(program: str = WARM_UP) -> None:
+def mark_compiled(program: str | None = None) -> None:
     """Say that the kernels of a program are compiled and kept. Where nothing can be written, nothing is said."""
     with contextlib.suppress(OSError):
-        for old in FOLDER.glob(f"{_NAMES[program]}-*.stamp"):
+        for old in FOLDER.glob(f"{_name(program)}-*.stamp"):
             old.unlink(missing_ok=True)
-        _stamp(program).touch()
+        _stamp(_name(program)).touch()
 
 
-def compile_once(program: str = WARM_UP) -> None:
+def compile_once(program: str | None = None) -> None:
     """Have the kernels of a program compiled unless that was done before; one line of the logger `moeplace` says so.
 
     Call it before a clock starts. If the program fails, kernels are compiled when they are first used.
@@ -124,7 +127,7 @@ def compile_once(program: str = WARM_UP) -> None:
             return
         _log.warning("compiling kernels, once for this installation: about a minute")
         environment = {**os.environ, NO_WARM_UP: "1"}
-        subprocess.run([sys.executable, "-m", program], env=environment, stdout=sys.stderr, check=False)
+        subprocess.run([sys.executable, "-m", program or WARM_UP], env=environment, stdout=sys.stderr, check=False)
 
 
 @contextlib.contextmanager

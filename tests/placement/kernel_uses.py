@@ -9,6 +9,7 @@ import numpy as np
 
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.evaluation import evaluate
+from moeplace.placement.policy.planning import plan
 from moeplace.placement.problem import Problem
 from moeplace.placement.solve import solve
 from moeplace.profiling.scores.drift import measure_drift
@@ -65,8 +66,23 @@ def use_scores(seed: int) -> None:
         save_trace(Path(folder) / "t", trace)
         for one in (trace, load_trace(Path(folder) / "t")):
             summarize(one, seed=seed)
-            measure_drift(trace, one, seed=seed, bootstraps=2)
+            measure_drift(trace, one, seed=seed, splits=2)
             solve(Problem.from_trace(one, Cluster.uniform(4, slots_per_rank=3)), time_limit=SECONDS)
 
 
-USES: dict[str, Callable[[int], None]] = {"searches": use_searches, "loads": use_loads, "scores": use_scores}
+def use_policy(seed: int) -> None:
+    """What engines ask: whole counts of one step or of several, with and without a map in force."""
+    rng = np.random.default_rng(seed)
+    load_TLE = rng.integers(0, 900, (4, 2, 12)).astype(np.int32)
+    start_LS = np.tile(np.arange(16) % 12, (2, 1))
+    for load in (load_TLE, load_TLE.sum(axis=0), load_TLE.astype(np.float32)):
+        for previous in (None, start_LS, start_LS.astype(np.int32), np.where(np.arange(16) < 8, start_LS, -1)):
+            plan(load, ranks=4, slots_per_rank=4, nodes=2, groups=4, previous=previous, max_moves=5, wait=True)
+
+
+USES: dict[str, Callable[[int], None]] = {
+    "searches": use_searches,
+    "loads": use_loads,
+    "scores": use_scores,
+    "policy": use_policy,
+}

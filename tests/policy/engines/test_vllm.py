@@ -4,15 +4,11 @@ Skipped where vLLM's wheel is not unpacked (`make test-engines` does that). What
 `vllm_rank.py`.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.policy.engines.programs import finish, start
 from tests.policy.engines.stand_ins import folder_of
 
 FOLDER = folder_of("vllm")
@@ -20,26 +16,6 @@ pytestmark = [
     pytest.mark.skipif(FOLDER is None, reason="vLLM is not unpacked: make test-engines"),
     pytest.mark.timeout(400),
 ]
-
-
-def start(program: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """A program of this folder in an interpreter of its own."""
-    command = [sys.executable, "-m", f"tests.policy.engines.{program}", *map(str, arguments)]
-    return subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(*programs: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    """What they found; fails with the first error that any of them wrote."""
-    try:
-        ends = [(*program.communicate(timeout=350), program.returncode) for program in programs]
-    finally:
-        for program in programs:
-            program.kill()
-    for _, said, code in ends:
-        assert code == 0, said[-4000:]
-    return [json.loads(wrote.splitlines()[-1]) for wrote, _, _ in ends]
 
 
 def test_the_configuration_takes_our_policies() -> None:

@@ -1,0 +1,53 @@
+"""Inside SGLang's own modules (0.5.23): hook registry, `init_by_eplb`, maps of slots.
+
+Skipped where SGLang's wheel is not unpacked (`make test-engines`). What is stubbed stands in `sglang_process.py`.
+"""
+
+from typing import Any
+
+import pytest
+
+from tests.policy.engines.programs import finish, start
+from tests.policy.engines.stand_ins import folder_of
+
+FOLDER = folder_of("sglang")
+pytestmark = [
+    pytest.mark.skipif(FOLDER is None, reason="SGLang is not unpacked: make test-engines"),
+    pytest.mark.timeout(400),
+]
+
+
+def fetched(before: list[int], after: list[int]) -> int:
+    """Experts that one of four ranks has and had not."""
+    size = len(before) // 4
+    return sum(len(set(after[i : i + size]) - set(before[i : i + size])) for i in range(0, len(before), size))
+
+
+def test_the_hook_plans_near_the_map_in_force() -> None:
+    """SGLang's own classes take what the hook returns; the second plan moves as little as told, no dense layer."""
+    (found,) = finish(start("sglang_process", FOLDER, MOEPLACE_POLICY="moeplace", MOEPLACE_MAX_MOVES="3"))
+    assert found["hooks"] == ["sglang.srt.eplb.eplb_algorithms.rebalance_experts"]
+    first, second = found["rounds"]
+    assert first["before"] is None
+    for each in (first, second):
+        check(each)
+    assert second["before"] == first["map"]
+    assert second["map"][0] == first["map"][0]
+    moves = [fetched(*rows) for rows in zip(first["map"], second["map"], strict=True)]
+    assert max(moves) <= 3
+    assert any(moves)
+
+
+def check(each: dict[str, Any]) -> None:
+    """Every expert has a slot, none twice on a rank, and the three answers are of one map."""
+    for row, slots_E, counts_E in zip(each["map"], each["slots"], each["counts"], strict=True):
+        for expert, (slots, count) in enumerate(zip(slots_E, counts_E, strict=True)):
+            assert [slot for slot in slots if slot >= 0] == [s for s, e in enumerate(row) if e == expert]
+            assert count == row.count(expert) >= 1
+            assert len({slot // 6 for slot in slots if slot >= 0}) == count
+
+
+def test_without_the_variable_sglang_balances_itself() -> None:
+    """An installed package alone changes nothing."""
+    (found,) = finish(start("sglang_process", FOLDER, MOEPLACE_POLICY=""))
+    assert found["hooks"] == []
