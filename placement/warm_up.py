@@ -62,7 +62,8 @@ def _balance(trace: RoutingTrace) -> None:
     for cluster in (Cluster.uniform(4, slots_per_rank=3), Cluster.uniform(4, slots_per_rank=3, ranks_per_node=2)):
         solve(Problem.from_trace(trace, cluster, objective="traffic"), solver="eplb")
     solve(Problem.from_trace(trace, Cluster.uniform(4, slots_per_rank=3)), time_limit=0.2)
-    solve(Problem.from_load(np.arange(1.0, 9.0)[None], Cluster.uniform(4, slots_per_rank=3)), time_limit=0.2)
+    skewed_LE = np.array([[40.0, 40.0, 4.0, 4.0, 3.0, 3.0, 3.0, 3.0]])  # packing leaves it above its bound
+    solve(Problem.from_load(skewed_LE, Cluster.uniform(8, slots_per_rank=2)), time_limit=0.2)
     running_LS = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 0, 0, -1, 1], [*range(7), -1, -1, 1, 2, 3]])
     for previous in (None, running_LS):
         plan(np.arange(2.0 * EXPERTS).reshape(2, -1), ranks=4, slots_per_rank=3, nodes=2, previous=previous)
