@@ -40,6 +40,11 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
         help="global: share the redundant slots of all layers out to those that gain most; every rank holds as many "
         "experts over all layers as before (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--leave-empty", action="store_true",
+        help="leave redundant slots empty where filling them lengthens the predicted step or the way (default: an "
+        "expert in every slot, as engines need it)",
+    )  # fmt: skip
     add_replica_rule(parser)
     parser.add_argument("--survive", type=int, default=0, metavar="N", help="ranks that may be lost at once")
     parser.add_argument("--previous", metavar="P", help="placement now in force, to stay near")
@@ -216,6 +221,7 @@ def problem_options(args: argparse.Namespace, known: Any, cluster: Any) -> dict[
         "max_imbalance": args.max_imbalance,
         "survive": args.survive,
         "replica_budget": args.replica_budget,
+        "leave_empty": args.leave_empty,
         "previous": load_placement(args.previous) if args.previous else None,
         "max_moves": args.max_moves,
         "move_price": args.move_price,

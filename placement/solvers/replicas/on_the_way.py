@@ -31,7 +31,7 @@ def search_chain_with_replicas(
     slots_LS, cut = search_chain(problem, budget, cap, seconds, ties)
     if (problem.redundant_slots > 0).any():
         if ties is not None:
-            slots_LS = _keep_replicas(problem, slots_LS, ties)
+            slots_LS = _keep_replicas(problem, budget, slots_LS, cap, ties)
         slots_LS = add_replicas_on_the_way(problem, budget, slots_LS, cap, ties)
     return slots_LS, cut
 
@@ -65,8 +65,31 @@ def search_surviving_chain(
     return (slots_LS if ours <= theirs else packed_LS), cut
 
 
-def _keep_replicas(problem: Problem, slots_LS: np.ndarray, ties: Ties) -> np.ndarray:
-    """Fill empty slots with experts that their rank holds already, the heaviest first: they cost no move."""
+def _keep_replicas(problem: Problem, budget: Budget, slots_LS: np.ndarray, cap: float | None, ties: Ties) -> np.ndarray:
+    """Old replicas back in empty slots, where they cost no move: where tokens gain by it and the layer keeps the cap.
+
+    A search without replicas has moved first copies, so that an old replica may now break the cap or draw tokens away.
+    All layers are tried at once, then those that keep the cap, then, within the budget, one after another.
+    """
+    kept_LS, trace = _with_old_replicas(problem, slots_LS, ties), judging_trace(problem, budget.time_limit)
+    best = problem.evaluate(problem.placement(slots_LS), trace)
+    limit_L = _limits(cap, best.imbalance_L) + 1e-9
+    every_L = np.ones(problem.num_layers, bool)
+    within_L = problem.evaluate(problem.placement(kept_LS), trace).imbalance_L <= limit_L
+    for number, chosen_L in enumerate([every_L, within_L, *np.diag(every_L)]):
+        if number > 1 and budget.expired:
+            break
+        trial_LS = np.where(chosen_L[:, None], kept_LS, slots_LS)
+        if (trial_LS == slots_LS).all():
+            continue
+        trial = problem.evaluate(problem.placement(trial_LS), trace)
+        if trial.copies_per_token <= best.copies_per_token and (trial.imbalance_L <= limit_L).all():
+            slots_LS, best = trial_LS, trial
+    return slots_LS
+
+
+def _with_old_replicas(problem: Problem, slots_LS: np.ndarray, ties: Ties) -> np.ndarray:
+    """(L, S) every empty slot filled with an expert that its rank held already, if there is one, the heaviest first."""
     filled_LS = slots_LS.copy()
     rank_of_slot = problem.cluster.rank_of_slot
     for layer, slot in np.argwhere(slots_LS < 0):
@@ -79,6 +102,11 @@ def _keep_replicas(problem: Problem, slots_LS: np.ndarray, ties: Ties) -> np.nda
     return filled_LS
 
 
+def _limits(cap: float | None, imbalance_L: np.ndarray) -> np.ndarray:
+    """(L,) imbalance up to which replicas may raise that of layers: the cap, or what a layer has where it is above."""
+    return np.full(len(imbalance_L), np.inf) if cap is None else np.maximum(cap, imbalance_L)
+
+
 def add_replicas_on_the_way(
     problem: Problem, budget: Budget, slots_LS: np.ndarray, cap: float | None, ties: Ties | None = None
 ) -> np.ndarray:
@@ -87,7 +115,7 @@ def add_replicas_on_the_way(
     most_moves = np.inf if ties is None else ties.most_moves
     trace = judging_trace(problem, budget.time_limit)
     best = problem.evaluate(problem.placement(slots_LS), trace)
-    limit_L = np.full(problem.num_layers, np.inf) if cap is None else np.maximum(cap, best.imbalance_L)
+    limit_L = _limits(cap, best.imbalance_L)
     for layer in range(1, problem.num_layers):
         if budget.expired:
             break

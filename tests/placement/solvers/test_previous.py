@@ -6,11 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.placement import MODES, Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import SolveResult
+from moeplace.placement.search.ties import ties_of
 from moeplace.placement.solve import solve
+from moeplace.placement.solvers.lpt import solve_lpt
+from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_replicas
 from tests.placement.instances import skewed_trace
 from tests.placement.oracles import traffic_of
 from tests.placement.random_placements import random_placement
@@ -157,3 +161,25 @@ def test_few_moves_mend_what_few_moves_broke(mode: Any, top_k: int, slots: int) 
     assert gain > 0
     if "time_limit" not in (free.status, result.status):  # else the machine is too slow for the planned work
         assert value_of(worse, broken.replace(mode=mode)) - result.objective >= 0.6 * gain
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("max_moves", [None, 8])
+def test_old_replicas_come_back_only_within_the_cap(max_moves: int | None, seed: int) -> None:
+    """Where the first copies have moved, replicas at hand may not break the cap that a plan without them keeps."""
+    for number in range(4):
+        rng = np.random.default_rng((seed, number))
+        trace = skewed_trace(int(rng.integers(1000)), tokens=300, layers=3, experts=16, top_k=1)
+        cluster = Cluster.uniform(4, slots_per_rank=int(rng.integers(5, 7)))
+        slots_R = cluster.slots_of_rank.tolist()
+        previous = random_placement(rng, layers=3, experts=16, slots_of_rank=slots_R, node_of_rank=[0] * 4, fill=1.0)
+        problem = Problem.from_trace(trace, cluster, mode="coherent", objective="traffic")
+        narrow = Problem.from_trace(trace, Cluster.uniform(4, slots_per_rank=4), mode="coherent")
+        packed = narrow.placement(solve_lpt(narrow, Budget(1.0, 0)).slot_to_expert)
+        cap = 1.05 * float(narrow.evaluate(packed).imbalance_L.max())
+        problem = problem.replace(previous=previous, max_moves=max_moves, max_imbalance=cap)
+        ties = ties_of(problem)
+        slots_LS, _ = search_chain_with_replicas(problem, Budget(0.3, seed), cap, 0.2, ties)
+        kept = imbalance_of(problem, problem.placement(slots_LS))
+        limit = cap if max_moves is None else max(cap, imbalance_of(problem, previous.replace(mode="coherent")).max())
+        assert (kept <= limit + 1e-9).all()
