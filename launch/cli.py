@@ -6,8 +6,11 @@ Only the parser is built here. A command module has `HELP`, `EXAMPLE`, `add_argu
 """
 
 import argparse
+import contextlib
+import faulthandler
 import importlib
 import logging
+import select
 import sys
 import traceback
 import warnings
@@ -42,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser(arguments).parse_args(arguments)
     except SystemExit as stop:  # argparse has printed already
         return int(stop.code or 0)
+    _watch_for_crashes()
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
     warnings.showwarning = _show_warning
     from moeplace.profiling.errors import MoeplaceError
@@ -59,8 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("moeplace: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away: nothing to say to it
+    except BrokenPipeError as error:
+        if not _reader_gone():
+            return _fail(args, _defect(error))
+        sys.stderr.close()  # nothing to say to it
         return FAILED
     except MemoryError:
         return _fail(args, "out of memory")
@@ -88,6 +94,24 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         sub.set_defaults(run=module.run, argv=tuple(arguments))
     return parser
+
+
+def _watch_for_crashes() -> None:
+    """A crash below Python (kernels, solvers, drivers) writes where each thread was instead of ending in silence."""
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # standard error may be closed, or no file
+            faulthandler.enable(sys.stderr)
+
+
+def _reader_gone() -> bool:
+    """Whether the reader of our output went away; else it was another pipe that broke."""
+    poll = select.poll()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            poll.register(stream.fileno(), 0)
+    except (AttributeError, OSError, ValueError):  # closed, or no file
+        return False
+    return bool(poll.poll(0))
 
 
 def _fail(args: argparse.Namespace, sentence: str) -> int:

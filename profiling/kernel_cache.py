@@ -3,6 +3,9 @@
 Numba keeps machine code beside the sources, or in the user's cache folder where that is not writable; where neither is,
 it refuses to load. `njit` of this module then keeps it in a private folder of the system's temporary one.
 
+Numba takes machine code for fresh while the file of its own function is unchanged, though the code of every kernel that
+it calls is compiled into it. `njit` of this module asks for more: a change of any kernel makes all of them stale.
+
 `compile_once` has the kernels of this installation compiled, by a process of its own, if they never were: a stamp
 beside the machine code names the sources, numba, Python and the processor. Of several processes that come at once one
 compiles and the others wait.
@@ -18,8 +21,9 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 HOME = Path(__file__).resolve().parent.parent
 """Of the folders of this package, in a checkout as in an installation."""
@@ -74,7 +78,6 @@ if _MUST_TELL:
     os.environ["NUMBA_CACHE_DIR"] = str(FOLDER)  # for numba, if it is not imported yet, and for child processes
 
 import numba  # noqa: E402  # reads the variable when it is imported
-from numba import njit  # noqa: E402
 
 if _MUST_TELL:
     numba.config.CACHE_DIR = str(FOLDER)
@@ -89,17 +92,41 @@ def _name(program: str | None) -> str:
     return "moeplace.policy" if program == POLICY_WARM_UP else "moeplace"
 
 
+def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`numba.njit` with options, for modules of this package: cached machine code is stale as soon as any kernel's
+    source changes, and only then.
+    """
+    compiled = numba.njit(**options)
+
+    def decorate(kernel: Callable[..., Any]) -> Any:
+        dispatcher = compiled(kernel)
+        # Numba has no public way to say what else machine code depends on: it compares this stamp with the index's.
+        file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+        if file is not None:
+            file._source_stamp = kernel_sources(HOME)
+        return dispatcher
+
+    return decorate
+
+
+@functools.cache
+def kernel_sources(home: Path) -> str:
+    """Digest of all modules with kernels below a folder, read once per process: their names and their text."""
+    digest = hashlib.sha256()
+    for path in sorted(path for floor in _FLOORS for path in (home / floor).rglob("*.py")):
+        source = path.read_bytes()
+        if b"@njit" in source:
+            digest.update(f"{path.relative_to(home)} {len(source)} ".encode() + source)
+    return digest.hexdigest()
+
+
 @functools.cache
 def _stamp(name: str) -> Path:
     """The file that exists once a program has compiled these sources with this numba for this processor."""
     from llvmlite.binding import get_host_cpu_name
 
-    digest = hashlib.sha256(f"{numba.__version__} {sys.version} {get_host_cpu_name()}".encode())
-    for path in sorted(path for floor in _FLOORS for path in (HOME / floor).rglob("*.py")):
-        source = path.read_bytes()
-        if b"@njit" in source:
-            digest.update(f"{path.relative_to(HOME)} {path.stat().st_mtime_ns}".encode() + source)
-    return FOLDER / f"{name}-{digest.hexdigest()[:16]}.stamp"
+    state = f"{numba.__version__} {sys.version} {get_host_cpu_name()} {kernel_sources(HOME)}"
+    return FOLDER / f"{name}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.stamp"
 
 
 def is_compiled(program: str | None = None) -> bool:

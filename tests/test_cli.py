@@ -3,7 +3,9 @@
 import argparse
 import importlib
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
@@ -129,3 +131,57 @@ def test_bad_input_is_one_sentence(
     assert "internal error" not in error
     assert "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ([] if content is None else ["input.file"])
+
+
+_CRASH = """
+import sys
+from moeplace.launch import cli
+from moeplace.launch.commands import stats
+def crash(args):
+    import faulthandler
+    faulthandler._sigsegv()
+stats.run = crash
+sys.exit(cli.main(["stats", "t.npz"]))
+"""
+
+
+def test_a_crash_below_python_says_where() -> None:
+    """A command that dies of a signal, in a kernel or a driver, leaves the place on standard error."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONFAULTHANDLER"}
+    command = [sys.executable, "-c", _CRASH]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert run.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in run.stderr
+    assert "in crash" in run.stderr
+
+
+_BROKEN = """
+import os, sys
+from moeplace.launch import cli
+from moeplace.launch.commands import stats
+def broken(args):
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.write(writer, b"x")
+def talk(args):
+    while True:
+        print("x" * 1000, flush=True)
+stats.run = {name}
+sys.exit(cli.main(["stats", "t.npz"]))
+"""
+
+
+def test_a_broken_pipe_is_silent_only_if_it_was_our_output() -> None:
+    """A pipe to a helper that died is a failure to be told; a reader that left (`| head`) wants to hear no more."""
+    command = [sys.executable, "-c", _BROKEN.format(name="broken")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert run.returncode == FAILED
+    assert run.stderr == "moeplace: internal error: BrokenPipeError: [Errno 32] Broken pipe (--traceback shows where)\n"
+    command = [sys.executable, "-c", _BROKEN.format(name="talk")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert "moeplace" not in process.stderr.read()
+        assert process.wait(timeout=100) != DONE

@@ -110,6 +110,31 @@ def test_a_changed_kernel_is_another_installation(fresh: Path, monkeypatch: pyte
     assert not kernel_cache.is_compiled()
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_changed_callee_reaches_kernels_of_other_modules(told: bool, tmp_path: Path) -> None:
+    """Machine code of a caller has its callee compiled into it; numba looks at the caller's own file only."""
+    folder = tmp_path / "profiling"
+    folder.mkdir()
+    head = "from moeplace.profiling.kernel_cache import njit\n"
+    caller = "from profiling.callee import f\n\n\n@njit(cache=True)\ndef g(x):\n    return f(x) + 1\n"
+    (folder / "caller.py").write_text(head + caller)
+    script = (
+        "import pathlib\nfrom moeplace.profiling import kernel_cache\n"
+        f"kernel_cache.HOME = pathlib.Path({str(tmp_path)!r})\n"
+        "from profiling.caller import g\nprint(g(1), sum(g.stats.cache_hits.values()))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    if told:
+        environment["NUMBA_CACHE_DIR"] = str(tmp_path / "told")
+    said = []
+    for factor in (10, 10, 20, 20):
+        (folder / "callee.py").write_text(f"{head}\n\n@njit(cache=True)\ndef f(x):\n    return {factor} * x\n")
+        command = [sys.executable, "-c", script]
+        said.append(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100))
+    assert [run.stdout.split() for run in said] == [["11", "0"], ["11", "1"], ["21", "0"], ["21", "1"]], said
+
+
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o755])
 def test_machine_code_is_kept_where_nobody_else_writes(mode: int, tmp_path: Path) -> None:
     """A folder that others can reach, or that is a link, is not taken; one of our own is."""
