@@ -14,6 +14,7 @@ compiles and the others wait.
 import contextlib
 import fcntl
 import functools
+import glob
 import hashlib
 import logging
 import os
@@ -21,6 +22,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,7 @@ if _MUST_TELL:
     os.environ["NUMBA_CACHE_DIR"] = str(FOLDER)  # for numba, if it is not imported yet, and for child processes
 
 import numba  # noqa: E402  # reads the variable when it is imported
+from numba.core.caching import FunctionCache, IndexDataCacheFile  # noqa: E402
 
 if _MUST_TELL:
     numba.config.CACHE_DIR = str(FOLDER)
@@ -92,6 +95,29 @@ def _name(program: str | None) -> str:
     return "moeplace.policy" if program == POLICY_WARM_UP else "moeplace"
 
 
+class KernelFiles(IndexDataCacheFile):  # type: ignore[misc]
+    """Cached machine code of one kernel, every piece in a file of its own name.
+
+    Numba numbers the files of a kernel's forms. Two processes that compile two forms at once give both the same number,
+    and one that dies between index and code leaves the code of former sources there: in both cases the code of another
+    kernel or of other types is run. Here what is not what the index means is missing, and compiled again.
+    """
+
+    def __init__(self, cache_path: str, filename_base: str, sources: str) -> None:
+        super().__init__(cache_path, filename_base, sources)
+        self._folder, self._begin, self._sources = Path(cache_path), filename_base, sources[:12]
+
+    def _data_name(self, number: int) -> str:
+        return f"{self._begin}.{self._sources}-{uuid.uuid4().hex[:12]}.{number}.nbc"
+
+    def save(self, key: Any, data: Any) -> None:
+        """Add a form, and remove those of former sources."""
+        super().save(key, data)
+        for old in self._folder.glob(f"{glob.escape(self._begin)}.*.nbc"):
+            if f".{self._sources}-" not in old.name:
+                old.unlink(missing_ok=True)
+
+
 def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`numba.njit` with options, for modules of this package: cached machine code is stale as soon as any kernel's
     source changes, and only then.
@@ -100,10 +126,9 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(kernel: Callable[..., Any]) -> Any:
         dispatcher = compiled(kernel)
-        # Numba has no public way to say what else machine code depends on: it compares this stamp with the index's.
-        file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
-        if file is not None:
-            file._source_stamp = kernel_sources(HOME)
+        cache = dispatcher._cache  # numba has no public way to say what else machine code depends on
+        if isinstance(cache, FunctionCache):
+            cache._cache_file = KernelFiles(cache.cache_path, cache._impl.filename_base, kernel_sources(HOME))
         return dispatcher
 
     return decorate

@@ -135,6 +135,41 @@ def test_a_changed_callee_reaches_kernels_of_other_modules(told: bool, tmp_path:
     assert [run.stdout.split() for run in said] == [["11", "0"], ["11", "1"], ["21", "0"], ["21", "1"]], said
 
 
+def test_two_processes_that_compile_two_forms_never_swap_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both saw an empty index; the later code must not stand under the other's entry."""
+    ours, theirs, third = (kernel_cache.KernelFiles(str(tmp_path), "f", "a" * 64) for _ in range(3))
+    write = ours._save_data
+
+    def late(name: str, data: object) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(theirs, "_load_index", dict)
+            theirs.save("floats", "code for floats")
+        write(name, data)
+
+    monkeypatch.setattr(ours, "_save_data", late)
+    ours.save("ints", "code for ints")
+    assert third.load("floats") == "code for floats"
+    assert third.load("ints") in (None, "code for ints")
+
+
+def test_a_process_that_dies_while_it_saves_leaves_no_code_of_former_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index names code that was never written: it is missing, not what stood there before."""
+    kernel_cache.KernelFiles(str(tmp_path), "f", "a" * 64).save("ints", "old code")
+    kernel_cache.KernelFiles(str(tmp_path), "f", "a" * 64).save("floats", "old code")
+    dying, next_one = (kernel_cache.KernelFiles(str(tmp_path), "f", "b" * 64) for _ in range(2))
+    assert next_one.load("ints") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(dying, "_save_data", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            dying.save("ints", "new code")
+    assert next_one.load("ints") is None
+    next_one.save("ints", "new code")
+    assert next_one.load("ints") == "new code"
+    assert len(list(tmp_path.glob("*.nbc"))) == 1
+
+
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o755])
 def test_machine_code_is_kept_where_nobody_else_writes(mode: int, tmp_path: Path) -> None:
     """A folder that others can reach, or that is a link, is not taken; one of our own is."""
