@@ -15,6 +15,7 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.nets import LayerNets, layer_nets
 from moeplace.placement.search.packing import pack_slots
+from moeplace.placement.search.swaps import no_ties
 from moeplace.placement.solvers.replicas.exact_search import Schedule, anneal_replicas
 from moeplace.placement.solvers.replicas.rule import Rule, follow_owners, replay, rule_on, unserved
 from moeplace.placement.solvers.replicas.seats import Holders, find_holders, seat
@@ -101,7 +102,15 @@ class _Mend:
         seats = seat(row_S, self._cluster.first_slots, self._entries, experts)
         go_on = np.zeros(1, np.uint8)
         anneal_replicas(
-            self._nets, self._rule, seats, unserved(self._rule), self._limit_R, schedule, go_on, seed_state(rng)
+            self._nets,
+            self._rule,
+            seats,
+            unserved(self._rule),
+            self._limit_R,
+            schedule,
+            no_ties(self._cluster.num_ranks),
+            go_on,
+            seed_state(rng),
         )
 
     def _holders(self, row_S: np.ndarray) -> Holders:

@@ -9,9 +9,9 @@ from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
+from moeplace.placement.rebalancing.packing import pack
 from moeplace.placement.search.alignment import align_ranks
 from moeplace.placement.search.hedge import risk_matrix
-from moeplace.placement.search.packing import pack
 from moeplace.placement.solve import solve
 from moeplace.placement.solvers.layer.search import LayerSearch
 from moeplace.placement.solvers.seconds import fastest
