@@ -59,6 +59,9 @@ FIGURES = (
 )
 
 
+_BY_TIER = ("bytes_inter_node", "bytes_intra_node")
+
+
 @dataclass(frozen=True)
 class Run:
     """One column of the comparison.
@@ -110,8 +113,10 @@ def runs_from_json(document: Any, source: str) -> list[Run]:
 
 
 def shown_figures(runs: Sequence[Run]) -> list[Figure]:
-    """The figures that any run has, measured or predicted."""
-    return [f for f in FIGURES if any(run.measured(f) is not None or run.predicted(f) is not None for run in runs)]
+    """The figures that any run has, measured or predicted; bytes by tier only where some cross nodes."""
+    tiers = any(run.figures.get("bytes_inter_node") for run in runs)
+    known = [f for f in FIGURES if any(run.measured(f) is not None or run.predicted(f) is not None for run in runs)]
+    return [f for f in known if tiers or f.key not in _BY_TIER]
 
 
 def text_table(runs: Sequence[Run]) -> str:

@@ -5,7 +5,7 @@ from html import escape
 
 from moeplace.launch.reports import page
 from moeplace.launch.reports.bars import Bar, bar_chart
-from moeplace.launch.reports.comparison import FIGURES, Figure, Run, best_run, gains, shown_figures
+from moeplace.launch.reports.comparison import Figure, Run, best_run, gains, shown_figures
 
 
 def tiles(runs: Sequence[Run], *, figures: Sequence[Figure] | None = None) -> str:
@@ -16,7 +16,7 @@ def tiles(runs: Sequence[Run], *, figures: Sequence[Figure] | None = None) -> st
         figures: what to show, by default what was measured while serving.
     """
     best = best_run(runs) if figures is None else runs[-1]
-    shown = [figure for figure in FIGURES if figure.tile] if figures is None else figures
+    shown = [figure for figure in shown_figures(runs) if figure.tile] if figures is None else figures
     return f'<div class="tiles">{"".join(_tile(figure, runs[0], best) for figure in shown)}</div>'
 
 

@@ -30,10 +30,13 @@ from moeplace.placement.solvers.judge import Judge, held_caps
 from moeplace.placement.solvers.lpt import rebalanced, solve_lpt
 from moeplace.placement.solvers.replicas.budget import search_budget
 from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_replicas, search_surviving_chain
+from moeplace.placement.solvers.replicas.repair import keep_caps
 from moeplace.placement.solvers.schedule import search_layers
 from moeplace.placement.solvers.seconds import fastest
 from moeplace.placement.solvers.spare import use_all_slots, widened, without_spare
 
+_MENDING = 77
+"""Key of the random numbers with which layers above their caps are mended."""
 _NARROW_SHARE = 0.25
 """Share of the time for a search without replicas where slots are to spare: it needs less to settle."""
 
@@ -56,6 +59,8 @@ def solve_portfolio(problem: Problem, budget: Budget) -> Draft:
         return solve_viterbi(problem, budget)
     if problem.objective == "traffic":
         drafts, cut = search(problem, budget, problem.max_imbalance, 1.0, ties)
+        mixed = judge.combine(drafts)  # one layer that replicas cannot hold to its cap must not cost all others theirs
+        drafts = drafts if mixed is None else [*drafts, mixed]
         slots_LS, note = use_all_slots(problem, drafts, ties, judge, judge.best)
         return Draft(slots_LS, "time_limit" if cut else "feasible", notes=(note,) if note else ())
     return fastest(problem, budget, search, ties)
@@ -82,6 +87,10 @@ def search(
         slots_LS, cut = _search(problem, budget, cap, share, ties)
         return [slots_LS], cut
     slots_LS, cut = _search(problem, budget, cap, share * (1 - _NARROW_SHARE), ties)
+    if cap is not None and problem.trace is not None:
+        caps_L = held_caps(problem.replace(max_imbalance=cap))
+        assert caps_L is not None
+        slots_LS = keep_caps(problem, slots_LS, caps_L, budget.rng(_MENDING), lambda: budget.expired)
     fewer_LS, also_cut = _search(narrow, budget, cap, share * _NARROW_SHARE, None)
     return [slots_LS, widened(problem, narrow, fewer_LS)], cut or also_cut
 

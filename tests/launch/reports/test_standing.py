@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moeplace.launch.cli import DONE, main
-from moeplace.launch.reports.comparison import Run, best_run, gains
+from moeplace.launch.reports.comparison import Run, best_run, gains, shown_figures
 from moeplace.launch.reports.groups import Groups
 from moeplace.launch.reports.raster import DIVERGING, raster
 from moeplace.launch.reports.report import Report, render
@@ -132,6 +132,14 @@ def test_of_runs_as_fast_the_one_with_fewer_bytes_between_nodes() -> None:
     a = Run("index order", "dispatch-combine", {"tokens_per_second": 100.0, "bytes_inter_node": 5e6})
     b = Run("solved", "dispatch-combine", {"tokens_per_second": 99.0, "bytes_inter_node": 3e6})
     assert best_run([a, b]) is b
+
+
+def test_tiers_are_told_where_there_are_several() -> None:
+    """Bytes between nodes and inside them stand in the table once some cross nodes."""
+    one = Run("a", "coherent", {"tokens_per_second": 1.0, "bytes_inter_node": 0.0, "bytes_intra_node": 5e6})
+    two = Run("b", "coherent", {"tokens_per_second": 1.0, "bytes_inter_node": 1e6, "bytes_intra_node": 5e6})
+    assert [f.key for f in shown_figures([one])] == ["tokens_per_second"]
+    assert [f.key for f in shown_figures([one, two])] == ["bytes_inter_node", "bytes_intra_node", "tokens_per_second"]
 
 
 def test_gains_are_told_apart() -> None:
