@@ -6,6 +6,7 @@ process group < run < test. A failure or a timeout ends the workers; the next ru
 """
 
 import faulthandler
+import itertools
 import multiprocessing as mp
 import queue
 import sys
@@ -13,8 +14,9 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,20 @@ class RankContext:
     size: int
     store: Any
     timeout: float
+    _groups: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     def group(self, node_of_rank: np.ndarray | None = None) -> RankGroup:
-        """The process group of these ranks."""
-        return RankGroup(self.store, rank=self.rank, size=self.size, timeout=self.timeout, node_of_rank=node_of_rank)
+        """The process group of these ranks.
+
+        It waits until all are connected: a rank whose body fails at once would otherwise close its sockets while
+        others still connect, and they would see a lost peer before the body begins.
+        """
+        group = RankGroup(self.store, rank=self.rank, size=self.size, timeout=self.timeout, node_of_rank=node_of_rank)
+        made = next(self._groups)
+        self.store.set(f"connected/{made}/{self.rank}", "")
+        limit = timedelta(seconds=self.timeout)
+        self.store.wait([f"connected/{made}/{rank}" for rank in range(self.size)], limit)
+        return group
 
 
 class RankPool:

@@ -4,11 +4,15 @@ import asyncio
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moeplace.launch.on_ray.cluster import import_ray, packaged
 from moeplace.profiling.errors import MoeplaceError
+
+AGENT_WAIT = 60.0
+"""Seconds that a cluster is given to have an agent for jobs: its dashboard answers some seconds earlier."""
 
 
 def submit_job(
@@ -50,11 +54,13 @@ def submit_job(
         try:
             client = JobSubmissionClient(address)
             logging.getLogger("ray").setLevel(logging.WARNING)  # the client has just set it to say every upload
-            job = client.submit_job(
-                entrypoint=entrypoint,
-                runtime_env=environment,
-                entrypoint_num_cpus=cpus,
-                entrypoint_num_gpus=gpus,
+            job = when_agents_are_up(
+                lambda: client.submit_job(
+                    entrypoint=entrypoint,
+                    runtime_env=environment,
+                    entrypoint_num_cpus=cpus,
+                    entrypoint_num_gpus=gpus,
+                )
             )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = "here" if address is None else f"at {address}"
@@ -73,6 +79,26 @@ def submit_job(
     if status != JobStatus.SUCCEEDED:
         print(f"moeplace: the job {job} ended as {status.value.lower()}", file=sys.stderr)
     return 0 if status == JobStatus.SUCCEEDED else 1
+
+
+def when_agents_are_up(submit: Callable[[], str], wait: float = AGENT_WAIT, pause: float = 0.5) -> str:
+    """What `submit` returns, tried again while Ray answers that no agent takes jobs yet.
+
+    Args:
+        wait: seconds until that answer is taken for final.
+        pause: seconds between two tries.
+
+    Raises:
+        RuntimeError: every other refusal at once, and this one in the end.
+    """
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            return submit()
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() >= deadline:
+                raise
+        time.sleep(pause)
 
 
 async def _follow(client: Any, job: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 from moeplace.launch.cli import main
 from moeplace.launch.commands.ray_jobs import add_arguments
 from moeplace.launch.on_ray.cluster import packaged
+from moeplace.launch.on_ray.submit import when_agents_are_up
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.traces.file import save_trace
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -160,6 +161,37 @@ def test_a_command_as_a_job(cluster: Any, trace_path: Path, tmp_path: Path, capf
     assert main(["ray", "submit", "--address", address, "--python", sys.executable, "--", *words]) == 0
     assert json.loads(out.read_text())["num_ranks"] == 4
     assert f"wrote {out}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("refusals", "message", "tries"), [(3, "No available agent to submit job", 4), (9, "no such package", 1)]
+)
+def test_a_cluster_that_has_no_agent_yet(refusals: int, message: str, tries: int) -> None:
+    """Its dashboard is up before any agent is: only that refusal is asked again."""
+    asked = []
+
+    def submit() -> str:
+        asked.append(1)
+        if len(asked) <= refusals:
+            raise RuntimeError(f"Request failed with status code 500: {message}")
+        return "job"
+
+    if tries > refusals:
+        assert when_agents_are_up(submit, wait=30.0, pause=0.0) == "job"
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            when_agents_are_up(submit, wait=30.0, pause=0.0)
+    assert len(asked) == tries
+
+
+def test_a_cluster_that_never_has_an_agent() -> None:
+    """The wait has an end, and then the refusal is said."""
+
+    def submit() -> str:
+        raise RuntimeError("No available agent to submit job")
+
+    with pytest.raises(RuntimeError, match="No available agent"):
+        when_agents_are_up(submit, wait=0.0, pause=0.0)
 
 
 @pytest.mark.soak
