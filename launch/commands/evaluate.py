@@ -3,13 +3,13 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from moeplace.launch.options.calibration import calibration_for
 from moeplace.launch.options.problem import (
     SPLITS,
     add_kv_argument,
     add_replica_rule,
     build_cluster,
     index_order_like,
-    load_calibration,
     one_side,
     step_shape,
 )
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     args.ranks, args.slots_per_rank = None, None
     named = bool(args.cluster or args.topology)
     cluster = build_cluster(args, trace.num_experts) if named else cluster_of(placement)
-    rule, calibration = get_rule(args.replica_rule), load_calibration(args)
+    rule, calibration = get_rule(args.replica_rule), calibration_for(args, trace, shape, placement.num_ranks)
     ours, base = (
         evaluate(side, p, mode=args.mode, cluster=cluster, shape=shape, calibration=calibration, rule=rule).summary()
         for p in (placement, index_order_like(placement))

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+from moeplace.launch.options.calibration import calibration_for, load_calibration
 from moeplace.launch.options.layers import slot_counts
 from moeplace.placement.modes import MODES
 
@@ -174,7 +175,7 @@ def build_cluster(args: argparse.Namespace, num_experts: int) -> Any:
             _say_uneven(num_experts, slots)
         cluster = Cluster.uniform(args.ranks, slots_per_rank=slots, ranks_per_node=args.ranks_per_node)
     calibration = load_calibration(args)
-    return calibration.apply(cluster) if args.calibration else cluster
+    return calibration.apply(cluster) if calibration else cluster
 
 
 def _say_uneven(num_experts: int, slots: list[int]) -> None:
@@ -194,13 +195,6 @@ def _say_uneven(num_experts: int, slots: list[int]) -> None:
         )
 
 
-def load_calibration(args: argparse.Namespace) -> Any:
-    """The calibration file, or nominal times."""
-    from moeplace.placement.cost.calibration import Calibration
-
-    return Calibration.load(args.calibration) if args.calibration else None
-
-
 def step_shape(args: argparse.Namespace, known: Any) -> Any:
     """Sizes of a step: as the flags say, else as the trace or the load file knows them, else nominal ones."""
     from moeplace.placement.cost.steps import StepShape
@@ -216,6 +210,8 @@ def problem_options(args: argparse.Namespace, known: Any, cluster: Any) -> dict[
     from moeplace.placement.cost.replica_rule import get_rule
     from moeplace.placement.placement_file import load_placement
 
+    shape = step_shape(args, known)
+    calibration = calibration_for(args, known, shape, cluster.num_ranks)
     return {
         "objective": args.objective,
         "max_imbalance": args.max_imbalance,
@@ -225,8 +221,8 @@ def problem_options(args: argparse.Namespace, known: Any, cluster: Any) -> dict[
         "previous": load_placement(args.previous) if args.previous else None,
         "max_moves": args.max_moves,
         "move_price": args.move_price,
-        "shape": step_shape(args, known),
-        "calibration": load_calibration(args) or Calibration(cluster.intra, cluster.inter),
+        "shape": shape,
+        "calibration": calibration or Calibration(cluster.intra, cluster.inter),
         "replica_rule": get_rule(args.replica_rule),
     }
 

@@ -162,20 +162,21 @@ def ended_by_signals() -> Iterator[None]:
 
 def _replan_options(args: argparse.Namespace) -> dict[str, Any]:
     """What re-placement needs to know beside the service; read before any rank starts."""
-    from moeplace.placement.cost.calibration import Calibration
+    from moeplace.launch.options.calibration import calibration_for
     from moeplace.placement.cost.steps import StepShape
     from moeplace.profiling.model_facts import facts_of
     from moeplace.profiling.traces.file import load_trace
     from moeplace.runtime.models.checkpoint import Checkpoint
 
     facts, nominal = facts_of(Checkpoint(args.model).config), StepShape()
+    shape = StepShape(
+        batch=args.max_sequences,
+        hidden_size=facts.hidden_size or nominal.hidden_size,
+        kv_dim=facts.kv_dim or nominal.kv_dim,
+    )
     return {
-        "shape": StepShape(
-            batch=args.max_sequences,
-            hidden_size=facts.hidden_size or nominal.hidden_size,
-            kv_dim=facts.kv_dim or nominal.kv_dim,
-        ),
-        "calibration": Calibration.load(args.calibration) if args.calibration else None,
+        "shape": shape,
+        "calibration": calibration_for(args, facts, shape, args.ranks),
         "reference": load_trace(args.trace) if args.trace else None,
         "seed": args.seed,
     }

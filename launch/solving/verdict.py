@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moeplace.launch.options.calibration import calibration_for
 from moeplace.launch.options.problem import (
     add_cluster_arguments,
     add_kv_argument,
     add_replica_rule,
     build_cluster,
-    load_calibration,
     split_sides,
     step_shape,
 )
@@ -120,8 +120,9 @@ def _terms(args: argparse.Namespace, trace: "RoutingTrace") -> "Terms":
     from moeplace.placement.studies.verdict import Terms
 
     cluster = build_cluster(args, trace.num_experts)
-    calibration = load_calibration(args) or Calibration(cluster.intra, cluster.inter)
-    return Terms(cluster, step_shape(args, trace), calibration, args.seed, get_rule(args.replica_rule))
+    shape = step_shape(args, trace)
+    calibration = calibration_for(args, trace, shape, cluster.num_ranks) or Calibration(cluster.intra, cluster.inter)
+    return Terms(cluster, shape, calibration, args.seed, get_rule(args.replica_rule))
 
 
 def describe_judgement(document: dict[str, Any]) -> Iterator[str]:

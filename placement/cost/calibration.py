@@ -1,5 +1,6 @@
 """Calibration: links and expert time, measured on a cluster or nominal, and their file."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,8 @@ from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import read_json, write_json
 
 CALIBRATION_FORMAT = "moeplace.calibration/1"
+SIZE_TOLERANCE = 0.02
+"""Relative difference of sizes that passes for none: an expert may have biases that a measured one has not."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,18 @@ class Calibration:
     def layer_overhead(self, label: str) -> float:
         """Seconds of a layer beside experts and exchanges, in the mode (and form) `label`."""
         return self.mode_seconds_per_layer.get(label, self.other_seconds_per_layer)
+
+    def other_sizes(self, wanted: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+        """Where it was measured with other sizes than those of a step: (measured, wanted) by name in `conditions`.
+
+        Sizes that a side does not know (0, or none in the file) are no difference.
+        """
+        measured = {name: self.conditions.get(name) or 0 for name in wanted}
+        return {
+            name: (measured[name], value)
+            for name, value in wanted.items()
+            if measured[name] and value and abs(measured[name] - value) > SIZE_TOLERANCE * value
+        }
 
     def apply(self, cluster: Cluster) -> Cluster:
         """`cluster` with the measured links."""

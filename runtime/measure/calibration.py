@@ -72,6 +72,8 @@ def calibrate(group: RankGroup, shape: ReplayShape, *, num_experts: int, top_k: 
         "batch": shape.batch,
         "hidden": shape.hidden,
         "expert_hidden": shape.expert_hidden,
+        "expert_bytes": shape.expert_bytes,
+        "kv_dim": shape.kv_dim,
         "experts": num_experts,
         "top_k": top_k,
         "dtype": str(shape.dtype).removeprefix("torch."),

@@ -60,6 +60,11 @@ class ReplayShape:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} ({getattr(self, name)}) must be at least 1")
 
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert's three matrices."""
+        return 3 * self.hidden * self.expert_hidden * self.dtype.itemsize
+
     def wire_sizes(self, top_k: int) -> WireSizes:
         """Bytes of what travels."""
         row = RowLayout.of(slots=(torch.int32, top_k), weights=(self.dtype, top_k), x=(self.dtype, self.hidden))
