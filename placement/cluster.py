@@ -13,6 +13,7 @@ from typing import Any, Self, cast
 import networkx as nx
 import numpy as np
 
+from moeplace.placement.memory import Memory
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import require_file
 
@@ -58,6 +59,7 @@ class Cluster:
         distance_RR: (R, R) float64 cost of moving a byte between ranks, 0 on the diagonal, from a topology; relative
             inside each tier, whose farthest pair has the bandwidth of its link. None means that all pairs of a tier
             are alike.
+        memory: tiers for experts that do not fit; None = every slot is in fast memory.
 
     Raises:
         InputError: a shape or a value breaks a rule.
@@ -69,6 +71,7 @@ class Cluster:
     intra: Link = INTRA_NODE
     inter: Link = INTER_NODE
     distance_RR: np.ndarray | None = None
+    memory: Memory | None = None
 
     def __post_init__(self) -> None:
         node = np.asarray(self.node_of_rank, dtype=np.int64)
@@ -88,6 +91,8 @@ class Cluster:
             distance = np.asarray(distance, dtype=np.float64)
             if distance.shape != (len(node),) * 2 or (distance < 0).any() or np.diag(distance).any():
                 raise InputError("distances must be a non-negative (ranks, ranks) matrix with a zero diagonal")
+        if self.memory is not None and self.memory.num_ranks != len(node):
+            raise InputError(f"memory is stated for {self.memory.num_ranks} ranks, but there are {len(node)}")
         for name, array in (
             ("node_of_rank", node),
             ("slots_of_rank", slots),
@@ -143,6 +148,17 @@ class Cluster:
         latency = 30e-6
         bandwidth = 40e9
         node_bandwidth = 80e9            # optional: shared by the ranks of a node
+        [fast]                           # optional, with [host]: experts that do not fit
+        slots = 8                        # experts per layer in fast memory; or bytes = 20e9; or one number a rank
+        transit = 2                      # of these rows over all layers, for what is on its way
+        [host]
+        latency = 10e-6                  # seconds
+        bandwidth = 25e9                 # bytes per second into fast memory
+        bytes = 200e9                    # optional: room of a rank
+        compute = {per_expert = 1e-3, per_token = 1e-5}  # optional: seconds of an expert on the host
+        [disk]                           # optional
+        latency = 1e-4
+        bandwidth = 3e9
         ```
 
         Raises:
@@ -154,7 +170,9 @@ class Cluster:
                 document = tomllib.load(file)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise FormatError(f"{path} is not TOML: {error}") from error
-        unknown = set(document) - {"ranks_per_node", "slots_per_rank", "speed", "intra", "inter"}
+        unknown = set(document) - {
+            "ranks_per_node", "slots_per_rank", "speed", "intra", "inter", "fast", "host", "disk",
+        }  # fmt: skip
         if unknown:
             raise FormatError(f"{path} has the unknown key {sorted(unknown)[0]!r}")
         try:
@@ -163,7 +181,11 @@ class Cluster:
             slots = np.array(np.broadcast_to(np.asarray(document["slots_per_rank"], dtype=np.int64), node.shape))
             speed = np.array(np.broadcast_to(np.asarray(document.get("speed", 1.0), dtype=float), node.shape))
             links = {tier: Link(**document[tier]) for tier in ("intra", "inter") if tier in document}
-            return cls(node, slots, speed, links.get("intra", INTRA_NODE), links.get("inter", INTER_NODE))
+            memory = Memory.from_document(document, len(node))
+            ends = (links.get("intra", INTRA_NODE), links.get("inter", INTER_NODE))
+            return cls(node, slots, speed, *ends, memory=memory)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from error
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         except KeyError as error:
@@ -208,7 +230,7 @@ class Cluster:
         slots = np.array([graph.nodes[v].get("slots", default[i]) for i, v in enumerate(gpus)])
         speed = np.array([float(graph.nodes[v].get("speed", 1.0)) for v in gpus])
         same = node[:, None] == node[None, :]
-        links = {}
+        links: dict[str, Any] = {}
         for tier, mask in (("intra", same & ~np.eye(size, dtype=bool)), ("inter", ~same)):
             if mask.any():
                 links[tier] = Link(latency=float(latency[mask].max()), bandwidth=float(1.0 / distance[mask].max()))

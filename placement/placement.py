@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from moeplace.placement.memory import RESIDENT, TIERS
 from moeplace.placement.modes import MODES, Mode
 from moeplace.profiling.errors import InputError
 
@@ -29,6 +30,8 @@ class Placement:
         layer_ids: (L,) int64, decoder-layer index of each MoE layer.
         num_hidden_layers: decoder layers in all.
         mode: the execution mode it was made for.
+        tier: (L, S) int8, memory that each slot is kept in (`moeplace.placement.memory`); empty slots are
+            resident. None = all are resident.
 
     Raises:
         InputError: an expert of a layer has no slot, an id is out of range, a rank holds an expert of a layer twice,
@@ -42,6 +45,7 @@ class Placement:
     layer_ids: np.ndarray | None = None
     num_hidden_layers: int = 0
     mode: Mode = "dispatch-combine"
+    tier: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         slots = np.asarray(self.slot_to_expert)
@@ -75,6 +79,7 @@ class Placement:
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         object.__setattr__(self, "num_hidden_layers", hidden)
+        object.__setattr__(self, "tier", _canonical_tiers(self.tier, self.slot_to_expert))
         self._check_experts()
 
     def _check_experts(self) -> None:
@@ -163,16 +168,69 @@ class Placement:
             "layer_ids": None if self.layer_ids is None else self.layer_ids.tolist(),
             "num_hidden_layers": self.num_hidden_layers,
         }
+        if self.tier is not None:  # absent otherwise: the digests of placements without tiers stay what they were
+            content["tier"] = self.tier.tolist()
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
+    @cached_property
+    def tier_LER(self) -> np.ndarray:
+        """(L, E, R) int8: the tier of the expert's slot on each rank, -1 where the rank does not hold it."""
+        tiers = np.full((self.num_layers, self.num_experts, self.num_ranks), -1, dtype=np.int8)
+        layer, slot = np.nonzero(self.slot_to_expert >= 0)
+        stated = RESIDENT if self.tier is None else self.tier[layer, slot]
+        tiers[layer, self.slot_to_expert[layer, slot], self.rank_of_slot[slot]] = stated
+        tiers.flags.writeable = False
+        return tiers
+
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
+        """A copy with some fields changed, validated again.
+
+        Where slots change and nothing is said of tiers, an expert keeps its tier on its rank; on another rank it has
+        the fastest one that it had anywhere.
+        """
+        if self.tier is not None and "tier" not in changes and {"slot_to_expert", "slots_of_rank"} & set(changes):
+            changed = replace(self, **changes, tier=None)
+            return replace(changed, tier=_carried_tiers(self, changed))
         return replace(self, **changes)
 
     def equals(self, other: "Placement") -> bool:
         """Whether both put the same experts in the same slots of the same cluster shape."""
         return self.digest == other.digest
+
+
+def _canonical_tiers(tier: np.ndarray | None, slot_to_expert: np.ndarray) -> np.ndarray | None:
+    """(L, S) int8, read-only, empty slots resident; None where all are.
+
+    Raises:
+        InputError: the shape or a tier is wrong.
+    """
+    if tier is None:
+        return None
+    given = np.asarray(tier)
+    if given.shape != slot_to_expert.shape or not np.issubdtype(given.dtype, np.integer):
+        raise InputError(f"tier must be integers of shape {slot_to_expert.shape}, not {given.dtype} {given.shape}")
+    bad = (given < 0) | (given >= len(TIERS))
+    if bad.any():
+        layer, slot = np.argwhere(bad)[0]
+        names = ", ".join(f"{number} = {name}" for number, name in enumerate(TIERS))
+        raise InputError(f"slot {slot} of MoE layer {layer} is in tier {given[layer, slot]}, which must be {names}")
+    own = np.where(slot_to_expert == EMPTY_SLOT, RESIDENT, given).astype(np.int8)
+    own.flags.writeable = False
+    return own if own.any() else None
+
+
+def _carried_tiers(old: Placement, new: Placement) -> np.ndarray:
+    """(L, S) int8 tiers of the slots of `new` by those that the same experts have in `old`; see `Placement.replace`."""
+    if old.tier_LER.shape[:2] != new.tier_LER.shape[:2]:
+        raise InputError("tiers cannot be carried over to a model with other layers or experts")
+    fastest_LE = np.where(old.tier_LER < 0, len(TIERS), old.tier_LER).min(axis=2) % len(TIERS)
+    tier = np.zeros(new.slot_to_expert.shape, np.int8)
+    for layer, slot in np.argwhere(new.slot_to_expert != EMPTY_SLOT).tolist():
+        expert, rank = int(new.slot_to_expert[layer, slot]), int(new.rank_of_slot[slot])
+        here = int(old.tier_LER[layer, expert, rank]) if rank < old.num_ranks else -1
+        tier[layer, slot] = fastest_LE[layer, expert] if here < 0 else here
+    return tier
 
 
 def slot_starts(slots_of_rank: np.ndarray) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Placement files: JSON with the format tag `moeplace.placement/1`."""
+"""Placement files: JSON with the format tag `moeplace.placement/1`, or `/2` where slots have tiers.
+
+Readers that know no tiers must not take such a file for one whose experts are all in fast memory.
+"""
 
 import json
 from dataclasses import dataclass, field
@@ -12,6 +15,7 @@ from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import atomic_write, read_json
 
 FORMAT = "moeplace.placement/1"
+TIERED_FORMAT = "moeplace.placement/2"
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def save_placement(
     slots, per_node = placement.slots_of_rank, np.bincount(placement.node_of_rank)
     experts = placement.experts_per_layer
     head: dict[str, Any] = {
-        "format": FORMAT,
+        "format": FORMAT if placement.tier is None else TIERED_FORMAT,
         "num_layers": placement.num_layers,
         "num_experts": placement.num_experts,
         "num_ranks": placement.num_ranks,
@@ -61,9 +65,11 @@ def save_placement(
         "evidence": evidence or {},
         "digest": placement.digest,
     }
-    rows = ",\n  ".join(json.dumps(row) for row in placement.slot_to_expert.tolist())
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    lines.append(f' "slot_to_expert": [\n  {rows}]')
+    for name, table in (("slot_to_expert", placement.slot_to_expert), ("tier", placement.tier)):
+        if table is not None:
+            rows = ",\n  ".join(json.dumps(row) for row in table.tolist())
+            lines.append(f' "{name}": [\n  {rows}]')
     lines += [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in tail.items()]
     with atomic_write(path) as file:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
@@ -77,8 +83,10 @@ def load_placement_file(path: str | Path) -> PlacementFile:
         FormatError: it is not a placement file, or its digest does not fit its content.
     """
     document = read_json(path)
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if not isinstance(document, dict) or document.get("format") not in (FORMAT, TIERED_FORMAT):
         raise FormatError(f"{path} is not a placement file: it lacks the tag {FORMAT!r}")
+    if ("tier" in document) != (document["format"] == TIERED_FORMAT):
+        raise FormatError(f"{path} is not a placement file: tiers and the tag {TIERED_FORMAT!r} go together")
     try:
         ranks = int(document["num_ranks"])
         slots = np.broadcast_to(np.asarray(document["slots_per_rank"], dtype=np.int64), (ranks,))
@@ -100,6 +108,7 @@ def load_placement_file(path: str | Path) -> PlacementFile:
             layer_ids=np.asarray(document.get("layer_ids") or np.arange(layers)),
             num_hidden_layers=int(document.get("num_hidden_layers", 0)),
             mode=document.get("mode", "dispatch-combine"),
+            tier=np.asarray(document["tier"]) if "tier" in document else None,
         )
     except InputError as error:
         raise type(error)(f"{path}: {error}") from error

@@ -53,6 +53,12 @@ def write_engine_placement(
             the file cannot be written.
     """
     target, module = Path(path), _engine(engine)
+    if placement.tier is not None:
+        backed = int(np.count_nonzero(placement.tier))
+        raise InputError(
+            f"{engine} keeps every expert in fast memory, but {backed} slots of the placement are backed by host or "
+            "disk: solve for a cluster without memory tiers"
+        )
     export = module.write(placement, target)
     facts = _facts(placement)
     again = build_placement(module.read(target, facts), facts, str(target), engine)

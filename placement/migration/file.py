@@ -57,6 +57,7 @@ def plan_to_json(plan: MigrationPlan) -> dict[str, Any]:
             "mode": plan.mode,
             "layer_ids": plan.layer_ids.tolist(),
             "num_hidden_layers": plan.num_hidden_layers,
+            **({} if plan.tier is None else {"tier": plan.tier.tolist()}),
         },
         "origin": layout.origin.tolist(),
         "lost_ranks": list(layout.lost_ranks),
@@ -104,6 +105,7 @@ def plan_from_json(document: dict[str, Any]) -> MigrationPlan:
         old_digest=str(old["digest"]),
         new_digest=str(new["digest"]),
         round_seconds=tuple(float(seconds) for seconds in document["round_seconds"]),
+        tier=np.asarray(new["tier"], dtype=np.int8) if "tier" in new else None,
         **{name: int(document[name]) for name in SUMS},
     )
 

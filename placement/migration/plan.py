@@ -57,6 +57,7 @@ class MigrationPlan:
         local_bytes: bytes copied inside ranks.
         least_bytes: proven least for any placement on the new cluster that fills as many slots.
         round_seconds: predicted seconds of each round.
+        tier: (L, S') int8 memory of the new placement's slots, None = all resident.
     """
 
     rounds: tuple[tuple[Transfer, ...], ...]
@@ -75,6 +76,7 @@ class MigrationPlan:
     local_bytes: int
     least_bytes: int
     round_seconds: tuple[float, ...]
+    tier: np.ndarray | None = None
 
     @property
     def seconds(self) -> float:
@@ -151,6 +153,7 @@ def plan_migration(
         new_digest=new.digest,
         staging_bytes=budget,
         least_bytes=least_bytes(old, shape, expert_bytes=expert_bytes, origin=layout.origin, filled=filled_L),
+        tier=new.tier,
         **_sums(rounds, cost),
     )
 
@@ -174,6 +177,7 @@ def apply_plan(old: Placement, plan: MigrationPlan) -> Placement:
         plan.layer_ids,
         plan.num_hidden_layers,
         plan.mode,
+        plan.tier,
     )
     if new.digest != plan.new_digest:
         raise InputError(f"the plan ends in the placement {new.digest}, not in {plan.new_digest} as it says")

@@ -50,17 +50,20 @@ class Commit:
         arrivals: what must have come before; arrivals of a cycle may land in a later commit.
         before: placement at the start of the migration.
         slots: (L, S) experts in force afterwards.
+        tier: (L, S) memory of the slots afterwards; None = experts keep the tier that they have.
     """
 
     end: int
     arrivals: tuple[Arrival, ...]
     before: Placement
     slots: np.ndarray
+    tier: np.ndarray | None = None
 
     @cached_property
     def placement(self) -> Placement:
         """In force afterwards; made when it is needed, because a plan may have many commits."""
-        return self.before.replace(slot_to_expert=self.slots)
+        stated = {} if self.tier is None else {"tier": self.tier}
+        return self.before.replace(slot_to_expert=self.slots, **stated)
 
 
 def list_commits(
@@ -95,7 +98,8 @@ def list_commits(
         arrivals += coming
         state = after
     final = apply_plan(old, plan)
-    return [*commits, Commit(len(plan.rounds), tuple(arrivals), old, final.slot_to_expert)]
+    tier = np.zeros_like(final.slot_to_expert) if final.tier is None else final.tier
+    return [*commits, Commit(len(plan.rounds), tuple(arrivals), old, final.slot_to_expert, tier)]
 
 
 def cut_pieces(arrivals: Sequence[Arrival], *, num_ranks: int, bytes_per_step: int) -> Iterator[list[Piece]]:
