@@ -18,7 +18,7 @@ _SAMPLING: dict[str, type] = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), float),
     **dict.fromkeys(("top_k", "min_tokens", "seed"), int),
 }
-_KEYS = {"id", "prompt", "token_ids", "max_new_tokens", "stop_ids", *_SAMPLING}
+_KEYS = {"id", "prompt", "token_ids", "max_new_tokens", "stop_ids", "logprobs", *_SAMPLING}
 
 
 class Tokenizer:
@@ -85,7 +85,7 @@ def read_requests(
 
     Args:
         path: one JSON object a line: `prompt` (text) or `token_ids`, and optionally `id`, `max_new_tokens`,
-            `temperature`, `top_k`, `top_p`, `seed`, `stop_ids`.
+            `temperature`, `top_k`, `top_p`, `seed`, `stop_ids`, `logprobs`.
         encode: text -> token ids.
         max_new_tokens: where a line does not say.
         seed: where a line does not say, plus the number of the line.
@@ -137,17 +137,23 @@ def _parse(
         max_new_tokens=int(document.get("max_new_tokens", max_new_tokens)),
         sampling=sampling,
         stop_ids=None if stop_ids is None else tuple(int(token) for token in stop_ids),
+        logprobs=None if document.get("logprobs") is None else int(document["logprobs"]),
     )
 
 
 def write_completions(path: str | Path, completions: "Sequence[Completion]", tokenizer: Tokenizer) -> None:
-    """One JSON object a line: id, token_ids, text (where there is a tokenizer), finish_reason. Atomic."""
+    """One JSON object a line: id, token_ids, text (where there is a tokenizer), finish_reason. Atomic.
+
+    Where they were asked for, logprobs too: of each token its own, and (id, value) of the likeliest.
+    """
     with atomic_write(path) as file:
         for completion in completions:
             document: dict[str, Any] = {"id": completion.request_id, "token_ids": list(completion.token_ids)}
             if tokenizer.exists:
                 document["text"] = tokenizer.decode(completion.token_ids)
             document["finish_reason"] = completion.finish_reason
+            if completion.logprobs:
+                document["logprobs"] = [None if found is None else found.to_json() for found in completion.logprobs]
             file.write(json.dumps(document).encode() + b"\n")
 
 

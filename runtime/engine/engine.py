@@ -24,6 +24,7 @@ from moeplace.runtime.engine.executor import Executor
 from moeplace.runtime.engine.limits import DEFAULT_LIMITS, EngineLimits
 from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.engine.loading import load_experts
+from moeplace.runtime.engine.logprobs import TokenLogprob, WantedLogprobs
 from moeplace.runtime.engine.modes import ModeChooser, ModeRule, Phase, RecordedRouting
 from moeplace.runtime.engine.placed_experts import by_home
 from moeplace.runtime.engine.requests import Completion, Request, RunningSequence
@@ -48,12 +49,14 @@ class Stepped(NamedTuple):
         drawn: (request, index among its added tokens, token) of every token it added.
         note: what rank 0 told.
         phase: of the pass, None = there was nothing to do.
+        logprobs: request -> of its token, where it wants that.
     """
 
     completions: list[Completion]
     drawn: list[tuple[str, int, int]]
     note: int
     phase: Phase | None
+    logprobs: dict[str, TokenLogprob] = {}  # noqa: RUF012 (never changed)
 
 
 class Engine:
@@ -218,13 +221,15 @@ class Engine:
         else:
             return Stepped([], [], self.tell(note), None)
         ordered = by_home(sequences)
-        tokens, heard = self._sample(rows, ordered, note)
-        drawn = []
-        for sequence, token in zip(ordered, tokens, strict=True):
+        tokens, logprobs, heard = self._sample(rows, ordered, note)
+        drawn, told = [], {}
+        for index, (sequence, token) in enumerate(zip(ordered, tokens, strict=True)):
             if sequence.cached == len(sequence.token_ids):  # else a known token was decoded once more
-                drawn.append((sequence.request.request_id, len(sequence.added), token))
+                if index in logprobs:
+                    told[sequence.request.request_id] = sequence.logprobs[sequence.num_added] = logprobs[index]
+                drawn.append((sequence.request.request_id, sequence.num_added, token))
                 sequence.token_ids.append(token)
-        return Stepped(self._finish(ordered), drawn, heard, phase)
+        return Stepped(self._finish(ordered), drawn, heard, phase, told)
 
     def tell(self, note: int) -> int:
         """The number of rank 0, on every rank: a collective of its own."""
@@ -275,17 +280,26 @@ class Engine:
         return self._modes.choose(phase, num_tokens, self.group)
 
     @torch.inference_mode()
-    def _sample(self, rows: TokenRows, ordered: list[RunningSequence], note: int) -> tuple[list[int], int]:
-        """The next token of each sequence: drawn where its hidden state is, then made known to all ranks; the note."""
-        tokens = torch.zeros(len(ordered) + 1, dtype=torch.int64, device=rows.x.device)
-        tokens[-1] = note if self.group.rank == 0 else 0
+    def _sample(
+        self, rows: TokenRows, ordered: list[RunningSequence], note: int
+    ) -> tuple[list[int], dict[int, TokenLogprob], int]:
+        """The next token of each sequence: drawn where its hidden state is, then made known to all ranks; the note.
+
+        The log-probabilities are by sequence, of those that want them.
+        """
+        count, wanted = len(ordered), WantedLogprobs.of([s.request.logprobs for s in ordered])
+        told = torch.zeros(count + 1 + wanted.size, dtype=torch.int64, device=rows.x.device)
+        told[count] = note if self.group.rank == 0 else 0
         if len(rows):
-            draws = [self._describe_draw(ordered[index]) for index in rows.token.tolist()]
-            tokens[rows.token] = draw_tokens(self.executor.decoder.logits(rows.x), draws)
+            names, logits = rows.token.tolist(), self.executor.decoder.logits(rows.x)
+            tokens = draw_tokens(logits, [self._describe_draw(ordered[index]) for index in names])
+            told[rows.token] = tokens
+            if wanted.size:
+                wanted.write(told[count + 1 :], names, logits, tokens)
         if self.group.size > 1:
-            self.group.all_reduce(tokens, kind="tokens")
-        *drawn, heard = tokens.tolist()
-        return drawn, heard
+            self.group.all_reduce(told, kind="tokens")
+        numbers = told.tolist()
+        return numbers[:count], wanted.read(numbers[count + 1 :]), numbers[count]
 
     def _describe_draw(self, sequence: RunningSequence) -> Draw:
         request, sampling = sequence.request, sequence.request.sampling
@@ -304,7 +318,10 @@ class Engine:
             reason = sequence.finish_reason(self.stop_ids)
             if reason is not None:
                 self.scheduler.release(sequence)
-                finished.append(Completion(sequence.request.request_id, sequence.added, reason))
+                logprobs: tuple[TokenLogprob | None, ...] = ()
+                if sequence.request.logprobs is not None:
+                    logprobs = tuple(sequence.logprobs.get(index) for index in range(sequence.num_added))
+                finished.append(Completion(sequence.request.request_id, sequence.added, reason, logprobs))
         return finished
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 from moeplace.profiling.errors import InputError
+from moeplace.runtime.engine.logprobs import MOST, TokenLogprob
 from moeplace.runtime.engine.sampling import GREEDY, SamplingParameters
 
 
@@ -19,6 +20,7 @@ class Request:
         max_new_tokens: most tokens to add.
         sampling: how to choose them.
         stop_ids: token ids that end the completion; None = the model's.
+        logprobs: log-probabilities of the tokens are wanted, and of this many of the likeliest; None = they are not.
 
     Raises:
         InputError: the prompt is empty, or a value is out of range.
@@ -29,6 +31,7 @@ class Request:
     max_new_tokens: int = 64
     sampling: SamplingParameters = GREEDY
     stop_ids: tuple[int, ...] | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", tuple(int(token) for token in self.token_ids))
@@ -36,6 +39,8 @@ class Request:
             raise InputError(f"request {self.request_id!r} has an empty prompt; at least one token is needed")
         if self.max_new_tokens < 1:
             raise InputError(f"request {self.request_id!r}: max_new_tokens ({self.max_new_tokens}) must be at least 1")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST:
+            raise InputError(f"request {self.request_id!r}: logprobs ({self.logprobs}) must lie in 0..{MOST}")
 
     @property
     def length_limit(self) -> int:
@@ -87,6 +92,7 @@ class Request:
             max_new_tokens=int(document["max_new_tokens"]),
             sampling=SamplingParameters(**document["sampling"]),
             stop_ids=None if stop_ids is None else tuple(stop_ids),
+            logprobs=document.get("logprobs"),
         )
 
 
@@ -98,11 +104,13 @@ class Completion:
         request_id: its name.
         token_ids: the tokens added, the stopping one included.
         finish_reason: "stop" = a stop id came; "length" = max_new_tokens reached.
+        logprobs: of each token, None = it is not known; empty where the request did not ask for them.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
+    logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(eq=False)
@@ -117,6 +125,7 @@ class RunningSequence:
         cached: positions whose K/V exist (at home). Those between it and the last token, which a change of ranks may
             leave, are decoded again; no token is drawn meanwhile.
         replicated: positions whose K/V exist on every rank.
+        logprobs: index among the added tokens -> log-probabilities, where the request wants them.
     """
 
     request: Request
@@ -125,6 +134,7 @@ class RunningSequence:
     token_ids: list[int] = field(default_factory=list)
     cached: int = 0
     replicated: int = 0
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
 
     @property
     def added(self) -> tuple[int, ...]:

@@ -5,9 +5,10 @@ Every rank runs the same scheduler on the same requests, so that all know which 
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from moeplace.profiling.errors import InputError
+from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request, RunningSequence
 
 
@@ -29,7 +30,9 @@ class Scheduler:
         self.max_prefill_tokens = max_prefill_tokens
         self.owes_token = False
         self.waiting: deque[Request] = deque()
-        self._added: dict[str, tuple[int, ...]] = {}  # of waiting requests that ran before
+        # Of waiting requests that ran before:
+        self._added: dict[str, tuple[int, ...]] = {}
+        self._logprobs: dict[str, dict[int, TokenLogprob]] = {}
         self.running: list[RunningSequence] = []
         pools = 1 if replicated else num_ranks
         self._free = [list(range(rows)) for _ in range(pools)]
@@ -55,14 +58,21 @@ class Scheduler:
         if request.request_id in taken:
             raise InputError(f"request {request.request_id!r} is already in flight; names must be unique")
 
-    def resume(self, request: Request, added: Sequence[int]) -> None:
+    def resume(
+        self, request: Request, added: Sequence[int], logprobs: Mapping[int, TokenLogprob] | None = None
+    ) -> None:
         """Queue, behind the others, a request that has got tokens already."""
         self.waiting.append(request)
         self._added[request.request_id] = tuple(added)
+        self._logprobs[request.request_id] = dict(logprobs or {})
 
     def added(self, request: Request) -> tuple[int, ...]:
         """Tokens that a waiting request has got already."""
         return self._added.get(request.request_id, ())
+
+    def logprobs(self, request: Request) -> dict[int, TokenLogprob]:
+        """Log-probabilities of `added`, by index."""
+        return self._logprobs.get(request.request_id, {})
 
     def seat(self, sequence: RunningSequence) -> None:
         """Take over a sequence that has a home and a row, which must be free."""
@@ -74,7 +84,7 @@ class Scheduler:
     def cancel(self, request_id: str) -> None:
         """Drop a request, wherever it is; an unknown one is ignored."""
         self.waiting = deque(request for request in self.waiting if request.request_id != request_id)
-        self._added.pop(request_id, None)
+        self._forget(request_id)
         for sequence in [s for s in self.running if s.request.request_id == request_id]:
             self.release(sequence)
 
@@ -92,7 +102,7 @@ class Scheduler:
                 break
             admitted.append(sequence)
             self.waiting.popleft()
-            self._added.pop(request.request_id, None)
+            self._forget(request.request_id)
         return admitted
 
     def place(self, request: Request) -> RunningSequence | None:
@@ -106,6 +116,7 @@ class Scheduler:
         home = min(homes, key=load.__getitem__)
         known = [*request.token_ids, *self.added(request)]
         sequence = RunningSequence(request, home, heapq.heappop(self._pool(home)), known)
+        sequence.logprobs.update(self.logprobs(request))
         self.running.append(sequence)
         return sequence
 
@@ -113,6 +124,11 @@ class Scheduler:
         """Take a sequence's place back."""
         self.running.remove(sequence)
         heapq.heappush(self._pool(sequence.home), sequence.row)
+
+    def _forget(self, request_id: str) -> None:
+        """What a request had got before; it does not wait any more."""
+        self._added.pop(request_id, None)
+        self._logprobs.pop(request_id, None)
 
     def _pool(self, home: int) -> list[int]:
         return self._free[0 if len(self._free) == 1 else home]

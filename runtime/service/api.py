@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from moeplace.placement.placement import Placement
+from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.event import Event
 
@@ -24,12 +25,15 @@ class TokenEvent:
         token_ids: may be several, or none.
         finish_reason: None = it goes on.
         error: one sentence, with "failed".
+        logprobs: of each of the tokens, where the request wants them; None = those of a token are not known any more,
+            because it was delivered before to somebody else. Empty = they were not asked for.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     error: str | None = None
+    logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(frozen=True)

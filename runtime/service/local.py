@@ -10,7 +10,7 @@ It is what `moeplace serve --http` runs on one rank, and the oracle of services 
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,7 @@ from moeplace.placement.migration.plan import plan_migration
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.errors import MigrationError
 from moeplace.runtime.event import Event
@@ -142,9 +143,10 @@ class LocalService:
                 completions = self._engine.step()
                 self._advance_migration()
                 for sequence in self._engine.scheduler.running:
-                    self._tell(sequence.request.request_id, sequence.added)
+                    self._tell(sequence.request.request_id, sequence.added, logprobs=sequence.logprobs)
                 for completion in completions:
-                    self._tell(completion.request_id, completion.token_ids, completion.finish_reason)
+                    known = {index: found for index, found in enumerate(completion.logprobs) if found is not None}
+                    self._tell(completion.request_id, completion.token_ids, completion.finish_reason, logprobs=known)
                 self._publish()
         except Exception as error:  # whatever broke the engine: its requests hear of it, and the front says so
             logger.debug("the engine failed", exc_info=True)
@@ -179,8 +181,15 @@ class LocalService:
         self._engine.scheduler.cancel(ticket)
         self._requests.tell(ticket, None, "cancelled")
 
-    def _tell(self, ticket: str, token_ids: Sequence[int], reason: FinishReason | None = None) -> None:
-        if not self._requests.tell(ticket, token_ids, reason):
+    def _tell(
+        self,
+        ticket: str,
+        token_ids: Sequence[int],
+        reason: FinishReason | None = None,
+        *,
+        logprobs: Mapping[int, TokenLogprob],
+    ) -> None:
+        if not self._requests.tell(ticket, token_ids, reason, logprobs=logprobs):
             with self._changed:
                 self._cancelled.append(ticket)
 

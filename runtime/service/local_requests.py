@@ -2,9 +2,10 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.service.api import FinishReason, TokenEvent
 
@@ -20,11 +21,13 @@ class Asked:
     Attributes:
         name: that its client gave it.
         on_event: who wants to hear of it.
+        wants_logprobs: whether log-probabilities of its tokens are wanted.
         told: tokens that were told.
     """
 
     name: str
     on_event: OnEvent
+    wants_logprobs: bool = False
     told: int = 0
 
 
@@ -45,7 +48,7 @@ class LocalRequests:
         with self._lock:
             self._taken += 1
             ticket = f"{self._taken}:{request.request_id}"
-            self._asked[ticket] = Asked(request.request_id, on_event)
+            self._asked[ticket] = Asked(request.request_id, on_event, request.logprobs is not None)
         return replace(request, request_id=ticket)
 
     def tickets_of(self, name: str, ticket: str | None) -> list[str]:
@@ -55,15 +58,22 @@ class LocalRequests:
         return found if ticket is None else [key for key in found if key == ticket]
 
     def tell(
-        self, ticket: str, token_ids: Sequence[int] | None, reason: FinishReason | None = None, error: str | None = None
+        self,
+        ticket: str,
+        token_ids: Sequence[int] | None,
+        reason: FinishReason | None = None,
+        error: str | None = None,
+        *,
+        logprobs: Mapping[int, TokenLogprob] | None = None,
     ) -> bool:
         """Tell what is new of all tokens (None = none are); whether the client could take it. Who has heard the end
-        hears nothing more."""
+        hears nothing more. `logprobs` are by index of the token."""
         with self._lock:
             asked = self._asked.get(ticket)
             if asked is None:
                 return True
-            new = tuple(token_ids[asked.told :]) if token_ids is not None else ()
+            first = asked.told
+            new = tuple(token_ids[first:]) if token_ids is not None else ()
             asked.told += len(new)
             self.num_tokens += len(new)
             if reason is not None:
@@ -71,7 +81,10 @@ class LocalRequests:
         if not new and reason is None:
             return True
         try:
-            asked.on_event(TokenEvent(asked.name, new, reason, error))
+            found: tuple[TokenLogprob | None, ...] = ()
+            if asked.wants_logprobs:
+                found = tuple((logprobs or {}).get(index) for index in range(first, first + len(new)))
+            asked.on_event(TokenEvent(asked.name, new, reason, error, found))
         except Exception as failure:  # a defect of the listener must not end the others
             logger.error("the listener of request %r failed: %s: %s", asked.name, type(failure).__name__, failure)
             return False

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request, RunningSequence
 from moeplace.runtime.engine.scheduler import Scheduler
 
@@ -25,6 +26,7 @@ class HeldSequence:
         home: member that keeps its attention state; -1 = it waits.
         row: of the K/V cache, -1 = it waits.
         cached, replicated: positions whose K/V exist at home, on every rank.
+        logprobs: (index among the added tokens, log-probabilities), where the request wants them.
     """
 
     request: Request
@@ -33,6 +35,7 @@ class HeldSequence:
     row: int = -1
     cached: int = 0
     replicated: int = 0
+    logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
 
     @property
     def request_id(self) -> str:
@@ -75,7 +78,14 @@ class Snapshot:
     def from_json(cls, document: Mapping[str, Any]) -> Self:
         """From plain data."""
         sequences = tuple(
-            HeldSequence(**{**s, "request": Request.from_json(s["request"]), "added": tuple(s["added"])})
+            HeldSequence(
+                **{
+                    **s,
+                    "request": Request.from_json(s["request"]),
+                    "added": tuple(s["added"]),
+                    "logprobs": tuple((index, TokenLogprob.from_json(found)) for index, found in s["logprobs"]),
+                }
+            )
             for s in document["sequences"]
         )
         return cls(**{**document, "slots": tuple(map(tuple, document["slots"])), "sequences": sequences})
@@ -104,19 +114,27 @@ class Continuation:
     def fill(self, scheduler: Scheduler, *, rank: int) -> None:
         """Give the sequences to a scheduler that has none; newcomers have no K/V yet."""
         for held in self.running:
-            tokens = [*held.request.token_ids, *held.added]
+            tokens, logprobs = [*held.request.token_ids, *held.added], dict(held.logprobs)
             replicated = 0 if rank in self.newcomers else held.replicated
-            scheduler.seat(RunningSequence(held.request, held.home, held.row, tokens, held.cached, replicated))
+            sequence = RunningSequence(held.request, held.home, held.row, tokens, held.cached, replicated, logprobs)
+            scheduler.seat(sequence)
         for held in self.waiting:
-            scheduler.resume(held.request, held.added)
+            scheduler.resume(held.request, held.added, dict(held.logprobs))
 
 
 def take_snapshot_of(scheduler: Scheduler, members: Sequence[int]) -> tuple[HeldSequence, ...]:
     """The sequences of a scheduler; homes become members."""
     running = [
-        HeldSequence(s.request, s.added, members[s.home], s.row, s.cached, s.replicated) for s in scheduler.running
+        HeldSequence(
+            s.request, s.added, members[s.home], s.row, s.cached, s.replicated, tuple(sorted(s.logprobs.items()))
+        )
+        for s in scheduler.running
     ]
-    return (*running, *(HeldSequence(request, scheduler.added(request)) for request in scheduler.waiting))
+    waiting = [
+        HeldSequence(request, scheduler.added(request), logprobs=tuple(sorted(scheduler.logprobs(request).items())))
+        for request in scheduler.waiting
+    ]
+    return (*running, *waiting)
 
 
 def continue_from(

@@ -105,12 +105,12 @@ class CompletionAnswer:
         return {**chunk, "usage": None} if self._run.body.include_usage else chunk
 
     def _choice(self, choice: Choice, reason: str | None) -> dict[str, Any]:
-        text = choice.take_text()
+        text, tokens = choice.take_text(), self._run.take_texts(choice)
         if self._run.body.stream:
-            shown = self._form.piece(text, first=choice.index not in self._begun)
+            shown = self._form.piece(text, tokens, first=choice.index not in self._begun)
             self._begun.add(choice.index)
         else:
-            shown = self._form.whole(text)
+            shown = self._form.whole(text, tokens)
         document = {"index": choice.index, **shown, "finish_reason": reason}
         if self._run.body.return_token_ids:
             document["token_ids"] = choice.take_ids()

@@ -11,6 +11,7 @@ from typing import Any
 
 from moeplace.launch.http_front.completions.fields import SAMPLING, Fields, is_id, require_unicode
 from moeplace.launch.http_front.wire.errors import ApiError
+from moeplace.runtime.engine.logprobs import MOST
 from moeplace.runtime.engine.sampling import SamplingParameters
 
 DEFAULT_TOKENS = 16
@@ -22,7 +23,7 @@ COMMON = {
     *("return_token_ids", *SAMPLING),
 }
 """Fields that completions and chats share."""
-_KNOWN = {"prompt", "echo", *COMMON}
+_KNOWN = {"prompt", "echo", "logprobs", *COMMON}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class CompletionBody:
         include_usage: a streamed answer ends with its usage.
         echo: the text begins with the prompt.
         return_token_ids: choices have their token ids beside the text.
+        logprobs: choices have log-probabilities of their tokens, and of this many of the likeliest; None = they do not.
     """
 
     prompts: tuple[Prompt, ...]
@@ -60,6 +62,7 @@ class CompletionBody:
     include_usage: bool
     echo: bool
     return_token_ids: bool
+    logprobs: int | None = None
 
     @property
     def num_choices(self) -> int:
@@ -98,9 +101,11 @@ def parse_body(
         default_seed=default_seed,
         default_tokens=DEFAULT_TOKENS,
     )
-    return CompletionBody(
-        prompts=_prompts(document.get("prompt"), encode), echo=fields.get("echo", bool, False), **common
-    )
+    echo, logprobs = fields.get("echo", bool, False), _logprobs(fields)
+    if echo and logprobs is not None:
+        rule = "logprobs together with echo are not supported: those of a prompt are not known"
+        raise ApiError(400, rule, param="logprobs", code="unsupported_parameter")
+    return CompletionBody(prompts=_prompts(document.get("prompt"), encode), echo=echo, logprobs=logprobs, **common)
 
 
 def parse_common(
@@ -134,6 +139,22 @@ def parse_common(
         "include_usage": Fields(options).get("include_usage", bool, False),
         "return_token_ids": fields.get("return_token_ids", bool, False),
     }
+
+
+def _logprobs(fields: Fields) -> int | None:
+    """How many of the likeliest tokens are wanted beside each token; false is the same as absent."""
+    return None if fields.raw("logprobs") is False else require_count(fields.get("logprobs", int, None), "logprobs")
+
+
+def require_count(wanted: int | None, name: str) -> int | None:
+    """A number of likeliest tokens.
+
+    Raises:
+        ApiError: 400, it is out of range.
+    """
+    if wanted is not None and not 0 <= wanted <= MOST:
+        raise ApiError(400, f"{name} ({wanted}) must lie in 0..{MOST}", param=name)
+    return wanted
 
 
 def _prompts(value: Any, encode: Callable[[str], list[int]] | None) -> tuple[Prompt, ...]:

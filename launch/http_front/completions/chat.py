@@ -7,7 +7,7 @@ The fields are those of OpenAI's API (platform.openai.com/docs/api-reference/cha
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moeplace.launch.http_front.completions.body import COMMON, CompletionBody, Prompt, parse_common
+from moeplace.launch.http_front.completions.body import COMMON, CompletionBody, Prompt, parse_common, require_count
 from moeplace.launch.http_front.completions.fields import Fields, require_unicode
 from moeplace.launch.http_front.wire.errors import ApiError
 from moeplace.profiling.errors import InputError
@@ -15,7 +15,7 @@ from moeplace.profiling.errors import InputError
 DEFAULT_TOKENS = 256
 """OpenAI's API has no limit there; a service that others wait for has one."""
 MOST_MESSAGES = 4096
-_KNOWN = {"messages", "max_completion_tokens", *COMMON}
+_KNOWN = {"messages", "max_completion_tokens", "logprobs", "top_logprobs", *COMMON}
 _MESSAGE_KEYS = {"role", "content", "name"}
 
 Message = Mapping[str, str]
@@ -57,7 +57,17 @@ def parse_chat_body(
         raise ApiError(400, str(error), param="messages") from error
     if not token_ids:
         raise ApiError(400, "the chat template makes no token of the messages", param="messages")
-    return CompletionBody(prompts=(Prompt(token_ids, None),), echo=False, **common)
+    return CompletionBody(prompts=(Prompt(token_ids, None),), echo=False, logprobs=_logprobs(fields), **common)
+
+
+def _logprobs(fields: Fields) -> int | None:
+    """How many of the likeliest tokens are wanted beside each token; None = not even the token's own."""
+    top = require_count(fields.get("top_logprobs", int, 0), "top_logprobs")
+    if fields.get("logprobs", bool, False):
+        return top
+    if top:
+        raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    return None
 
 
 def _messages(value: Any) -> list[Message]:

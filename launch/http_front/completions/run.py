@@ -14,9 +14,11 @@ from typing import Self
 
 from moeplace.launch.http_front.completions.body import CompletionBody, Prompt
 from moeplace.launch.http_front.completions.text_stream import Decode, TextStream
+from moeplace.launch.http_front.completions.token_texts import TokenTexts
 from moeplace.launch.http_front.wire.errors import ApiError, unavailable
 from moeplace.launch.http_front.wire.metrics import FrontMetrics
 from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.service.api import FinishReason, Service, TokenEvent
 
@@ -59,6 +61,8 @@ class Choice:
         pieces: text that no writer has taken yet.
         token_ids: all so far, the stopping one included.
         taken_ids: how many of them a writer has taken.
+        logprobs: of the tokens, where they are wanted.
+        shown, shown_characters: how many of them a writer has taken as texts, and the characters of those.
         finish_reason: None = it goes on.
         error: why there will be no more, where it failed or was given up.
     """
@@ -70,6 +74,9 @@ class Choice:
     pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     taken_ids: int = 0
+    logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    shown: int = 0
+    shown_characters: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
     last_moment: float = 0.0
@@ -84,6 +91,13 @@ class Choice:
         """Token ids since the last call."""
         new, self.taken_ids = self.token_ids[self.taken_ids :], len(self.token_ids)
         return new
+
+    def take_texts(self, decode: Decode) -> TokenTexts:
+        """Tokens with their log-probabilities since the last call."""
+        start = self.shown
+        texts = TokenTexts(self.token_ids[start:], self.logprobs[start:], self.shown_characters, decode)
+        self.shown, self.shown_characters = len(self.token_ids), texts.next_offset
+        return texts
 
 
 class CompletionRun:
@@ -109,7 +123,7 @@ class CompletionRun:
     ) -> None:
         self._service, self._bridge, self._metrics = service, bridge, metrics
         self._news = asyncio.Event()
-        self.body = body
+        self.body, self._decode = body, decode
         try:
             self.choices = [_make_choice(body, index, name, decode) for index in range(body.num_choices)]
         except (InputError, OverflowError) as error:
@@ -136,6 +150,10 @@ class CompletionRun:
         prompt = sum(len(prompt.token_ids) for prompt in self.body.prompts)
         completion = sum(len(choice.token_ids) for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def take_texts(self, choice: Choice) -> TokenTexts | None:
+        """Tokens of a choice with their log-probabilities since the last call; None = they are not wanted."""
+        return None if self.body.logprobs is None else choice.take_texts(self._decode)
 
     def start(self) -> None:
         """Give all choices to the service, or none.
@@ -192,6 +210,7 @@ class CompletionRun:
             self._metrics.saw_tokens(len(event.token_ids), moment - choice.last_moment, first=first)
             choice.last_moment = moment
         choice.token_ids += event.token_ids
+        choice.logprobs += event.logprobs
         visible = event.token_ids[:-1] if event.finish_reason == "stop" else event.token_ids
         choice.pieces.append(choice.text.add(visible))
         if event.finish_reason is not None and not choice.text.stopped:
@@ -217,7 +236,7 @@ def _make_choice(body: CompletionBody, index: int, name: str, decode: Decode) ->
     request = None
     if body.max_tokens:
         sampling = body.sampling_of(index)
-        request = Request(f"{name}-{index}", prompt.token_ids, body.max_tokens, sampling, body.stop_ids)
+        request = Request(f"{name}-{index}", prompt.token_ids, body.max_tokens, sampling, body.stop_ids, body.logprobs)
     choice = Choice(index, prompt, request, TextStream(decode, body.stops, prompt=prompt.token_ids))
     if body.echo:
         choice.pieces.append(decode(prompt.token_ids) if prompt.text is None else prompt.text)

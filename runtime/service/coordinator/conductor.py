@@ -20,7 +20,7 @@ from moeplace.runtime.service.api import RequestRecord, ServiceStatus
 from moeplace.runtime.service.coordinator.actions import Action, CommandLog, Document, Outbox, Put, Remind
 from moeplace.runtime.service.coordinator.figures import ServiceFigures
 from moeplace.runtime.service.coordinator.generations import Generations
-from moeplace.runtime.service.coordinator.reports import find_fault, is_token
+from moeplace.runtime.service.coordinator.reports import find_fault, is_token, read_logprobs
 from moeplace.runtime.service.coordinator.requests import RequestDesk
 from moeplace.runtime.service.coordinator.routing_request import RoutingRequest
 from moeplace.runtime.service.options import ServiceOptions
@@ -200,10 +200,12 @@ class Conductor:
             self._desk.begin_pass(report["tickets"])
 
     def _on_step(self, report: Document) -> None:
+        logprobs = report.get("logprobs", {})
         for told in report["tokens"]:
             if is_token(told):
                 ticket, index, token, reason = told
-                self._desk.hear(ticket, index, [token], reason)
+                found = read_logprobs([[index, logprobs[ticket]]]) if ticket in logprobs else {}
+                self._desk.hear(ticket, index, [token], reason, logprobs=found)
             else:
                 self._out.note("bad-report", f"a token was ignored: {told!r:.80}")
         self._out.steps += 1
@@ -270,7 +272,8 @@ class Conductor:
         self._routing.give_up()
         self._log.forget(report["applied"])
         self._waiting, self._running = report["waiting"], report["running"]
-        self._desk.ask_again(report["known"], applied=report["applied"])
+        logprobs = {ticket: read_logprobs(found) for ticket, found in report.get("logprobs", {}).items()}
+        self._desk.ask_again(report["known"], applied=report["applied"], logprobs=logprobs)
         self._desk.begin_pass(report["seated"])
         for member in lingering:
             self._out.add(Remind(_LINGERING, {"kind": "linger", "member": member}))

@@ -116,11 +116,12 @@ def make_plan(action: MakePlan) -> WidthPlan:
 
 def _tell(listener: Listener, action: Tell) -> None:
     event, first = action.event, action.first
-    new = event.token_ids[max(listener.heard - first, 0) :]
+    known = max(listener.heard - first, 0)
+    new, logprobs = event.token_ids[known:], event.logprobs[known:]
     listener.heard = max(listener.heard, first + len(event.token_ids))
     if not new and event.finish_reason is None:
         return
     try:
-        listener.on_event(TokenEvent(event.request_id, new, event.finish_reason, event.error))
+        listener.on_event(TokenEvent(event.request_id, new, event.finish_reason, event.error, logprobs))
     except Exception:
         logger.exception("who asked for request %r could not take an event", event.request_id)

@@ -4,7 +4,10 @@ From members: ready, alive, prepared, loaded, serving, pass, step, queue, counte
 failed, stopped. From those who watch over them: died, late, linger, deadline, look, planned. From callers: wish.
 """
 
+from contextlib import suppress
 from typing import Any
+
+from moeplace.runtime.engine.logprobs import TokenLogprob
 
 FIELDS: dict[str, dict[str, Any]] = {
     "ready": {"member": int, "limits": dict},
@@ -51,7 +54,8 @@ def find_fault(report: Any) -> str:
         value = report.get(name)
         if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < -1)):
             return f"its {name} is {value!r:.50}"
-    return ""
+    logprobs = report.get("logprobs", {})
+    return "" if isinstance(logprobs, dict) else f"its logprobs are {logprobs!r:.50}"
 
 
 def is_token(told: Any) -> bool:
@@ -61,3 +65,13 @@ def is_token(told: Any) -> bool:
     ticket, index, token, reason = told
     numbers = all(isinstance(number, int) and not isinstance(number, bool) for number in (index, token))
     return isinstance(ticket, str) and numbers and token >= 0 and reason in (None, "stop", "length")
+
+
+def read_logprobs(told: Any) -> dict[int, TokenLogprob]:
+    """Log-probabilities by index of the token, of those entries that can be read: tokens do not depend on them."""
+    found: dict[int, TokenLogprob] = {}
+    for entry in told if isinstance(told, list) else ():
+        with suppress(ValueError, TypeError):
+            index, document = entry
+            found[int(index)] = TokenLogprob.from_json(document)
+    return found

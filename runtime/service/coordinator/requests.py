@@ -10,10 +10,13 @@ all that were in the same pass; those are tried again one at a time, and the one
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.service.api import FinishReason, RequestRecord, TokenEvent
 from moeplace.runtime.service.coordinator.actions import Accept, CommandLog, Outbox, Tell
 
+Logprobs = Mapping[int, TokenLogprob]
+"""By index among a request's tokens."""
 _TRIES = 2
 """Losses without a new token after which a request is set aside, and again as many, alone, until it is given up."""
 
@@ -92,7 +95,15 @@ class RequestDesk:
             event = TokenEvent(entry.request.request_id, (), "failed", error)
             self._out.add(Tell(entry.ticket, len(entry.tokens), event, is_final=False))
 
-    def hear(self, ticket: str, first: int, tokens: Sequence[int], reason: FinishReason | None) -> None:
+    def hear(
+        self,
+        ticket: str,
+        first: int,
+        tokens: Sequence[int],
+        reason: FinishReason | None,
+        *,
+        logprobs: Logprobs | None = None,
+    ) -> None:
         """Ranks have tokens from index `first` on: those that are new are delivered. Ranks may tell them twice."""
         entry = self.entries.get(ticket)
         if entry is None:
@@ -103,10 +114,11 @@ class RequestDesk:
             self.drop(ticket, "failed", f"internal error: {told}")
             return
         new = tokens[known - first :]
+        found = self._logprobs_of(entry, len(new), logprobs or {})
         if reason is not None:
-            self._end(entry, new, reason)
+            self._end(entry, new, reason, logprobs=found)
         elif new:
-            self._deliver(entry, new)
+            self._deliver(entry, new, logprobs=found)
 
     def begin_pass(self, tickets: Sequence[str]) -> None:
         """The ranks of the generation in force begin with these."""
@@ -135,10 +147,16 @@ class RequestDesk:
             entry.is_aside, entry.is_alone = False, True
             self._ask(entry)
 
-    def ask_again(self, known: Mapping[str, Sequence[int]], *, applied: int) -> None:
+    def ask_again(
+        self,
+        known: Mapping[str, Sequence[int]],
+        *,
+        applied: int,
+        logprobs: Mapping[str, Logprobs] | None = None,
+    ) -> None:
         """A generation begins with `known` requests, after `applied` commands: what it lacks it is told again."""
         for ticket, added in known.items():
-            self.hear(ticket, 0, added, None)
+            self.hear(ticket, 0, added, None, logprobs=(logprobs or {}).get(ticket))
             if ticket not in self.entries:  # it has ended while the generation formed
                 self._log.append({"kind": "cancel", "request_id": ticket})
         for entry in self.entries.values():
@@ -165,17 +183,38 @@ class RequestDesk:
         command = {"kind": "add", "request": request.to_json(), "added": list(entry.tokens)}
         entry.command = self._log.append(command)
 
+    @staticmethod
+    def _logprobs_of(entry: Entry, count: int, logprobs: Logprobs) -> tuple[TokenLogprob | None, ...]:
+        """Of the next `count` tokens, where they are wanted."""
+        first = len(entry.tokens)
+        wanted = range(first, first + count) if entry.request.logprobs is not None else ()
+        return tuple(logprobs.get(index) for index in wanted)
+
     def _deliver(
-        self, entry: Entry, tokens: Sequence[int], reason: FinishReason | None = None, error: str = ""
+        self,
+        entry: Entry,
+        tokens: Sequence[int],
+        reason: FinishReason | None = None,
+        error: str = "",
+        *,
+        logprobs: tuple[TokenLogprob | None, ...] = (),
     ) -> None:
         first = len(entry.tokens)
         entry.tokens += tokens
         self.num_tokens += len(tokens)
         if tokens:
             entry.losses, entry.is_alone = 0, False
-        event = TokenEvent(entry.request.request_id, tuple(tokens), reason, error or None)
+        event = TokenEvent(entry.request.request_id, tuple(tokens), reason, error or None, logprobs)
         self._out.add(Tell(entry.ticket, first, event))
 
-    def _end(self, entry: Entry, tokens: Sequence[int], reason: FinishReason, error: str | None = None) -> None:
+    def _end(
+        self,
+        entry: Entry,
+        tokens: Sequence[int],
+        reason: FinishReason,
+        error: str | None = None,
+        *,
+        logprobs: tuple[TokenLogprob | None, ...] = (),
+    ) -> None:
         del self.entries[entry.ticket]
-        self._deliver(entry, tokens, reason, error or "")
+        self._deliver(entry, tokens, reason, error or "", logprobs=logprobs)

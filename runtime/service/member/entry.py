@@ -207,6 +207,11 @@ class Entrance:
                 "generation": generation.number,
                 "applied": serving.applied,
                 "known": {held.request_id: list(held.added) for held in (*start.running, *start.waiting)},
+                "logprobs": {
+                    held.request_id: [[index, found.to_json()] for index, found in held.logprobs]
+                    for held in (*start.running, *start.waiting)
+                    if held.logprobs
+                },
                 "seated": [held.request_id for held in start.running],
                 "running": len(start.running),
                 "waiting": len(start.waiting),

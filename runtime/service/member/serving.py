@@ -187,6 +187,7 @@ class Serving:
                 "ranks": self.engine.group.size,
                 "applied": applied,
                 "tokens": tokens,
+                "logprobs": {name: found.to_json() for name, found in stepped.logprobs.items()},
                 "waiting": len(scheduler.waiting),
                 "running": len(scheduler.running),
                 "migration": migration,

@@ -13,6 +13,7 @@ from moeplace.launch.http_front.server import FrontServer, bind
 from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.event import Event
 from moeplace.runtime.service.api import FinishReason, ServiceStatus, TokenEvent
@@ -67,11 +68,16 @@ class ManualService:
         return self.submitted.get(timeout=WAIT)
 
     def give(
-        self, request: Request, text: str | bytes = b"", end: FinishReason | None = None, error: str | None = None
+        self,
+        request: Request,
+        text: str | bytes = b"",
+        end: FinishReason | None = None,
+        error: str | None = None,
+        logprobs: tuple[TokenLogprob | None, ...] = (),
     ) -> None:
         """Tokens for a request."""
         tokens = tuple(text.encode() if isinstance(text, str) else text)
-        self._listeners[request.request_id](TokenEvent(request.request_id, tokens, end, error))
+        self._listeners[request.request_id](TokenEvent(request.request_id, tokens, end, error, logprobs))
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.put(request_id)

@@ -176,7 +176,9 @@ USER = [{"role": "user", "content": "a"}]
         ({"response_format": {"type": "json_object"}}, "response_format is not supported", "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format is not supported", "response_format"),
         ({"tools": [{"type": "function"}]}, "tools is not supported", "tools"),
-        ({"logprobs": True}, "logprobs is not supported", "logprobs"),
+        ({"logprobs": 3}, "logprobs must be of type boolean", "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs (21) must lie in 0..20", "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs", "top_logprobs"),
         ({"n": 9}, "9 completions in one request", "n"),
     ],
 )

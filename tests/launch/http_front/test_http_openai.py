@@ -109,6 +109,23 @@ def test_many_at_once(server: ServerProcess, expected: dict[tuple[str, int, int]
     assert asyncio.run(read_all()) == [expected[*wanted[number % len(wanted)], 0] for number in range(40)]
 
 
+def test_logprobs(client: OpenAI, expected: dict[tuple[str, int, int], str]) -> None:
+    """The token of a greedy completion is the likeliest, whole and streamed, with the same numbers."""
+    common: dict[str, Any] = {"model": MODEL, "prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}
+    common |= {"logprobs": 3, "extra_body": IGNORE_EOS}
+    found = client.completions.create(**common).choices[0].logprobs
+    assert found is not None
+    assert found.token_logprobs
+    assert found.top_logprobs
+    assert found.tokens
+    assert "".join(found.tokens) == expected[PROMPTS[0], -1, 0]
+    assert [max(top.values()) for top in found.top_logprobs] == found.token_logprobs
+    assert {len(top) for top in found.top_logprobs} == {3}
+    pieces = [chunk.choices[0].logprobs for chunk in client.completions.create(stream=True, **common)]
+    assert [value for piece in pieces for value in piece.token_logprobs] == pytest.approx(found.token_logprobs)
+    assert [offset for piece in pieces for offset in piece.text_offset] == found.text_offset
+
+
 def test_a_stop_string(client: OpenAI, expected: dict[tuple[str, int, int], str]) -> None:
     """Ends the text before it."""
     text = expected[PROMPTS[0], -1, 0]
@@ -124,8 +141,8 @@ def test_models_and_errors(client: OpenAI) -> None:
     assert client.models.retrieve(MODEL).owned_by == "moeplace"
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.models.retrieve("other")
-    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
-        client.completions.create(model=MODEL, prompt="a", logprobs=2)
+    with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
+        client.completions.create(model=MODEL, prompt="a", logit_bias={"5": 1})
     with pytest.raises(openai.BadRequestError, match="positions") as caught:
         client.completions.create(model=MODEL, prompt="a", max_tokens=1000)
     assert caught.value.code == "context_length_exceeded"

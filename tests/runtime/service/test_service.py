@@ -15,6 +15,7 @@ from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
+from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.sampling import SamplingParameters
 from moeplace.runtime.service.api import TokenEvent
@@ -40,7 +41,8 @@ def request(number: int) -> Request:
     """Request `number`; every other one is sampled."""
     sampling = SamplingParameters(temperature=0.8, seed=number) if number % 2 else SamplingParameters()
     prompt = tuple((number * 7 + position * 11) % 60 for position in range(1 + number % 9))
-    return Request(str(number), prompt, max_new_tokens=12 + number % 30, sampling=sampling, stop_ids=(7,))
+    logprobs = None if number % 4 else number % 3
+    return Request(str(number), prompt, 12 + number % 30, sampling, stop_ids=(7,), logprobs=logprobs)
 
 
 @dataclass
@@ -50,10 +52,12 @@ class Load:
     Attributes:
         tokens: per request id.
         ended: request id -> finish reason.
+        logprobs: per request id, of those tokens that came with them.
     """
 
     service: Coordinator
     tokens: dict[str, list[int]] = field(default_factory=dict)
+    logprobs: dict[str, list[TokenLogprob | None]] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     is_over: bool = False
     _asked: int = 0
@@ -68,6 +72,7 @@ class Load:
 
     def _on_event(self, event: TokenEvent) -> None:
         self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+        self.logprobs.setdefault(event.request_id, []).extend(event.logprobs)
         if event.finish_reason is not None:
             self.ended[event.request_id] = event.finish_reason
             if not self.is_over:
@@ -79,6 +84,12 @@ class Load:
         expected = engine.generate([request(number) for number in range(self._asked)])
         assert self.ended == {completion.request_id: completion.finish_reason for completion in expected}
         assert self.tokens == {completion.request_id: list(completion.token_ids) for completion in expected}
+        for completion in expected:  # whatever was lost meanwhile, each token came with its own
+            for found, own in zip(self.logprobs[completion.request_id], completion.logprobs, strict=True):
+                assert found is not None
+                assert own is not None
+                assert found.value == pytest.approx(own.value, abs=1e-9)
+                assert [token for token, _ in found.top] == [token for token, _ in own.top]
 
 
 @contextmanager
