@@ -2,7 +2,7 @@
 
 Only the parser is built here. A command module has `HELP`, `EXAMPLE`, `add_arguments(parser)` and
 `run(args) -> exit code`, and imports what is heavy (torch, Ray, transformers, ortools, numba) inside `run`, so that
-`--help` answers at once.
+`--help` answers at once. One that has `HAS_SETTINGS` takes its flags from a file and from the environment too.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import importlib
 import logging
+import os
 import select
 import sys
 import traceback
@@ -42,9 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0 = done, 1 = failed or infeasible, 2 = usage, 130 = interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = build_parser(arguments).parse_args(arguments)
+        with_settings = _add_settings(arguments)
+        args = build_parser(with_settings).parse_args(with_settings)
     except SystemExit as stop:  # argparse has printed already
         return int(stop.code or 0)
+    except ValueError as error:  # of `_add_settings`: a file that is none, or a value that no flag can have
+        print(f"moeplace: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
     _watch_for_crashes()
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
     warnings.showwarning = _show_warning
@@ -94,6 +99,20 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         sub.set_defaults(run=module.run, argv=tuple(arguments))
     return parser
+
+
+def _add_settings(arguments: list[str]) -> list[str]:
+    """The command line, with what a file and the environment say in front of its flags, where the command has that."""
+    if not arguments or arguments[0] not in COMMANDS:
+        return arguments
+    module = importlib.import_module(f"moeplace.launch.commands.{COMMANDS[arguments[0]]}")
+    if not getattr(module, "HAS_SETTINGS", False):
+        return arguments
+    from moeplace.launch.settings import settings_as_words
+
+    parser = argparse.ArgumentParser(add_help=False)
+    module.add_arguments(parser)
+    return [arguments[0], *settings_as_words(parser, arguments[1:], os.environ), *arguments[1:]]
 
 
 def _watch_for_crashes() -> None:

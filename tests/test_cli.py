@@ -18,7 +18,11 @@ from moeplace.launch.cli import COMMANDS, DONE, FAILED, USAGE, build_parser, mai
 
 HEAVY = ("torch", "ray", "transformers", "ortools", "pulp", "numba", "scipy", "networkx", "starlette", "uvicorn")
 MOST_MODULES = 400
-OPTIONAL = {"quickstart": ["--model"], "watch": ["--prompts"], "serve": ["--placement", "--requests", "--out"]}
+OPTIONAL = {
+    "quickstart": ["--model"],
+    "watch": ["--prompts"],
+    "serve": ["--model", "--placement", "--requests", "--out"],
+}
 """Options that the parser does not require: an input file with a default, one form of a command out of two."""
 
 _HELP_SCRIPT = """

@@ -6,7 +6,8 @@ from typing import Any
 from moeplace.launch.options.problem import add_cluster_arguments, add_problem_arguments, split_sides
 from moeplace.launch.options.replanning import add_replan_arguments, check_replan_arguments
 from moeplace.launch.progress import progress
-from moeplace.launch.serving.front import add_engine_arguments, add_front_arguments, serve_http, start_coordinator
+from moeplace.launch.serving.front import serve_http, start_coordinator
+from moeplace.launch.serving.front_arguments import add_engine_arguments, add_front_arguments
 from moeplace.launch.solving.runs import DEFAULT_SOLVERS, print_rows, solvers_and_caps
 
 HELP = "on a Ray cluster: submit commands as jobs, compare solvers in parallel, serve"

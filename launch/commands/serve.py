@@ -5,7 +5,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.replanning import add_replan_arguments, check_replan_arguments
-from moeplace.launch.serving.front import add_engine_arguments, add_front_arguments
+from moeplace.launch.serving.front_arguments import add_engine_arguments, add_front_arguments
+from moeplace.launch.settings import add_config_argument
 
 if TYPE_CHECKING:
     from moeplace.runtime.comm.group import RankGroup
@@ -13,16 +14,19 @@ if TYPE_CHECKING:
     from moeplace.runtime.service.api import Service
 
 HELP = "serve a file of requests (under torchrun for several ranks), or answer OpenAI-compatible HTTP requests"
+HAS_SETTINGS = True
 EXAMPLE = "moeplace serve MODEL --http 127.0.0.1:8000 --ranks 4"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder (config.json, safetensors)")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint folder (config.json, safetensors)")
+    parser.add_argument("--model", dest="model_setting", help=argparse.SUPPRESS)  # what a file can say
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--requests", metavar="IN", help="JSONL: prompt or token_ids, one request a line")
     source.add_argument(
         "--http", metavar="HOST:PORT", help="answer HTTP requests; port 0 takes a free one and prints it"
     )
+    add_config_argument(parser)
     add_engine_arguments(parser)
     file = parser.add_argument_group("with --requests")
     file.add_argument("--out", metavar="OUT", help="JSONL of completions to write")
@@ -30,12 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     file.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="where a request does not say")
     front = parser.add_argument_group("with --http")
     front.add_argument("--ranks", type=int, default=1, metavar="R", help="ranks to start on this machine (default: 1)")
+    front.add_argument("--log-dir", metavar="DIR", help="keep what each rank prints, in member-ID.log")
     add_front_arguments(front)
     add_replan_arguments(parser)
     parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
+    args.model = args.model or args.model_setting
+    if args.model is None:
+        args.usage_error("the following arguments are required: MODEL")
     check_replan_arguments(args)
     if args.http is not None:
         return _answer_http(args)
@@ -96,14 +104,17 @@ def _answer_http(args: argparse.Namespace) -> int:
 
 def _start_service(args: argparse.Namespace) -> "Service":
     """One rank in this process, or several in processes of their own."""
-    from moeplace.launch.serving.front import start_coordinator
+    from moeplace.launch.serving.front import require_log_folder, set_threads, start_coordinator
     from moeplace.runtime.comm.group import RankGroup
     from moeplace.runtime.service.local import LocalService
     from moeplace.runtime.service.spawner import LocalSpawner
 
     if args.ranks == 1 and not args.admin and not args.state:
+        set_threads(args.threads_per_rank)
         return LocalService(_make_engine(args, RankGroup.from_environment(timeout=args.timeout), _load_inputs(args)))
-    return start_coordinator(args, LocalSpawner(), host="127.0.0.1")
+    if args.threads_per_rank is None:
+        args.threads_per_rank = max(1, len(os.sched_getaffinity(0)) // max(args.ranks, 1))
+    return start_coordinator(args, LocalSpawner(require_log_folder(args.log_dir)), host="127.0.0.1")
 
 
 def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:

@@ -19,12 +19,14 @@ _BODY_TIMEOUT = 10.0
 _LAST_EVENTS = 100
 
 
-def admin_routes(service: Service) -> list[Route]:
-    """The two routes over a service."""
+def admin_routes(service: Service, max_ranks: int | None = None) -> list[Route]:
+    """The two routes over a service, of which nobody may ask for more than `max_ranks`."""
 
     async def scale(request: Request) -> Response:
         document = parse_json(await read_body(request, _MOST_BYTES, _BODY_TIMEOUT))
         ranks, leaving = _ranks_and_leaving(document)
+        if max_ranks is not None and ranks > max_ranks:
+            raise ApiError(400, f"ranks ({ranks}) must be at most {max_ranks}, as --max-ranks says", param="ranks")
         try:
             service.scale(ranks, leaving=leaving)
         except InputError as error:

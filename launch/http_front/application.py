@@ -8,7 +8,7 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Protocol
 
@@ -26,15 +26,17 @@ from moeplace.launch.http_front.completions.chat import Message, parse_chat_body
 from moeplace.launch.http_front.completions.forms import AnswerForm, ChatForm, TextForm
 from moeplace.launch.http_front.completions.run import CompletionRun, EventBridge
 from moeplace.launch.http_front.dashboard import dashboard_routes
-from moeplace.launch.http_front.guard import CHAT, COMPLETIONS, HEALTH, Guard
+from moeplace.launch.http_front.guard import CHAT, COMPLETIONS, HEALTH, LIVE, READY, Guard
 from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.launch.http_front.wire.errors import ApiError, overloaded, unavailable
 from moeplace.launch.http_front.wire.metrics import FrontMetrics
 from moeplace.launch.http_front.wire.request_body import parse_json, read_body
-from moeplace.runtime.service.api import Service
+from moeplace.runtime.service.api import Service, ServiceStatus
 
 _LONG_BODY = 16384
 """Bytes of a body from which its text is tokenised in a thread: the loop must not wait."""
+_PATIENCE = 1.0
+"""Seconds for a service to say whether it has ended."""
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -74,14 +76,18 @@ class HttpFront:
         self._started = int(time.time())
         self._runs: set[CompletionRun] = set()
         self._in_flight = 0
-        self._draining = False
+        self._draining = self._ending = False
         self._bridge: EventBridge | None = None
         self.metrics = FrontMetrics(service)
         self.application: ASGIApp = Guard(self._routes(), api_key=settings.api_key, metrics=self.metrics)
 
+    def announce_end(self) -> None:
+        """Let health checks fail; requests are still taken."""
+        self._ending = True
+
     def refuse_new(self) -> None:
         """Finish what runs, take nothing more."""
-        self._draining = True
+        self._draining = self._ending = True
 
     def abandon(self) -> None:
         """End what still runs with an error."""
@@ -96,8 +102,10 @@ class HttpFront:
                 Route("/v1/models", self._models),
                 Route("/v1/models/{model:path}", self._model),
                 Route(HEALTH, self._health),
+                Route(READY, self._health),
+                Route(LIVE, self._live),
                 Route("/metrics", self._metrics),
-                *(admin_routes(self._service) if self._settings.admin else ()),
+                *(admin_routes(self._service, self._settings.max_ranks) if self._settings.admin else ()),
                 *(dashboard_routes(self._service) if self._settings.dashboard else ()),
             ],
             exception_handlers={
@@ -207,16 +215,33 @@ class HttpFront:
         except Exception as error:  # whatever ails it, who asks must hear that it does not serve
             document = {"serving": False, "reason": f"the service does not answer: {error}"}
             return JSONResponse(document, 503, {"Cache-Control": "no-store"})
-        serving = status.serving and not self._draining
+        serving = status.serving and not self._ending
         document = {
             "serving": serving,
-            "reason": status.reason or ("the server is shutting down" if self._draining else ""),
+            "state": self._state(status),
+            "reason": status.reason or ("the server is shutting down" if self._ending else ""),
             "generation": status.generation,
             "placement_version": status.placement_version,
             "desired": status.desired,
             "active": len(status.active),
         }
         return JSONResponse(document, 200 if serving else 503, {"Cache-Control": "no-store"})
+
+    def _state(self, status: ServiceStatus) -> str:
+        """One word: starting, ready, changing (ranks or experts; requests are taken), draining, or unavailable."""
+        if self._ending:
+            return "draining"
+        if status.serving:
+            return "changing" if status.changing else "ready"
+        return "starting" if status.generation == 0 and not status.ended else "unavailable"
+
+    async def _live(self, request: Request) -> Response:
+        """Whether there is any use in letting this process go on; a service that is busy has not ended."""
+        ended = False
+        with suppress(Exception):
+            async with asyncio.timeout(_PATIENCE):
+                ended = (await asyncio.to_thread(self._service.status)).ended
+        return JSONResponse({"alive": not ended}, 503 if ended else 200, {"Cache-Control": "no-store"})
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.render(), headers={"content-type": _METRICS_TYPE})

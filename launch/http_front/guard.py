@@ -13,11 +13,23 @@ from moeplace.launch.http_front.wire.metrics import FrontMetrics
 
 logger = logging.getLogger(__name__)
 
-HEALTH = "/healthz"
+HEALTH, READY, LIVE = "/healthz", "/readyz", "/livez"
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
-ROUTES = (COMPLETIONS, CHAT, "/v1/models", HEALTH, "/metrics", "/admin/scale", "/admin/status", PAGE, STATE)
-_OPEN = (HEALTH, PAGE)
+ROUTES = (
+    COMPLETIONS,
+    CHAT,
+    "/v1/models",
+    HEALTH,
+    READY,
+    LIVE,
+    "/metrics",
+    "/admin/scale",
+    "/admin/status",
+    PAGE,
+    STATE,
+)
+_OPEN = (HEALTH, READY, LIVE, PAGE)
 """Need no token: they say nothing of requests."""
 _OTHER = "other"
 _CLIENT_GONE = 499
@@ -29,7 +41,7 @@ class Guard:
 
     Args:
         app: what it protects.
-        api_key: bearer token of every route but the health check and the empty page; None = none is needed.
+        api_key: bearer token of every route but the health checks and the empty page; None = none is needed.
         metrics: where answers are counted.
     """
 

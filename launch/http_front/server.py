@@ -11,12 +11,15 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from moeplace.launch.http_front.access_log import AccessLog
 from moeplace.launch.http_front.application import HttpFront
 from moeplace.launch.http_front.settings import LOOPBACK, FrontSettings
 from moeplace.profiling.errors import InputError, MoeplaceWarning
 
 _BACKLOG = 2048
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LOOK = 0.1
+"""Seconds between two looks, in the grace before the socket is closed, whether it is to end at once."""
 _LAST_WORDS = 5
 """Seconds beyond the drain timeout in which the errors of abandoned requests are written."""
 
@@ -49,34 +52,39 @@ def bind(host: str, port: int, settings: FrontSettings) -> socket.socket:
     return listener
 
 
-def address_of(listener: socket.socket) -> str:
+def address_of(listener: socket.socket, settings: FrontSettings) -> str:
     """`http://HOST:PORT`, with the port that it got."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "http" if settings.tls_certificate is None else "https"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def run_front(front: HttpFront, listener: socket.socket, *, drain_timeout: float, on_ready: Callable[[], None]) -> None:
+def run_front(
+    front: HttpFront, listener: socket.socket, settings: FrontSettings, *, on_ready: Callable[[], None]
+) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs.
 
-    The first signal closes the socket; requests under way have `drain_timeout` seconds. A second SIGINT ends at once.
+    After the first signal health checks fail, and `drain_grace` seconds later the socket is closed; requests under way
+    have `drain_timeout` seconds then. A second SIGINT ends at once.
 
     Args:
+        settings: times and TLS.
         on_ready: called when requests are answered.
     """
     with _signals_survived():
-        FrontServer(front, drain_timeout=drain_timeout, on_ready=on_ready).run(sockets=[listener])
+        FrontServer(front, settings, on_ready=on_ready).run(sockets=[listener])
 
 
 class FrontServer(uvicorn.Server):
     """uvicorn with a front: it says when requests are answered, and gives those that run their time at the end."""
 
-    def __init__(self, front: HttpFront, *, drain_timeout: float, on_ready: Callable[[], None]) -> None:
+    def __init__(self, front: HttpFront, settings: FrontSettings, *, on_ready: Callable[[], None]) -> None:
         logging.getLogger("uvicorn").setLevel(
             logging.CRITICAL
         )  # it reports with tracebacks what `Guard` says in one line
         super().__init__(
             uvicorn.Config(
-                front.application,
+                AccessLog(front.application),
                 http="h11",
                 ws="none",
                 lifespan="on",
@@ -84,10 +92,11 @@ class FrontServer(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_graceful_shutdown=math.ceil(drain_timeout) + _LAST_WORDS,
+                timeout_graceful_shutdown=math.ceil(settings.drain_timeout) + _LAST_WORDS,
+                **settings.tls_options,
             )
         )
-        self._front, self._drain_timeout, self._on_ready = front, drain_timeout, on_ready
+        self._front, self._settings, self._on_ready = front, settings, on_ready
 
     def stop(self) -> None:
         """What the first signal does; may be called from any thread."""
@@ -98,8 +107,13 @@ class FrontServer(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._front.announce_end()
+        loop = asyncio.get_running_loop()
+        ready_to_close = loop.time() + self._settings.drain_grace
+        while loop.time() < ready_to_close and not self.force_exit:
+            await asyncio.sleep(min(_LOOK, self._settings.drain_grace))
         self._front.refuse_new()
-        abandon = asyncio.get_running_loop().call_later(self._drain_timeout, self._front.abandon)
+        abandon = loop.call_later(self._settings.drain_timeout, self._front.abandon)
         try:
             await super().shutdown(sockets=sockets)
         finally:

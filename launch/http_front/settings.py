@@ -1,8 +1,10 @@
 """FrontSettings: what the HTTP front offers and what it refuses."""
 
 import os
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.files import require_file
@@ -20,13 +22,17 @@ class FrontSettings:
         api_key: what clients must send as a bearer token; None = nothing.
         admin: whether clients may change the number of ranks; needs a token.
         dashboard: whether there is a live page.
+        max_ranks: most ranks that clients may ask for; None = as many as there can be.
         max_body_bytes: of a request's body.
         max_prompt_tokens: of one prompt; None = what the service can hold.
         max_tokens: most tokens of a completion that may be asked for; None = what the service can hold.
         max_concurrent: completions under way at once; every prompt counts `n` times.
         body_timeout: seconds that a client has to send a body.
         stall_timeout: seconds that a client may go without taking any of what waits for it.
-        drain_timeout: seconds that requests under way have to finish after a signal.
+        drain_grace: seconds after a signal in which requests are still taken, while health checks say that no more
+            should be sent: load balancers need a while.
+        drain_timeout: seconds that requests under way then have to finish.
+        tls_certificate, tls_key: files in PEM format; None = no TLS.
         seed: of the seeds of requests that bring none.
 
     Raises:
@@ -37,13 +43,17 @@ class FrontSettings:
     api_key: str | None = None
     admin: bool = False
     dashboard: bool = False
+    max_ranks: int | None = None
     max_body_bytes: int = 1 << 20
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
     max_concurrent: int = 256
     body_timeout: float = 30.0
     stall_timeout: float = 60.0
+    drain_grace: float = 0.0
     drain_timeout: float = 30.0
+    tls_certificate: str | None = None
+    tls_key: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,13 +61,40 @@ class FrontSettings:
             raise InputError("the model's name is empty; clients need one")
         if self.admin and self.api_key is None:
             raise InputError(f"--admin needs a bearer token: --api-key-file or {KEY_VARIABLE}")
-        for name in ("max_body_bytes", "max_prompt_tokens", "max_tokens", "max_concurrent"):
+        for name in ("max_body_bytes", "max_prompt_tokens", "max_tokens", "max_concurrent", "max_ranks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} ({value}) must be at least 1")
         for name in ("body_timeout", "stall_timeout", "drain_timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} ({getattr(self, name)}) must be a positive number of seconds")
+        if not 0 <= self.drain_grace < float("inf"):
+            raise InputError(f"drain_grace ({self.drain_grace}) must be a number of seconds, 0 or more")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise InputError("TLS needs both files, --tls-certificate and --tls-key")
+        if self.tls_certificate is not None:
+            check_tls_files(self.tls_certificate, str(self.tls_key))
+
+    @property
+    def tls_options(self) -> dict[str, Any]:
+        """Options of uvicorn."""
+        if self.tls_certificate is None:
+            return {}
+        return {"ssl_certfile": self.tls_certificate, "ssl_keyfile": str(self.tls_key)}
+
+
+def check_tls_files(certificate: str, key: str) -> None:
+    """Whether a certificate and a key can be read and belong together.
+
+    Raises:
+        InputError: they do not.
+    """
+    for path in (certificate, key):
+        require_file(path)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")  # never ask a terminal
+    except (ssl.SSLError, OSError) as error:
+        raise InputError(f"{certificate} and {key} cannot be used for TLS: {error}") from error
 
 
 def read_api_key(path: str | Path | None) -> str | None:

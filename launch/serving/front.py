@@ -1,4 +1,4 @@
-"""`moeplace serve --http` and `moeplace ray serve`: a service, the HTTP front before it, and the options of both."""
+"""`moeplace serve --http` and `moeplace ray serve`: a service, and the HTTP front before it."""
 
 import argparse
 import signal
@@ -9,81 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.replanning import replan_window
-from moeplace.placement.modes import MODES
 
 if TYPE_CHECKING:
     from moeplace.runtime.service.api import Service
     from moeplace.runtime.service.coordinator.coordinator import Coordinator
     from moeplace.runtime.service.options import ServiceOptions, Spawner
-
-DTYPES = ("float64", "float32", "bfloat16", "float16")
-
-
-def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
-    """What the ranks serve, and how."""
-    parser.add_argument("--placement", metavar="P", help="placement file (default: experts in index order)")
-    parser.add_argument("--mode", choices=("auto", *MODES), default="auto", help="execution mode (default: auto)")
-    parser.add_argument(
-        "--trace", metavar="T", help="recorded routing, from which auto predicts every mode, and --replan the promise"
-    )
-    parser.add_argument("--calibration", metavar="C", help="measured links and expert time, for --trace and --replan")
-    parser.add_argument(
-        "--node-aware",
-        action=argparse.BooleanOptionalAction,
-        help="dispatch-combine sends one copy per node, forwarded inside it (default: if tokens have several experts)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, where a request does not say")
-    parser.add_argument("--max-sequences", type=int, default=64, metavar="N", help="sequences in flight at once")
-    parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence, completion included")
-    parser.add_argument("--kv-bytes", type=int, metavar="B", help="K/V memory of a rank")
-    parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the checkpoint's)")
-    parser.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        help="compare a short pass with the plain model before serving (default: if no recorded pass vouches for the "
-        "model's family; see docs/models.md)",
-    )
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for another rank")
-
-
-def add_front_arguments(group: "argparse._ActionsContainer") -> None:
-    """What clients may do."""
-    group.add_argument("--model-name", metavar="NAME", help="the model's name for clients (default: its folder's)")
-    group.add_argument(
-        "--api-key-file", metavar="F", help="bearer token that clients must send (default: $MOEPLACE_API_KEY, or none)"
-    )
-    group.add_argument(
-        "--probe-tokens",
-        type=int,
-        default=0,
-        metavar="N",
-        help="with several ranks: check each switch of a re-placement by the logits of N tokens too (default: 0, by "
-        "checksums and digests alone)",
-    )
-    group.add_argument(
-        "--start-timeout", type=float, default=300.0, metavar="S", help="seconds for a rank to load once it runs (300)"
-    )
-    group.add_argument(
-        "--state",
-        metavar="DIR",
-        help="folder in which requests outlive this process: started again with it, it takes them up again",
-    )
-    group.add_argument("--admin", action="store_true", help="let clients with a token ask for more or fewer ranks")
-    group.add_argument(
-        "--dashboard", action="store_true", help="a live page at /dashboard; its data needs the same bearer token"
-    )
-    group.add_argument("--max-body-bytes", type=int, default=1 << 20, metavar="B", help="of a request")
-    group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of a prompt (default: what fits)")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="most that may be asked for (default: what fits)")
-    group.add_argument(
-        "--max-concurrent", type=int, default=256, metavar="N", help="completions at once; beyond: status 429"
-    )
-    group.add_argument(
-        "--stall-timeout", type=float, default=60.0, metavar="S", help="seconds without a byte taken by a client"
-    )
-    group.add_argument(
-        "--drain-timeout", type=float, default=30.0, metavar="S", help="seconds to finish what runs after SIGTERM"
-    )
 
 
 def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]") -> int:
@@ -97,12 +27,14 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
         InputError: a value breaks a rule, or a library is missing.
     """
     from moeplace.launch.serving.event_logger import EventLogger
+    from moeplace.launch.serving.logs import set_up_logs
     from moeplace.launch.serving.requests_file import Tokenizer
     from moeplace.profiling.extras import missing_package
     from moeplace.runtime.models.checkpoint import Checkpoint
 
     try:
         from moeplace.launch.http_front.application import HttpFront
+        from moeplace.launch.http_front.loading import answering_while_loading
         from moeplace.launch.http_front.server import address_of, bind, run_front
         from moeplace.launch.http_front.settings import FrontSettings, parse_address, read_api_key
     except ModuleNotFoundError as error:
@@ -116,17 +48,22 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
         max_prompt_tokens=args.max_prompt_tokens,
         max_tokens=args.max_tokens,
         max_concurrent=args.max_concurrent,
+        max_ranks=args.max_ranks,
         stall_timeout=args.stall_timeout,
+        drain_grace=args.drain_grace,
         drain_timeout=args.drain_timeout,
+        tls_certificate=args.tls_certificate,
+        tls_key=args.tls_key,
         seed=args.seed,
     )
     replan_options = _replan_options(args) if args.replan else {}
+    set_up_logs(args.log_format, access=args.access_log)
     with bind(*parse_address(args.http), settings) as listener:
         stop_ids = Checkpoint(args.model).stop_ids
         tokenizer = Tokenizer(args.model)
         if tokenizer.exists:
             tokenizer.load()
-        with ended_by_signals():
+        with ended_by_signals(), answering_while_loading(listener, **settings.tls_options):
             service = start_service()
         try:
             front = HttpFront(service, settings, coder=tokenizer if tokenizer.exists else None, stop_ids=stop_ids)
@@ -134,13 +71,42 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
                 run_front(
                     front,
                     listener,
-                    drain_timeout=settings.drain_timeout,
-                    on_ready=lambda: print(f"serving {settings.model} on {address_of(listener)}", flush=True),
+                    settings,
+                    on_ready=lambda: print(f"serving {settings.model} on {address_of(listener, settings)}", flush=True),
                 )
         finally:
             service.close(drain=False, timeout=args.timeout)
     print("stopped")
     return 0
+
+
+def require_log_folder(path: str | None) -> Path | None:
+    """The folder of the ranks' logs, made where there is none.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    from moeplace.profiling.errors import InputError
+
+    if path is None:
+        return None
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--log-dir {path} cannot be made: {error.strerror}") from error
+    return Path(path)
+
+
+def set_threads(threads: int | None) -> None:
+    """Let the rank in this process use so many cores; None = all that it may."""
+    import torch
+
+    from moeplace.profiling.errors import InputError
+
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads-per-rank ({threads}) must be at least 1")
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -264,4 +230,5 @@ def _service_options(args: argparse.Namespace) -> "ServiceOptions":
         start_timeout=args.start_timeout,
         keep_width=True,
         probe_tokens=args.probe_tokens,
+        threads=args.threads_per_rank or 1,
     )

@@ -25,6 +25,7 @@ class ServiceOptions:
         step_timeout: seconds after which a step that does not end is given up although all members live.
         start_timeout: seconds for a member, from when its process runs, to load and become a rank.
         keep_width: whether members that were lost are replaced by new ones.
+        threads: of a member; how many cores one rank may use.
         check_steps: compare the ranks after every step, see `moeplace.runtime.engine.step_check`; for tests.
     """
 
@@ -38,12 +39,15 @@ class ServiceOptions:
     step_timeout: float = 600.0
     start_timeout: float = 300.0
     keep_width: bool = False
+    threads: int = 1
     check_steps: bool = False
 
     def __post_init__(self) -> None:
         for name in ("bytes_per_step", "timeout", "step_timeout", "start_timeout"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} ({getattr(self, name)}) must be positive")
+        if self.threads < 1:
+            raise InputError(f"threads ({self.threads}) must be at least 1")
         if self.probe_tokens < 0:
             raise InputError(f"probe_tokens ({self.probe_tokens}) must not be negative")
         if self.limits.staging_rows < 1:

@@ -101,7 +101,11 @@ class LocalSpawner:
                 stdout=words,
                 stderr=words,
                 stdin=subprocess.PIPE,  # the job, which holds a secret, and our end of it as a sign of life
-                env={**os.environ, **member_environment(job.host, chatter=os.environ.get("TORCH_CPP_LOG_LEVEL"))},
+                env={
+                    **os.environ,
+                    **member_environment(job.host, chatter=os.environ.get("TORCH_CPP_LOG_LEVEL")),
+                    "OMP_NUM_THREADS": str(job.options.threads),
+                },
                 start_new_session=True,  # Ctrl-C is for the coordinator, which ends its members in order
             )
             assert process.stdin is not None
@@ -117,7 +121,7 @@ class LocalSpawner:
 
     def _log(self, member_id: int) -> IO[bytes]:
         assert self.folder is not None
-        return (self.folder / f"member-{member_id}.log").open("w+b")
+        return (self.folder / f"member-{member_id}.log").open("a+b")  # a service before may have left one
 
 
 def member_environment(host: str, *, chatter: str | None = None) -> dict[str, str]:

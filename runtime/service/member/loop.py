@@ -40,7 +40,7 @@ class MemberLoop:
     """
 
     def __init__(self, job: MemberJob) -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(job.options.threads)
         self.job = job
         self._store = self._connect()
         every = min(job.options.timeout / _BEATS_PER_TIMEOUT, _LONGEST_BEAT)

@@ -43,6 +43,7 @@ class ManualService:
     Attributes:
         submitted: requests, in the order in which they came.
         cancelled: names, likewise.
+        serving, reason, changing, ended: of its status.
         scaled: number of ranks and members to leave that were last asked for.
     """
 
@@ -52,7 +53,7 @@ class ManualService:
     def __init__(self) -> None:
         self.submitted: queue.Queue[Request] = queue.Queue()
         self.cancelled: queue.Queue[str] = queue.Queue()
-        self.serving, self.reason = True, ""
+        self.serving, self.reason, self.changing, self.ended = True, "", True, False
         self._listeners: dict[str, Callable[[TokenEvent], None]] = {}
 
     def submit(self, request: Request, on_event: Callable[[TokenEvent], None]) -> None:
@@ -106,9 +107,10 @@ class ManualService:
             migration={"bytes_moved": 5, "bytes_planned": 9, "commits": 1},
             counters={"collectives": {"dispatch": 6}, "bytes_sent": {"inter_node": 8}, "copies_sent": 2},
             imbalance_per_layer=tuple(1 + layer / 100 for layer in range(100)),
-            changing=True,
+            changing=self.changing,
             serving=self.serving,
             reason=self.reason,
+            ended=self.ended,
         )
 
     def events(self) -> list[Event]:
@@ -128,17 +130,18 @@ class ThreadedFront:
 
     def __init__(self, service: ManualService, settings: FrontSettings) -> None:
         ready = threading.Event()
+        self._scheme = "http" if settings.tls_certificate is None else "https"
         listener = bind("127.0.0.1", 0, settings)
         self.port = int(listener.getsockname()[1])
         front = HttpFront(service, settings, coder=ByteCoder(), stop_ids=(0,))
-        self.server = FrontServer(front, drain_timeout=settings.drain_timeout, on_ready=ready.set)
+        self.server = FrontServer(front, settings, on_ready=ready.set)
         self._thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
         self._thread.start()
         assert ready.wait(WAIT)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self._scheme}://127.0.0.1:{self.port}"
 
     def connect(self, *, receive_buffer: int | None = None) -> socket.socket:
         """A bare connection."""

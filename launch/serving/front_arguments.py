@@ -1,0 +1,94 @@
+"""The flags of `moeplace serve` and `moeplace ray serve`."""
+
+import argparse
+
+from moeplace.placement.modes import MODES
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
+    """What the ranks serve, and how."""
+    parser.add_argument("--placement", metavar="P", help="placement file (default: experts in index order)")
+    parser.add_argument("--mode", choices=("auto", *MODES), default="auto", help="execution mode (default: auto)")
+    parser.add_argument(
+        "--trace", metavar="T", help="recorded routing, from which auto predicts every mode, and --replan the promise"
+    )
+    parser.add_argument("--calibration", metavar="C", help="measured links and expert time, for --trace and --replan")
+    parser.add_argument(
+        "--node-aware",
+        action=argparse.BooleanOptionalAction,
+        help="dispatch-combine sends one copy per node, forwarded inside it (default: if tokens have several experts)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, where a request does not say")
+    parser.add_argument("--max-sequences", type=int, default=64, metavar="N", help="sequences in flight at once")
+    parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence, completion included")
+    parser.add_argument("--kv-bytes", type=int, metavar="B", help="K/V memory of a rank")
+    parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the checkpoint's)")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="compare a short pass with the plain model before serving (default: if no recorded pass vouches for the "
+        "model's family; see docs/models.md)",
+    )
+    parser.add_argument(
+        "--threads-per-rank",
+        type=int,
+        metavar="N",
+        help="cores that a rank may use (default: all, shared out to ranks)",
+    )
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for another rank")
+
+
+def add_front_arguments(group: "argparse._ActionsContainer") -> None:
+    """What clients may do."""
+    group.add_argument("--model-name", metavar="NAME", help="the model's name for clients (default: its folder's)")
+    group.add_argument(
+        "--api-key-file", metavar="F", help="bearer token that clients must send (default: $MOEPLACE_API_KEY, or none)"
+    )
+    group.add_argument(
+        "--probe-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with several ranks: check each switch of a re-placement by the logits of N tokens too (default: 0, by "
+        "checksums and digests alone)",
+    )
+    group.add_argument(
+        "--start-timeout", type=float, default=300.0, metavar="S", help="seconds for a rank to load once it runs (300)"
+    )
+    group.add_argument(
+        "--state",
+        metavar="DIR",
+        help="folder in which requests outlive this process: started again with it, it takes them up again",
+    )
+    group.add_argument("--max-ranks", type=int, metavar="N", help="most ranks that clients may ask for, with --admin")
+    group.add_argument("--admin", action="store_true", help="let clients with a token ask for more or fewer ranks")
+    group.add_argument(
+        "--dashboard", action="store_true", help="a live page at /dashboard; its data needs the same bearer token"
+    )
+    group.add_argument("--max-body-bytes", type=int, default=1 << 20, metavar="B", help="of a request")
+    group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of a prompt (default: what fits)")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="most that may be asked for (default: what fits)")
+    group.add_argument(
+        "--max-concurrent", type=int, default=256, metavar="N", help="completions at once; beyond: status 429"
+    )
+    group.add_argument(
+        "--stall-timeout", type=float, default=60.0, metavar="S", help="seconds without a byte taken by a client"
+    )
+    group.add_argument(
+        "--drain-grace",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds after SIGTERM in which requests are still taken while /readyz fails already (default: 0)",
+    )
+    group.add_argument(
+        "--drain-timeout", type=float, default=30.0, metavar="S", help="seconds to finish what runs after that"
+    )
+    group.add_argument("--tls-certificate", metavar="F", help="PEM file: answer by HTTPS, with --tls-key")
+    group.add_argument("--tls-key", metavar="F", help="PEM file of the certificate's key")
+    group.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="of what is logged to standard error"
+    )
+    group.add_argument("--access-log", action="store_true", help="log a line for every answer")
