@@ -3,6 +3,7 @@
 POST /admin/scale {"ranks": 4, "leaving": [2]}     GET /admin/status
 """
 
+import asyncio
 from typing import Any
 
 from starlette.requests import Request
@@ -28,15 +29,15 @@ def admin_routes(service: Service, max_ranks: int | None = None) -> list[Route]:
         if max_ranks is not None and ranks > max_ranks:
             raise ApiError(400, f"ranks ({ranks}) must be at most {max_ranks}, as --max-ranks says", param="ranks")
         try:
-            service.scale(ranks, leaving=leaving)
+            await asyncio.to_thread(service.scale, ranks, leaving=leaving)
         except InputError as error:
             raise ApiError(400, str(error)) from error
         except MoeplaceError as error:
             raise unavailable(str(error)) from error
-        return JSONResponse(_describe(service), 202)  # members need a while
+        return JSONResponse(await asyncio.to_thread(_describe, service), 202)  # members need a while
 
     async def status(request: Request) -> Response:
-        return JSONResponse(_describe(service))
+        return JSONResponse(await asyncio.to_thread(_describe, service))
 
     return [Route("/admin/scale", scale, methods=["POST"]), Route("/admin/status", status)]
 

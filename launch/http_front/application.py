@@ -1,11 +1,10 @@
 """HttpFront: the routes of the HTTP front, over a `Service`.
 
-POST /v1/completions, /v1/chat/completions   GET /v1/models   GET /healthz   GET /metrics   GET /dashboard
+POST /v1/completions, /v1/chat/completions   GET /v1/requests/ID   GET /v1/models   GET /healthz   GET /metrics
 """
 
 import asyncio
 import random
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -24,19 +23,21 @@ from moeplace.launch.http_front.completions.answer import CompletionAnswer
 from moeplace.launch.http_front.completions.body import CompletionBody, parse_body
 from moeplace.launch.http_front.completions.chat import Message, parse_chat_body
 from moeplace.launch.http_front.completions.forms import AnswerForm, ChatForm, TextForm
+from moeplace.launch.http_front.completions.note import write_note
 from moeplace.launch.http_front.completions.run import CompletionRun, EventBridge
 from moeplace.launch.http_front.dashboard import dashboard_routes
 from moeplace.launch.http_front.guard import CHAT, COMPLETIONS, HEALTH, LIVE, READY, Guard
+from moeplace.launch.http_front.health import HealthCheck
+from moeplace.launch.http_front.requests import RequestRoutes, caller_id, new_id
 from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.launch.http_front.wire.errors import ApiError, overloaded, unavailable
 from moeplace.launch.http_front.wire.metrics import FrontMetrics
 from moeplace.launch.http_front.wire.request_body import parse_json, read_body
+from moeplace.profiling.errors import MoeplaceError
 from moeplace.runtime.service.api import Service, ServiceStatus
 
 _LONG_BODY = 16384
 """Bytes of a body from which its text is tokenised in a thread: the loop must not wait."""
-_PATIENCE = 1.0
-"""Seconds for a service to say whether it has ended."""
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -78,6 +79,7 @@ class HttpFront:
         self._in_flight = 0
         self._draining = self._ending = False
         self._bridge: EventBridge | None = None
+        self._health_check = HealthCheck(service, patience=settings.patience)
         self.metrics = FrontMetrics(service)
         self.application: ASGIApp = Guard(self._routes(), api_key=settings.api_key, metrics=self.metrics)
 
@@ -90,9 +92,11 @@ class HttpFront:
         self._draining = self._ending = True
 
     def abandon(self) -> None:
-        """End what still runs with an error."""
+        """End what still runs with an error; a service that keeps requests goes on with it after the next start."""
+        kept = self._settings.keeps_requests
+        more = "; ask for the request again by its id" if kept else ""
         for run in list(self._runs):
-            run.give_up("the server is shutting down")
+            run.give_up(f"the server is shutting down{more}", cancel=not kept)
 
     def _routes(self) -> Starlette:
         application = Starlette(
@@ -105,6 +109,9 @@ class HttpFront:
                 Route(READY, self._health),
                 Route(LIVE, self._live),
                 Route("/metrics", self._metrics),
+                *RequestRoutes(
+                    self._service, self._settings, bridge=self._bridge_to_loop, decode=self._decode
+                ).routes(),
                 *(admin_routes(self._service, self._settings.max_ranks) if self._settings.admin else ()),
                 *(dashboard_routes(self._service) if self._settings.dashboard else ()),
             ],
@@ -122,6 +129,12 @@ class HttpFront:
     async def _lifespan(self, application: Starlette) -> AsyncIterator[None]:
         self._bridge = EventBridge(asyncio.get_running_loop())
         yield
+        self._bridge.close()
+        self._health_check.close()
+
+    def _bridge_to_loop(self) -> EventBridge:
+        assert self._bridge is not None  # made at startup
+        return self._bridge
 
     async def _complete_text(self, request: Request) -> Response:
         return await self._complete(request, TextForm(), partial(parse_body, encode=self._encode))
@@ -132,23 +145,52 @@ class HttpFront:
     async def _complete(self, request: Request, form: AnswerForm, parse: Callable[..., CompletionBody]) -> Response:
         started = time.perf_counter()
         self._require_room(1)
+        given = caller_id(request)
         body = await self._read(request, parse)
         self._require_room(body.num_choices)  # others came while it was read
-        name = f"{form.prefix}-{secrets.token_hex(12)}"
-        assert self._bridge is not None  # made at startup
-        run = CompletionRun(self._service, self._bridge, self.metrics, body, name=name, decode=self._decode)
-        run.start()
+        run, answer = self._make_run(body, form, given, started)
         self._enter(run)
+        try:
+            await run.start()
+        except BaseException:
+            self._leave(run)
+            raise
+        if body.background and not body.stream:
+            return JSONResponse(answer.state(), 202, {"X-Request-Id": answer.caller_id})
+        return answer  # type: ignore[return-value]  # Starlette calls what an endpoint returns as an application
+
+    def _make_run(
+        self, body: CompletionBody, form: AnswerForm, given: str | None, started: float
+    ) -> tuple[CompletionRun, CompletionAnswer]:
+        """A run and its answer. What is in the background ends when it is done, all else when nobody waits for it."""
+        created, name = int(time.time()), f"{form.prefix}-{given or new_id()}"
 
         def leave() -> None:
             self._leave(run)
             self.metrics.request_seconds.observe(time.perf_counter() - started)
 
-        settings = self._settings
-        answer = CompletionAnswer(
-            run, form, name=name, model=settings.model, stall_timeout=settings.stall_timeout, on_end=leave
+        run = CompletionRun(
+            self._service,
+            self._bridge_to_loop(),
+            self.metrics,
+            body,
+            name=name,
+            decode=self._decode,
+            note=write_note(body, form, created=created),
+            is_kept=body.background,
+            on_done=leave if body.background else None,
         )
-        return answer  # type: ignore[return-value]  # Starlette calls what an endpoint returns as an application
+        answer = CompletionAnswer(
+            run,
+            form,
+            name=name,
+            caller_id=given or name,
+            created=created,
+            model=self._settings.model,
+            stall_timeout=self._settings.stall_timeout,
+            on_end=(lambda: None) if body.background else leave,
+        )
+        return run, answer
 
     def _require_room(self, choices: int) -> None:
         if self._draining:
@@ -194,6 +236,8 @@ class HttpFront:
         self.metrics.prompt.inc(run.usage["prompt_tokens"])
 
     def _leave(self, run: CompletionRun) -> None:
+        if run not in self._runs:
+            return
         self._runs.discard(run)
         self._in_flight -= len(run.choices)
         self.metrics.in_flight.set(self._in_flight)
@@ -211,9 +255,9 @@ class HttpFront:
 
     async def _health(self, request: Request) -> Response:
         try:
-            status = self._service.status()
-        except Exception as error:  # whatever ails it, who asks must hear that it does not serve
-            document = {"serving": False, "reason": f"the service does not answer: {error}"}
+            status = await self._health_check.status()
+        except MoeplaceError as error:  # whatever ails it, who asks must hear that it does not serve
+            document = {"serving": False, "reason": str(error)}
             return JSONResponse(document, 503, {"Cache-Control": "no-store"})
         serving = status.serving and not self._ending
         document = {
@@ -238,13 +282,13 @@ class HttpFront:
     async def _live(self, request: Request) -> Response:
         """Whether there is any use in letting this process go on; a service that is busy has not ended."""
         ended = False
-        with suppress(Exception):
-            async with asyncio.timeout(_PATIENCE):
-                ended = (await asyncio.to_thread(self._service.status)).ended
+        with suppress(MoeplaceError):
+            ended = (await self._health_check.status()).ended
         return JSONResponse({"alive": not ended}, 503 if ended else 200, {"Cache-Control": "no-store"})
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(self.metrics.render(), headers={"content-type": _METRICS_TYPE})
+        content = await asyncio.to_thread(self.metrics.render)  # asks the service, which may be busy
+        return Response(content, headers={"content-type": _METRICS_TYPE})
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

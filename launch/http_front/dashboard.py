@@ -4,6 +4,7 @@ GET /dashboard         the page, without any data in it: it needs no token
 GET /dashboard/state   what it shows, once a second, behind the token of all other routes
 """
 
+import asyncio
 import time
 from importlib.resources import files
 from typing import Any
@@ -29,7 +30,8 @@ def dashboard_routes(service: Service) -> list[Route]:
         return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "X-Frame-Options": "DENY"})
 
     async def state(request: Request) -> Response:
-        document = describe(service, known_digest=request.query_params.get("digest", ""))
+        digest = request.query_params.get("digest", "")
+        document = await asyncio.to_thread(describe, service, known_digest=digest)
         return JSONResponse(document, headers={"Cache-Control": "no-store"})
 
     return [Route(PAGE, show), Route(STATE, state)]

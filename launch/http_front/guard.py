@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 HEALTH, READY, LIVE = "/healthz", "/readyz", "/livez"
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+REQUESTS = "/v1/requests"
 ROUTES = (
     COMPLETIONS,
     CHAT,
@@ -72,8 +73,7 @@ class Guard:
             logger.error("%s: internal error: %s: %s", scope["path"], type(error).__name__, error)
             logger.debug("where it came from", exc_info=True)
         finally:
-            route = scope["path"] if scope["path"] in ROUTES else _OTHER
-            self._metrics.http_requests.labels(route, str(status[0] if status else _CLIENT_GONE)).inc()
+            self._metrics.http_requests.labels(_route(scope["path"]), str(status[0] if status else _CLIENT_GONE)).inc()
 
     def _is_allowed(self, scope: Scope) -> bool:
         """By the path that routes see, which no header can change; compared in a time that tells nothing."""
@@ -81,6 +81,13 @@ class Guard:
             return True
         kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         return hmac.compare_digest(_digest(token.strip().encode()), self._expected) and kind.lower() == "bearer"
+
+
+def _route(path: str) -> str:
+    """Under which an answer is counted: names that clients give make no series."""
+    if path.startswith(f"{REQUESTS}/"):
+        return REQUESTS
+    return path if path in ROUTES else _OTHER
 
 
 def _digest(token: bytes) -> bytes:

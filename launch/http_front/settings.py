@@ -34,6 +34,8 @@ class FrontSettings:
         drain_timeout: seconds that requests under way then have to finish.
         tls_certificate, tls_key: files in PEM format; None = no TLS.
         seed: of the seeds of requests that bring none.
+        keeps_requests: the service keeps what a shutdown interrupts, for the one that is started after it.
+        patience: seconds that the health check waits for the service.
 
     Raises:
         InputError: a value is out of range.
@@ -55,6 +57,8 @@ class FrontSettings:
     tls_certificate: str | None = None
     tls_key: str | None = None
     seed: int = 0
+    keeps_requests: bool = False
+    patience: float = 2.0
 
     def __post_init__(self) -> None:
         if not self.model:

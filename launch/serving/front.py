@@ -55,6 +55,7 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
         tls_certificate=args.tls_certificate,
         tls_key=args.tls_key,
         seed=args.seed,
+        keeps_requests=bool(args.state),
     )
     replan_options = _replan_options(args) if args.replan else {}
     set_up_logs(args.log_format, access=args.access_log)

@@ -21,6 +21,7 @@ class Request:
         sampling: how to choose them.
         stop_ids: token ids that end the completion; None = the model's.
         logprobs: log-probabilities of the tokens are wanted, and of this many of the likeliest; None = they are not.
+        note: whatever who asks wants to be kept with it; a service's ranks never see it.
 
     Raises:
         InputError: the prompt is empty, or a value is out of range.
@@ -32,6 +33,7 @@ class Request:
     sampling: SamplingParameters = GREEDY
     stop_ids: tuple[int, ...] | None = None
     logprobs: int | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", tuple(int(token) for token in self.token_ids))
@@ -93,6 +95,7 @@ class Request:
             sampling=SamplingParameters(**document["sampling"]),
             stop_ids=None if stop_ids is None else tuple(stop_ids),
             logprobs=document.get("logprobs"),
+            note=str(document.get("note", "")),
         )
 
 

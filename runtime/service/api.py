@@ -46,6 +46,7 @@ class RequestRecord:
         token_ids: all that were delivered.
         finish_reason: None = it goes on.
         error: one sentence, with "failed".
+        logprobs: as of a `TokenEvent`.
     """
 
     ticket: str
@@ -53,6 +54,7 @@ class RequestRecord:
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,13 @@ class Service(Protocol):
             InputError: it can never fit, or a token id is out of range.
             MoeplaceError: the service takes no requests.
         """
+
+    def find(self, request_id: str) -> RequestRecord | None:
+        """The newest request under a name, one that has ended too; of those, the last are kept."""
+
+    def follow(self, request_id: str, on_event: Callable[[TokenEvent], None], *, first: int = 0) -> bool:
+        """Hear of the newest request under a name from token `first` on, as a client that has lost its connection,
+        or whose coordinator was started again; whether it is known. Who asked for it goes on hearing of it."""
 
     def cancel(self, request_id: str, *, ticket: str | None = None) -> None:
         """End the request of a ticket, or without one all in flight under a name; a "cancelled" event follows.

@@ -24,7 +24,7 @@ from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.errors import MigrationError
 from moeplace.runtime.event import Event
 from moeplace.runtime.migration.live import LiveMigration
-from moeplace.runtime.service.api import FinishReason, ServiceStatus
+from moeplace.runtime.service.api import FinishReason, RequestRecord, ServiceStatus
 from moeplace.runtime.service.local_requests import LocalRequests, OnEvent
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,14 @@ class LocalService:
             self._submitted.append(known)
             self._changed.notify_all()
         return known.request_id
+
+    def find(self, request_id: str) -> RequestRecord | None:
+        """See `Service`; 1,000 that have ended are kept."""
+        return self._requests.find(request_id)
+
+    def follow(self, request_id: str, on_event: OnEvent, *, first: int = 0) -> bool:
+        """See `Service`; what is known already is told in the thread of the caller."""
+        return self._requests.follow(request_id, on_event, first=first)
 
     def cancel(self, request_id: str, *, ticket: str | None = None) -> None:
         """See `Service`."""

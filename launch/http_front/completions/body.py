@@ -20,7 +20,7 @@ MOST_STOPS = 16
 MOST_STOP_IDS = 1024
 COMMON = {
     *("model", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "stream", "stream_options"),
-    *("return_token_ids", *SAMPLING),
+    *("return_token_ids", "background", *SAMPLING),
 }
 """Fields that completions and chats share."""
 _KNOWN = {"prompt", "echo", "logprobs", *COMMON}
@@ -47,6 +47,8 @@ class CompletionBody:
         stop_ids: token ids that end a completion; None = the model's.
         stream: pieces as they come.
         include_usage: a streamed answer ends with its usage.
+        include_event_ids: events of a streamed answer have ids, from which it can be taken up again.
+        background: it goes on without a client; one that does not stream gets its answer by asking again.
         echo: the text begins with the prompt.
         return_token_ids: choices have their token ids beside the text.
         logprobs: choices have log-probabilities of their tokens, and of this many of the likeliest; None = they do not.
@@ -63,6 +65,8 @@ class CompletionBody:
     echo: bool
     return_token_ids: bool
     logprobs: int | None = None
+    include_event_ids: bool = False
+    background: bool = False
 
     @property
     def num_choices(self) -> int:
@@ -137,6 +141,8 @@ def parse_common(
         "stop_ids": _stop_ids(fields, model_stop_ids),
         "stream": stream,
         "include_usage": Fields(options).get("include_usage", bool, False),
+        "include_event_ids": Fields(options).get("include_event_ids", bool, False),
+        "background": fields.get("background", bool, False),
         "return_token_ids": fields.get("return_token_ids", bool, False),
     }
 

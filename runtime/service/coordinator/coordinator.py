@@ -162,18 +162,20 @@ class Coordinator:
         return ticket
 
     def find(self, request_id: str) -> RequestRecord | None:
-        """The newest request under a name, one that has ended too; of those, the last 10,000 are kept."""
+        """See `Service`; 10,000 that have ended are kept."""
         with self._lock:
-            return self._conductor.find(request_id) or self._journal.find(request_id)
+            written, known = self._journal.find(request_id), self._conductor.find(request_id)
+        if written is None or known is None:
+            return written or known
+        return known if len(known.token_ids) > len(written.token_ids) else written  # a full disk may have cut it short
 
     def follow(self, request_id: str, on_event: OnEvent, *, first: int = 0) -> bool:
-        """Hear of the newest request under a name from token `first` on, as a client that has lost its connection, or
-        whose coordinator was started again; whether it is known."""
+        """See `Service`."""
         with self._lock:
             record = self.find(request_id)
             if record is None:
                 return False
-            event = TokenEvent(request_id, record.token_ids, record.finish_reason, record.error)
+            event = TokenEvent(request_id, record.token_ids, record.finish_reason, record.error, record.logprobs)
             self._deliveries.repeat(Tell(record.ticket, 0, event), on_event, first=first)
             return True
 

@@ -1,6 +1,7 @@
 """Journal: what was asked of a service and what was delivered, in a database that outlives the coordinator.
 
-    state/service.sqlite    requests (number, ticket, name, what was asked, how it ended); tokens (number, first, ids)
+    state/service.sqlite    requests (number, ticket, name, what was asked, how it ended); tokens (number, first, ids);
+                            logprobs (number, first, found), of requests that want them
     state/lock              held by the coordinator that uses the folder
 
 What is written before it is told to anybody cannot be taken back: a coordinator that starts with the folder of one that
@@ -15,9 +16,10 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.service.api import RequestRecord
 from moeplace.runtime.service.coordinator.actions import Accept, Tell
@@ -31,6 +33,8 @@ CREATE TABLE IF NOT EXISTS requests (
 CREATE INDEX IF NOT EXISTS by_name ON requests (name);
 CREATE TABLE IF NOT EXISTS tokens (
     number INTEGER NOT NULL, first INTEGER NOT NULL, ids TEXT NOT NULL, PRIMARY KEY (number, first)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS logprobs (
+    number INTEGER NOT NULL, first INTEGER NOT NULL, found TEXT NOT NULL, PRIMARY KEY (number, first)) WITHOUT ROWID;
 """
 _FIELDS = "number, ticket, request, reason, error"
 
@@ -98,6 +102,9 @@ class Journal:
         if event.token_ids:
             row = (number, action.first, json.dumps(event.token_ids))
             self._database.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?)", row)
+        if event.logprobs:
+            found = json.dumps([None if one is None else one.to_json() for one in event.logprobs])
+            self._database.execute("INSERT OR REPLACE INTO logprobs VALUES (?, ?, ?)", (number, action.first, found))
         if event.finish_reason is not None and action.is_final:
             change = (event.finish_reason, event.error, number)
             self._database.execute("UPDATE requests SET reason = ?, error = ? WHERE number = ?", change)
@@ -109,21 +116,26 @@ class Journal:
         self._release()
 
     def _record(self, number: int, ticket: str, request: str, reason: str | None, error: str | None) -> RequestRecord:
-        tokens: list[int] = []
-        with closing(
-            self._database.execute("SELECT ids FROM tokens WHERE number = ? ORDER BY first", (number,))
-        ) as rows:
-            for (ids,) in rows:
-                tokens += json.loads(ids)
+        tokens = self._joined("SELECT ids FROM tokens WHERE number = ? ORDER BY first", number)
         asked = Request.from_json(json.loads(request))
-        return RequestRecord(ticket, asked, tuple(tokens), reason, error)  # type: ignore[arg-type]
+        logprobs: list[TokenLogprob | None] = []
+        if asked.logprobs is not None:
+            found = self._joined("SELECT found FROM logprobs WHERE number = ? ORDER BY first", number)
+            logprobs = [None if one is None else TokenLogprob.from_json(one) for one in found]
+        return RequestRecord(ticket, asked, tuple(tokens), reason, error, tuple(logprobs))  # type: ignore[arg-type]
+
+    def _joined(self, query: str, number: int) -> list[Any]:
+        """The lists that a query finds for a request, as one."""
+        with closing(self._database.execute(query, (number,))) as rows:
+            return [item for (content,) in rows for item in json.loads(content)]
 
     def _forget_old(self, number: int) -> None:
         if number % 100:
             return
         old = (self.taken - KEPT,)
         chosen = "SELECT number FROM requests WHERE number <= ? AND reason IS NOT NULL"
-        self._database.execute(f"DELETE FROM tokens WHERE number IN ({chosen})", old)
+        for table in ("tokens", "logprobs"):
+            self._database.execute(f"DELETE FROM {table} WHERE number IN ({chosen})", old)
         self._database.execute("DELETE FROM requests WHERE number <= ? AND reason IS NOT NULL", old)
 
     def _release(self) -> None:

@@ -179,7 +179,7 @@ class RequestDesk:
         return sum(entry.is_aside for entry in self.entries.values())
 
     def _ask(self, entry: Entry) -> None:
-        request = replace(entry.request, request_id=entry.ticket)
+        request = replace(entry.request, request_id=entry.ticket, note="")
         command = {"kind": "add", "request": request.to_json(), "added": list(entry.tokens)}
         entry.command = self._log.append(command)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from tests.shared_data import tiny_moe_path
 
@@ -35,8 +36,19 @@ class ServerProcess:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()  # ends with the process, if it does not come up
         found = re.search(r"http://\S+", line)
+        if not found:
+            self.process.kill()
         assert found, f"{line!r}, {log.read_text()}"
         self.url = found[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """It is gone afterwards, however it went."""
+        self.process.kill()
+        self.process.communicate()
+        self._log.close()
 
     def terminate(self) -> None:
         """Ask it to end."""

@@ -16,7 +16,8 @@ from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.event import Event
-from moeplace.runtime.service.api import FinishReason, ServiceStatus, TokenEvent
+from moeplace.runtime.service.api import FinishReason, RequestRecord, ServiceStatus, TokenEvent
+from moeplace.runtime.service.local_requests import LocalRequests
 
 WAIT = 20.0
 """Seconds after which something that must happen has not."""
@@ -54,15 +55,30 @@ class ManualService:
         self.submitted: queue.Queue[Request] = queue.Queue()
         self.cancelled: queue.Queue[str] = queue.Queue()
         self.serving, self.reason, self.changing, self.ended = True, "", True, False
-        self._listeners: dict[str, Callable[[TokenEvent], None]] = {}
+        self._known = LocalRequests()
+        self._tickets: dict[str, str] = {}
+        self._told: dict[str, list[int]] = {}
 
-    def submit(self, request: Request, on_event: Callable[[TokenEvent], None]) -> None:
+    def submit(self, request: Request, on_event: Callable[[TokenEvent], None]) -> str:
         if not self.serving:
             raise MoeplaceError(self.reason)
         if request.max_new_tokens > 100_000:
             raise InputError(f"request {request.request_id!r} can never fit")
-        self._listeners[request.request_id] = on_event
+        ticket = self._tickets[request.request_id] = self._known.take(request, on_event).request_id
+        self._told[ticket] = []
         self.submitted.put(request)
+        return ticket
+
+    def find(self, request_id: str) -> RequestRecord | None:
+        return self._known.find(request_id)
+
+    def follow(self, request_id: str, on_event: Callable[[TokenEvent], None], *, first: int = 0) -> bool:
+        return self._known.follow(request_id, on_event, first=first)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have not ended."""
+        return sum(bool(self._known.tickets_of(name, None)) for name in self._tickets)
 
     def next_request(self) -> Request:
         """The next one that comes."""
@@ -76,12 +92,17 @@ class ManualService:
         error: str | None = None,
         logprobs: tuple[TokenLogprob | None, ...] = (),
     ) -> None:
-        """Tokens for a request."""
-        tokens = tuple(text.encode() if isinstance(text, str) else text)
-        self._listeners[request.request_id](TokenEvent(request.request_id, tokens, end, error, logprobs))
+        """Tokens for a request, the newest one of its name."""
+        ticket = self._tickets[request.request_id]
+        first = len(self._told[ticket])
+        self._told[ticket] += text.encode() if isinstance(text, str) else text
+        known = {first + index: found for index, found in enumerate(logprobs) if found is not None}
+        self._known.tell(ticket, self._told[ticket], end, error, logprobs=known)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, *, ticket: str | None = None) -> None:
+        assert ticket is not None  # names may be those of clients
         self.cancelled.put(request_id)
+        self._known.tell(ticket, None, "cancelled")
 
     def scale(self, num_ranks: int, *, leaving: Sequence[int] | None = None) -> None:
         if num_ranks < 1:

@@ -1,5 +1,6 @@
 """The HTTP front on a service that the test plays by hand: limits, errors, disconnects, slow readers, shutdown."""
 
+import asyncio
 import json
 import queue
 import socket
@@ -292,10 +293,13 @@ def test_latencies_are_those_of_the_events() -> None:
         def post(self, take: Any, event: TokenEvent) -> None:
             taken.append((take, event))
 
+        def aside(self, call: Any) -> None:
+            raise AssertionError("nothing was cancelled")
+
     service = ManualService()
     body = parse_body({"prompt": [1]}, encode=None, model="toy", model_stop_ids=(), default_seed=0)
     run = CompletionRun(service, Bridge(), metrics, body, name="a", decode=lambda ids: "x" * len(ids))  # type: ignore[arg-type]
-    run.start()
+    asyncio.run(run.start())
     began = run.choices[0].last_moment
     request = service.next_request()
     for text, moment in (("a", began + 0.5), ("bcd", began + 0.75)):

@@ -2,13 +2,17 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.sampling import SamplingParameters
 from moeplace.runtime.service.api import FinishReason, RequestRecord, TokenEvent
@@ -63,6 +67,27 @@ def test_another_process_goes_on(tmp_path: Path) -> None:
     check(journal)
     journal.close()
     check(Journal(tmp_path))
+
+
+def test_what_belongs_to_a_request_is_kept_with_it(tmp_path: Path) -> None:
+    """Its note and its log-probabilities, those that are not known among them; an older journal has neither table nor
+    note."""
+    first, second = TokenLogprob(-0.25, ((3, -0.25), (4, -1.5))), TokenLogprob(-2.0)
+    asked = Request("a", (1, 2), 9, logprobs=2, note="of mine")
+    journal = Journal(tmp_path)
+    with journal.writing():
+        journal.accept(Accept("1:a", asked))
+        journal.tell(Tell("1:a", 0, TokenEvent("a", (7,), None, None, (first,))))
+        journal.tell(Tell("1:a", 1, TokenEvent("a", (8, 9), None, None, (None, second))))
+    record = RequestRecord("1:a", asked, (7, 8, 9), logprobs=(first, None, second))
+    assert journal.in_flight() == [record]
+    journal.close()
+    with closing(sqlite3.connect(tmp_path / "service.sqlite")) as database:
+        database.execute("DROP TABLE logprobs")
+        database.execute("""UPDATE requests SET request = json_remove(request, '$.note', '$.logprobs')""")
+        database.commit()
+    journal = Journal(tmp_path)
+    assert journal.find("a") == replace(record, request=replace(asked, note="", logprobs=None), logprobs=())
 
 
 def accept_twice(journal: Journal) -> None:
