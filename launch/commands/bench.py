@@ -1,11 +1,15 @@
-"""`moeplace bench`: benchmarks of the runtime, one module each."""
+"""`moeplace bench`: benchmarks of the runtime and of solvers, one module each."""
 
 import argparse
 import importlib
 
-HELP = "benchmarks of the runtime: replay, elastic"
+HELP = "benchmarks: replay and elastic of the runtime, solve of the solvers"
 EXAMPLE = "moeplace bench elastic --ranks 4 --steps 200 --json elastic.json"
-BENCHMARKS = {"replay": "bench_replay", "elastic": "bench_elastic"}  # name -> module in moeplace.launch.commands
+BENCHMARKS = {
+    "replay": "bench_replay",
+    "elastic": "bench_elastic",
+    "solve": "bench_solve",
+}  # name -> module in moeplace.launch.commands
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -97,6 +97,44 @@ def planted(
     return _trace(ids_TLK, num_experts), block_LE
 
 
+def topics(
+    *, num_tokens: int, num_layers: int, num_experts: int, top_k: int, num_topics: int, contrast: float, seed: int
+) -> RoutingTrace:
+    """Sequences about topics: every topic has a taste for experts in each layer, so that load, co-activation and
+    transitions are all uneven, as in real routing.
+
+    A token's experts are the K greatest of contrast x taste + Gumbel noise; contrast 0 is uniform routing. Tokens of a
+    sequence share two topics and each token has one of them.
+
+    Raises:
+        InputError: top-k or the contrast is out of range, or there is no topic.
+    """
+    _check(top_k, num_experts)
+    if num_topics < 1 or not contrast >= 0:
+        raise InputError(f"topics ({num_topics}) must be at least 1, and contrast ({contrast}) not negative")
+    rng = np.random.default_rng(seed)
+    sequence_T = np.arange(num_tokens) // SEQUENCE_LENGTH
+    pair_Q2 = rng.integers(0, num_topics, (int(sequence_T[-1]) + 1 if num_tokens else 0, 2))
+    topic_T = pair_Q2[sequence_T, rng.integers(0, 2, num_tokens)]
+    ids_TLK = np.empty((num_tokens, num_layers, top_k), dtype=np.int32)
+    for layer in range(num_layers):
+        taste_XE = contrast * rng.standard_normal((num_topics, num_experts))
+        score_TE = taste_XE[topic_T] + rng.gumbel(size=(num_tokens, num_experts))
+        ids_TLK[:, layer] = np.argsort(-score_TE, axis=1)[:, :top_k]
+    return _trace(ids_TLK, num_experts)
+
+
+def ragged(trace: RoutingTrace, share: float, *, seed: int) -> RoutingTrace:
+    """The trace with each expert of a token dropped with probability `share`, from the last one on (top-p routing).
+
+    Raises:
+        InputError: `share` is not a probability.
+    """
+    _check(1, trace.num_experts, share=share)
+    keep_TLK = np.random.default_rng(seed).random(trace.topk_ids.shape) >= share
+    return trace.replace(topk_ids=np.where(np.logical_and.accumulate(keep_TLK, axis=2), trace.topk_ids, -1))
+
+
 def drifting(
     *, num_tokens: int, num_layers: int, num_experts: int, top_k: int, stickiness: float, seed: int
 ) -> RoutingTrace:
