@@ -47,7 +47,8 @@ svg text.muted{fill:var(--soft)}svg text.label{font-size:12px}svg text.value{fon
 @media(prefers-color-scheme:dark){.pixels.dark{display:inline}.pixels.light{display:none}}
 .hover{fill:transparent}.hover:hover{stroke:var(--ink);stroke-width:1.2}
 details{margin-top:16px}summary{cursor:pointer;color:var(--accent);font-size:14px;margin-bottom:10px}
-table.origin td{text-align:left;font-size:13px;overflow-wrap:anywhere}table.origin{margin-top:18px}
+table.origin td,table.origin th{text-align:left}table.origin td{min-width:9em;font-size:13px;overflow-wrap:anywhere}
+table.origin{margin-top:18px}
 svg text.s4,svg text.s5,svg text.s6,svg text.s7,svg text.t0,svg text.t6{fill:#fff}
 @media(prefers-color-scheme:dark){svg text.s5,svg text.s6,svg text.s7,svg text.t0,svg text.t6{fill:#0c1218}}
 .block{fill:none;stroke:var(--ink);stroke-width:1.1}

@@ -18,8 +18,10 @@ from moeplace.launch.reports.measured import figure_bars, figure_table
 from moeplace.launch.reports.standing import (
     figures_of,
     layer_table,
+    made_views,
     objective_chart,
     objective_figure,
+    objective_name,
     origin_rows,
     standing_run,
 )  # fmt: skip
@@ -41,14 +43,24 @@ def placements_section(views: Sequence[PlacementView]) -> str:
     )
     charts = [page.figure(objective_figure(last).label, figure_bars(objective_figure(last), runs))]
     if objective := objective_chart(views):
-        charts.append(page.figure("objective", objective, "The mark is proven: no placement is below it."))
+        title = f"objective: {objective_name(made_views(views)[-1])}"
+        charts.append(page.figure(title, objective, "The mark is proven: no placement is below it."))
+    table = figure_table(figures_of(last), runs)
+    return page.section("The placements", note, [table, page.row(charts), origin_table(views), layer_table(views)])
+
+
+def origin_table(views: Sequence[PlacementView]) -> str:
+    """How the placements came to be, a column for each that a solver made."""
+    made = made_views(views)
     rows = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in origin_rows(views)
+        for row in origin_rows(made)
     )
-    origin = f'<div class="scroll"><table class="origin"><tbody>{rows}</tbody></table></div>'
-    table = figure_table(figures_of(last), runs)
-    return page.section("The placements", note, [table, page.row(charts), origin, layer_table(views)])
+    names = "".join(f'<th scope="col">{escape(view.name)}</th>' for view in made)
+    return (
+        '<div class="scroll"><table class="origin"><thead><tr><th>how it was made</th>'
+        f"{names}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
 
 
 def flows(views: Sequence[PlacementView]) -> str:

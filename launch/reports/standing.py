@@ -82,6 +82,11 @@ def gap_words(view: PlacementView) -> str:
     return f"Proven: no placement saves more than another {gap:.0%} of the {_unit(name)} on the fitted tokens."
 
 
+def made_views(views: Sequence[PlacementView]) -> list[PlacementView]:
+    """Those of which a file says how they came to be: index order is made by nothing."""
+    return [view for view in views if view.solver] or list(views)
+
+
 def origin_rows(views: Sequence[PlacementView]) -> list[list[str]]:
     """Rows of a table: how each placement came to be; a row that no file can fill is left out."""
     rows = [[label, *(str(value(view) or "-") for view in views)] for label, value in _ORIGIN]
@@ -94,8 +99,16 @@ def objective_chart(views: Sequence[PlacementView]) -> str:
     if not solved:
         return ""
     bars = [Bar(view.name, float(view.solver["objective"]), float(view.solver["lower_bound"])) for view in solved]
-    name = solved[0].solver.get("objective_name", "objective")
-    return bar_chart(f"{name} on the fitted tokens, and its proven bound", bars, 4)
+    name = objective_name(solved[0])
+    in_seconds = solved[0].solver.get("objective_name") == "seconds"
+    scale, digits = (1e3, 3) if in_seconds else (1.0, 4)
+    return bar_chart(f"{name} on the fitted tokens, and its proven bound", bars, digits, scale=scale)
+
+
+def objective_name(view: PlacementView) -> str:
+    """The objective in words, with its unit."""
+    name = str(view.solver.get("objective_name", "objective"))
+    return {"seconds": "predicted milliseconds per step"}.get(name, name)
 
 
 def layer_table(views: Sequence[PlacementView]) -> str:
@@ -136,12 +149,14 @@ def _solver(view: PlacementView) -> str:
 
 def _objective(view: PlacementView) -> str:
     s = view.solver
-    return f"{s['objective_name']} {_number(s.get('objective'))}" if s.get("objective_name") else ""
+    return f"{objective_name(view)}: {_in_unit(view, s.get('objective'))}" if s.get("objective_name") else ""
 
 
 def _bound(view: PlacementView) -> str:
     s = view.solver
-    return f"{_number(s.get('lower_bound'))} (gap {s['gap']:.1%})" if isinstance(s.get("gap"), int | float) else ""
+    return (
+        f"{_in_unit(view, s.get('lower_bound'))} (gap {s['gap']:.1%})" if isinstance(s.get("gap"), int | float) else ""
+    )
 
 
 def _cap(view: PlacementView) -> str:
@@ -151,8 +166,11 @@ def _cap(view: PlacementView) -> str:
     return "none" if cap is None else f"{cap:g}, or what the layer allows"
 
 
-def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, int | float) else "-"
+def _in_unit(view: PlacementView, value: Any) -> str:
+    """A value of the objective, seconds in milliseconds."""
+    if not isinstance(value, int | float):
+        return "-"
+    return f"{value * 1e3:.4g} ms" if view.solver.get("objective_name") == "seconds" else f"{value:.6g}"
 
 
 _ORIGIN = (
