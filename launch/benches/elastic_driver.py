@@ -84,6 +84,13 @@ class ElasticDriver:
             MoeplaceError: the service ended, or the deadline has passed.
         """
         self._service = service
+        try:
+            self._run()
+        finally:
+            with self._changed:
+                self._is_over = True  # also where it failed: nothing more is asked for
+
+    def _run(self) -> None:
         self._refill()
         for change in self._job.changes():
             self._await_steps(change.step)

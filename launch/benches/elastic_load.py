@@ -3,9 +3,8 @@
 Shape letters: L MoE layers, S slots per layer.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -137,25 +136,36 @@ class ElasticJob:
 def exchange_slots(placement: Placement, *, share: float, rng: np.random.Generator) -> Placement:
     """The same cluster with `share` of the slots of every layer in other hands: their experts move on in a circle.
 
-    Neighbours of the circle are on different ranks, so that every expert of it has to travel.
+    Neighbours of the circle are on different ranks, so that every expert of it has to travel. Experts that are on
+    several ranks, as some are after a rank was lost during a re-placement, stay where they are: another rank of the
+    circle might have them already.
 
     Args:
-        placement: without replicas.
         share: of the slots of a layer, at least two slots.
     """
     slots_LS = placement.slot_to_expert.copy()
     for experts in slots_LS:
-        turns = list(_by_turns(placement, experts, rng))
-        count = min(max(round(share * len(experts)), 2), len(turns))
-        count += count % placement.num_ranks == 1  # otherwise the circle closes inside a rank
-        circle = turns[:count]
+        count = max(round(share * len(experts)), 2)
+        circle = _circle(placement, experts, count, rng)
         experts[circle] = experts[np.roll(circle, 1)]
     return placement.replace(slot_to_expert=slots_LS)
 
 
-def _by_turns(placement: Placement, experts: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
-    """Filled slots in random order, one of every rank in turn."""
+def _circle(placement: Placement, experts: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """At least `count` slots in random order, each on another rank than the one before it, and the first than the last;
+    fewer where there are none, and no slot at all where only one rank has any."""
+    num_replicas = np.bincount(experts[experts != EMPTY_SLOT])
     slots = [np.arange(placement.num_slots)[placement.slots_on(rank)] for rank in range(placement.num_ranks)]
-    orders = [rng.permutation(own[experts[own] != EMPTY_SLOT]).tolist() for own in slots]
+    free = [own[experts[own] != EMPTY_SLOT] for own in slots]
+    orders = [rng.permutation(own[num_replicas[experts[own]] == 1]).tolist() for own in free]
     rng.shuffle(orders)
-    return (slot for slot in chain.from_iterable(zip_longest(*orders)) if slot is not None)
+    turns = [(rank, slot) for turn in zip_longest(*orders) for rank, slot in enumerate(turn) if slot is not None]
+    circle: list[tuple[int, int]] = []
+    for rank, slot in turns:
+        if len(circle) >= count and circle[-1][0] != circle[0][0]:
+            break
+        if not circle or circle[-1][0] != rank:
+            circle.append((rank, slot))
+    while len(circle) > 1 and circle[-1][0] == circle[0][0]:  # it would close inside a rank
+        circle.pop()
+    return np.array([slot for _, slot in circle] if len(circle) > 1 else [], np.int64)

@@ -14,7 +14,7 @@ from moeplace.launch.benches.elastic_load import ElasticJob, exchange_slots
 from moeplace.launch.cli import main
 from moeplace.placement.cluster import even_slots
 from moeplace.placement.migration.relabel import moves
-from moeplace.placement.placement import index_order
+from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.files import read_json
 from moeplace.runtime.event import Event
@@ -28,6 +28,36 @@ def test_a_quarter_of_the_slots_changes_hands(ranks: int) -> None:
     changed_L = (old.slot_to_expert != new.slot_to_expert).sum(axis=1)
     assert np.isin(changed_L, (4, 5)).all()
     np.testing.assert_array_equal(moves(old, new), changed_L)
+
+
+@pytest.mark.parametrize("seed", [*range(30), date.today().toordinal()])
+def test_slots_change_hands_whatever_ranks_hold(seed: int) -> None:
+    """Uneven ranks, empty slots, experts on several ranks: the result is a placement (which no rank holding an expert
+    twice is), what is there once moves to another rank, and something moves where two ranks have such experts."""
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    ranks, experts, layers = int(rng.integers(2, 6)), 12, 3
+    slots = rng.integers(4, 13, ranks)
+    slots[-1] = 12
+    starts = np.cumsum(slots) - slots
+    held_LS = np.full((layers, slots.sum()), -1, np.int32)
+    for row in held_LS:
+        for start, size in zip(starts[:-1], slots[:-1], strict=True):
+            own = rng.permutation(experts)[: rng.integers(size + 1)]
+            row[start : start + len(own)] = own
+        missing = np.setdiff1d(np.arange(experts), row)
+        row[starts[-1] : starts[-1] + len(missing)] = missing
+    old = Placement(held_LS, slots, np.zeros(ranks, np.int64), np.full(layers, experts))
+    new = exchange_slots(old, share=0.25, rng=rng)
+    for before, after in zip(old.slot_to_expert, new.slot_to_expert, strict=True):
+        rank_of_slot = np.repeat(np.arange(ranks), slots)
+        changed = np.flatnonzero(before != after)
+        assert sorted(before) == sorted(after)
+        for slot in changed:
+            assert (before == before[slot]).sum() == 1
+            assert rank_of_slot[slot] != rank_of_slot[np.flatnonzero(after == before[slot])[0]]
+        single = {rank_of_slot[slot] for slot in np.flatnonzero(before >= 0) if (before == before[slot]).sum() == 1}
+        assert (len(changed) > 0) is (len(single) > 1)
 
 
 def test_the_load_follows_from_the_seed() -> None:
