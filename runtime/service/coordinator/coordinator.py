@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace as with_changes
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -49,8 +50,9 @@ from moeplace.runtime.service.coordinator.actions import (
 )
 from moeplace.runtime.service.coordinator.conductor import Conductor
 from moeplace.runtime.service.coordinator.first import first_placement, member_options
-from moeplace.runtime.service.coordinator.helpers import Deliveries, OnEvent, Reminders, make_plan
+from moeplace.runtime.service.coordinator.helpers import Deliveries, OnEvent, Reminders, Threads, make_plan
 from moeplace.runtime.service.coordinator.journal import Journal
+from moeplace.runtime.service.coordinator.processes import MemberProcesses
 from moeplace.runtime.service.errors import sentence_of
 from moeplace.runtime.service.options import Member, MemberJob, ServiceOptions, Spawner
 from moeplace.runtime.service.store import ForgedError, ServiceEndedError, ServiceStore, serve_store
@@ -96,7 +98,7 @@ class Coordinator:
             InputError: the model is dense, the placement is for another model or number of ranks, there would be a rank
                 without an expert, or the address or the state folder cannot be used.
         """
-        self._checkpoint, self._spawner, self._host = Checkpoint(checkpoint), spawner, host
+        self._checkpoint, self._host = Checkpoint(checkpoint), host
         first = first_placement(self._checkpoint, placement, ranks)
         self._options = member_options(options or ServiceOptions(), first, ranks)
         self._faults, self._on_step = dict(faults or {}), on_step
@@ -108,10 +110,11 @@ class Coordinator:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._plans: dict[int, WidthPlan | str] = {}
-        self._processes: dict[int, Member] = {}
+        self._processes = MemberProcesses(spawner, job_of=self._job_of, report=self._tell)
+        self._planners = Threads()
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._failure = ""
-        self._is_closed = False
+        self._is_closed = self._is_deaf = False
         self._reminders, self._deliveries = Reminders(self._tell), Deliveries()
         self._conductor = Conductor(first, self._options, ranks=ranks)
         self._thread = threading.Thread(target=self._handle_reports, name="coordinator", daemon=True)
@@ -141,7 +144,7 @@ class Coordinator:
             begun = time.monotonic()
             if self.wait_for(lambda status: status.serving or status.ended, timeout=min(timeout, _SLICE)):
                 break
-            if all(process.has_started() for process in list(self._processes.values())):
+            if self._processes.have_started():
                 timeout -= time.monotonic() - begun
         status = self.status()
         if not status.serving:
@@ -254,8 +257,7 @@ class Coordinator:
 
     def member(self, member_id: int) -> Member:
         """The process of a member that is alive."""
-        with self._lock:
-            return self._processes[member_id]
+        return self._processes[member_id]
 
     def close(self, *, drain: bool = True, timeout: float = 60.0) -> None:
         """See `Service`. With a state folder, requests that have not ended are kept for another coordinator."""
@@ -268,13 +270,13 @@ class Coordinator:
             self._conductor.end("the service was closed")
             self._carry_out(self._conductor.take_actions())
             self._changed.wait_for(lambda: self._conductor.is_stopped, _STOPPING)
-            processes = list(self._processes.values())
-        deadline = time.monotonic() + _STOPPING
-        for process in processes if self._conductor.is_stopped else ():
-            process.wait(max(deadline - time.monotonic(), 0.0))
-        self._spawner.close()
+        if self._conductor.is_stopped:
+            self._processes.wait(_STOPPING)
+        self._processes.close(_STOPPING)
+        self._planners.join(_STOPPING)
         self._reminders.close()
         self._tell({"kind": "end"})
+        self._is_deaf = True
         if threading.current_thread() is not self._thread:
             self._thread.join(_STOPPING)
         self._deliveries.close()
@@ -333,13 +335,13 @@ class Coordinator:
                 logger.info("%s: %s", action.event.kind, action.event.sentence)
                 self._events.append(action.event)
             elif isinstance(action, StartMember):
-                self._start_member(action)
+                self._processes.start(action.member)
             elif isinstance(action, Kill):
-                self._kill(action.member)
+                self._processes.kill(action.member)
             elif isinstance(action, Remind):
                 self._reminders.add(action.seconds, action.report)
             elif isinstance(action, MakePlan):
-                threading.Thread(target=self._plan, args=(action,), name=f"plan-{action.number}", daemon=True).start()
+                self._planners.start(f"plan-{action.number}", partial(self._plan, action))
             elif not isinstance(action, Accept):
                 self._write(action)
 
@@ -365,9 +367,8 @@ class Coordinator:
         else:
             self._store.append(action.index, action.command)
 
-    def _start_member(self, action: StartMember) -> None:
-        member_id = action.member
-        job = MemberJob(
+    def _job_of(self, member_id: int) -> MemberJob:
+        return MemberJob(
             member_id,
             self._host,
             self._server.port,
@@ -377,40 +378,6 @@ class Coordinator:
             (*self._faults.get(member_id, ()), *self._faults.get(-1, ())),
             self._secret,
         )
-        try:
-            process = self._spawner.start(member_id, job)
-        except Exception as error:
-            logger.exception("member %d could not be started", member_id)
-            self._tell({"kind": "died", "member": member_id, "code": None, "error": sentence_of(error)})
-            return
-        self._processes[member_id] = process
-        threading.Thread(target=self._watch, args=(process,), name=f"watch-{member_id}", daemon=True).start()
-
-    def _kill(self, member_id: int) -> None:
-        process = self._processes.get(member_id)
-        try:
-            if process is not None:
-                process.kill()
-        except Exception:
-            logger.exception("member %d could not be killed", member_id)
-
-    def _watch(self, process: Member) -> None:
-        """Tell when a member has ended: what it reported before is in the queue already."""
-        member_id, words = process.member_id, ""
-        try:
-            while (code := process.wait(3600.0)) is None:
-                pass
-            words = process.last_words() if code else ""
-        except Exception as error:
-            logger.exception("member %d cannot be watched", member_id)
-            code, words = -1, sentence_of(error)
-        told = f"its process ended with code {code}"
-        if words:
-            told = f"{told}: {words.splitlines()[-1][:200]}"
-            logger.info("the last that member %d printed:\n%s", member_id, words)
-        with self._lock:
-            self._processes.pop(member_id, None)
-        self._tell({"kind": "died", "member": member_id, "code": code, "error": told})
 
     def _plan(self, action: MakePlan) -> None:
         try:
@@ -422,10 +389,10 @@ class Coordinator:
 
     def _tell(self, report: Document) -> None:
         if report.get("kind") == "deadline":
-            process = self._processes.get(report["member"])
-            report = {**report, "started": process is None or process.has_started()}
-        with suppress(ServiceEndedError):
-            self._store.report(report)
+            report = {**report, "started": self._processes.has_started(report["member"])}
+        if not self._is_deaf:
+            with suppress(ServiceEndedError):
+                self._store.report(report)
 
     def _connect(self) -> ServiceStore:
         return ServiceStore.connect(self._host, self._server.port, self._prefix, self._secret)

@@ -18,6 +18,32 @@ logger = logging.getLogger(__name__)
 
 OnEvent = Callable[[TokenEvent], None]
 
+_LAST_REPORT = 10.0
+"""Seconds that a reminder under way may take."""
+
+
+class Threads:
+    """Threads that are waited for in the end: one that is inside torch when the interpreter goes aborts the process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+
+    def start(self, name: str, call: Callable[[], None]) -> None:
+        """Call something in a thread of its own."""
+        thread = threading.Thread(target=call, name=name, daemon=True)
+        thread.start()
+        with self._lock:
+            self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+
+    def join(self, timeout: float) -> None:
+        """Until all have ended, or so many seconds are over."""
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            threads = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+
 
 class Reminders:
     """Reports that are made after some time, by one thread."""
@@ -37,10 +63,12 @@ class Reminders:
             self._changed.notify()
 
     def close(self) -> None:
-        """Report nothing more."""
+        """Report nothing more; a report under way is made."""
         with self._changed:
             self._is_over = True
             self._changed.notify()
+        if threading.current_thread() is not self.thread:
+            self.thread.join(_LAST_REPORT)
 
     def _work(self) -> None:
         while True:

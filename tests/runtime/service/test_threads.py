@@ -1,0 +1,87 @@
+"""The threads of a coordinator: none outlives it. One that is inside torch when the interpreter goes aborts the process."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from moeplace.runtime.service.coordinator.coordinator import Coordinator
+from moeplace.runtime.service.options import MemberJob
+from tests.shared_data import tiny_moe_path
+
+WAIT = 30.0
+
+
+class DumbMember:
+    """A member that never says anything while it lives, and takes its time when it is asked for its last words."""
+
+    def __init__(self, member_id: int) -> None:
+        self.member_id = member_id
+        self.ended = threading.Event()
+
+    def is_alive(self) -> bool:
+        return not self.ended.is_set()
+
+    def has_started(self) -> bool:
+        return True
+
+    def kill(self) -> None:
+        self.ended.set()
+
+    def wait(self, timeout: float) -> int | None:
+        return -9 if self.ended.wait(timeout) else None
+
+    def last_words(self) -> str:
+        time.sleep(0.1)  # of a file or a cluster: this is where a watcher was when its process ended
+        return "bye"
+
+
+class DumbSpawner:
+    """Starts such members; `refused` of them not."""
+
+    def __init__(self, refused: int = -1) -> None:
+        self.members: list[DumbMember] = []
+        self.refused = refused
+
+    def start(self, member_id: int, job: MemberJob) -> DumbMember:
+        if member_id == self.refused:
+            raise OSError("no room")
+        self.members.append(DumbMember(member_id))
+        return self.members[-1]
+
+    def close(self) -> None:
+        for member in self.members:
+            member.kill()
+
+
+@pytest.fixture
+def before() -> Iterator[set[threading.Thread]]:
+    yield set(threading.enumerate())
+
+
+def test_none_is_left_when_a_service_is_closed(before: set[threading.Thread]) -> None:
+    """Whoever watches, reminds, delivers or reports: all have ended when `close` returns."""
+    service = Coordinator(tiny_moe_path(), ranks=2, spawner=DumbSpawner())
+    assert {"watch-0", "watch-1"} <= {thread.name for thread in set(threading.enumerate()) - before}
+    service.close(drain=False)
+    assert set(threading.enumerate()) <= before
+    service.close()  # again: nothing happens
+
+
+def test_members_are_watched_once_each(before: set[threading.Thread]) -> None:
+    """One that ends and one that cannot be started are both told of, with what was said last; none stays known."""
+    spawner = DumbSpawner(refused=1)
+    service = Coordinator(tiny_moe_path(), ranks=2, spawner=spawner)
+    try:
+        assert service.wait_for(lambda status: 1 not in status.allocated, timeout=WAIT)
+        spawner.members[0].kill()
+        assert service.wait_for(lambda status: 0 not in status.allocated, timeout=WAIT)
+        sentences = [event.sentence for event in service.events()]
+        assert any("no room" in sentence for sentence in sentences)
+        assert any("its process ended with code -9: bye" in sentence for sentence in sentences)
+        with pytest.raises(KeyError):
+            service.member(0)
+    finally:
+        service.close(drain=False)
+    assert set(threading.enumerate()) <= before
