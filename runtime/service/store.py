@@ -5,7 +5,7 @@
     generation/n        who is in generation n
     open/n              generation n may begin: for members that are in none
     successor/n         the generation that follows n because a rank was lost
-    loaded/n            all members of generation n have read their experts
+    loaded/n            whether all members of generation n have read their experts; False = one was lost before
     settled/n           all members of generation n have begun, groups before it may go
     reports             a queue: what members tell the coordinator
 

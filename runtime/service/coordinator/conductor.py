@@ -249,7 +249,7 @@ class Conductor:
     def _on_alive(self, report: Document) -> None:
         if report["member"] in self._members.members:
             liveness = self._generations.liveness
-            liveness.hear(report["member"], report["turn"], is_idle=report["idle"], now=self._out.now)
+            liveness.hear(report["member"], report["turn"], state=report["state"], now=self._out.now)
 
     def _on_look(self, _: Document) -> None:
         liveness = self._generations.liveness

@@ -11,7 +11,7 @@ from moeplace.runtime.engine.logprobs import TokenLogprob
 
 FIELDS: dict[str, dict[str, Any]] = {
     "ready": {"member": int, "limits": dict},
-    "alive": {"member": int, "turn": int, "idle": bool},
+    "alive": {"member": int, "turn": int, "state": str},
     "prepared": {"member": int, "generation": int, "error": str},
     "loaded": {"member": int, "generation": int},
     "serving": {

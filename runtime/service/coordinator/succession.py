@@ -92,6 +92,7 @@ class Succession:
         self.opened = generation
         for number in range(first, generation.number):
             self._out.add(Put(f"successor/{number}", generation.number))
+            self._out.add(Put(f"loaded/{number}", False))  # for those who wait for others that read experts
         self._log.append({"kind": "lost", "generation": generation.number})  # wakes those that have nothing to do
         return generation
 

@@ -4,7 +4,6 @@ snapshots of all -> the same placement and continuation on every rank -> experts
 """
 
 import json
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,9 +22,6 @@ from moeplace.runtime.service.member.serving import Serving
 from moeplace.runtime.service.options import MemberJob
 from moeplace.runtime.service.snapshot import Continuation, Snapshot, continue_from, take_snapshot_of
 from moeplace.runtime.service.store import ServiceStore
-
-_POLL = 0.01
-"""Seconds between two looks whether all have read their experts."""
 
 
 class Entrance:
@@ -111,7 +107,7 @@ class Entrance:
         """Read what fell to this rank, and agree with the others, for whom it may have taken other times."""
         if generation.slots is not None or adoption.adopted:
             self._faults.reach("loading")
-            self._heartbeat.rest()  # what a disk may take is not known
+            self._heartbeat.load()
         if self._serving is None:
             if generation.slots is None and adoption.adopted:
                 self._await_others(generation.number)  # those who read do so first
@@ -188,16 +184,17 @@ class Entrance:
         contents.share_reference(group, serving.engine.placement)
 
     def _await_others(self, number: int) -> None:
-        """Until all have read their experts: no collective waits for that.
+        """Until all have read their experts: no collective waits for that. Who takes too long is given up by the
+        coordinator, which sees by signs of life who still reads.
 
         Raises:
             PeerLostError: a member was lost meanwhile.
         """
+        self._heartbeat.rest()
         self._store.report({"kind": "loaded", "member": self._job.member_id, "generation": number})
-        while self._store.find(f"loaded/{number}") is None:
-            if self._store.find(f"successor/{number}") is not None:
-                raise PeerLostError("a member was lost while others read experts")
-            time.sleep(_POLL)
+        if not self._store.read(f"loaded/{number}"):
+            raise PeerLostError("a member was lost while others read experts")
+        self._heartbeat.begin()
 
     def _report(self, generation: Generation, serving: Serving, adopted: int, start: Continuation) -> None:
         """The generation has begun on all its members: they have met since they took their sequences."""

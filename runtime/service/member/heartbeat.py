@@ -16,12 +16,13 @@ class Heartbeat:
 
     Attributes:
         turn: of the member's work; the member counts it up.
-        is_idle: whether it waits for something to do.
+        state: "busy", "loading" (what a disk may take is another matter than what a step may), or "idle" = it waits for
+            something to do, or for others.
     """
 
     def __init__(self, connect: Callable[[], ServiceStore], member: int, *, every: float) -> None:
         """`connect` gives a connection of its own, in the thread of its own."""
-        self.turn, self.is_idle = 0, True
+        self.turn, self.state = 0, "idle"
         self._connect, self._member, self._every = connect, member, every
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -29,12 +30,15 @@ class Heartbeat:
 
     def begin(self) -> None:
         """A turn begins."""
-        self.turn += 1
-        self.is_idle = False
+        self.turn, self.state = self.turn + 1, "busy"
+
+    def load(self) -> None:
+        """The member reads experts from a disk."""
+        self.turn, self.state = self.turn + 1, "loading"
 
     def rest(self) -> None:
         """The member waits for something to do, or for others."""
-        self.is_idle = True
+        self.state = "idle"
 
     def stop(self) -> None:
         """Give none any more."""
@@ -51,4 +55,4 @@ class Heartbeat:
                 os._exit(1)  # whatever it is doing: nobody is there to take what comes of it
 
     def _sign(self) -> dict[str, Any]:
-        return {"kind": "alive", "member": self._member, "turn": self.turn, "idle": self.is_idle}
+        return {"kind": "alive", "member": self._member, "turn": self.turn, "state": self.state}

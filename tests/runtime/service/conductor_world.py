@@ -382,7 +382,7 @@ class World:
             self.now = max(self.now, due[0])
             if due[1]["kind"] == "look":
                 for member in list(self.ranks):
-                    self.handle({"kind": "alive", "member": member, "turn": int(self.now), "idle": True})
+                    self.handle({"kind": "alive", "member": member, "turn": int(self.now), "state": "idle"})
             report = dict(due[1])
             if report["kind"] == "deadline":
                 report["started"] = True

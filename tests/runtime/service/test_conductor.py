@@ -331,6 +331,24 @@ def test_keys_of_generations_that_are_over_are_deleted() -> None:
     assert world.dropped_groups >= set(range(1, min(numbers)))
 
 
+def test_those_who_wait_for_readers_hear_of_a_loss() -> None:
+    """A rank is lost, and another one before it has read what fell to it: who has read does not wait on for it. When
+    all have read, all go on."""
+    world, opened = serving(3), [1]
+    for victim in (2, 1):
+        world.die(victim)
+        while world.queue:
+            world.deliver(0)
+        opened.append(world.store[f"successor/{opened[-1]}"])
+        readers = [m for m in world.store[f"generation/{opened[-1]}"]["members"] if m != 1]
+        assert f"loaded/{opened[-1]}" not in world.store
+        for member in readers:
+            world.handle({"kind": "loaded", "member": member, "generation": opened[-1]})
+    assert [world.store[f"loaded/{number}"] for number in opened[1:]] == [False, True]
+    world.settle()
+    assert world.conductor.status().serving
+
+
 def test_ranks_that_cannot_be_connected_are_given_up() -> None:
     """Connections break though all live: the same ranks meet again, some times; then others start. Nothing is lost."""
     world = serving(2)

@@ -5,18 +5,21 @@ import pytest
 from moeplace.runtime.service.coordinator.liveness import Liveness
 from moeplace.runtime.service.options import ServiceOptions
 
+STATES = {"a": "busy", "i": "idle", "l": "loading"}
+
 
 @pytest.fixture
 def liveness() -> Liveness:
-    return Liveness(ServiceOptions(timeout=4.0, step_timeout=30.0))
+    return Liveness(ServiceOptions(timeout=4.0, step_timeout=30.0, start_timeout=60.0))
 
 
 def beat(liveness: Liveness, until: int, **turns: int) -> dict[int, str]:
-    """Members give signs once a second: a1=5 stays at turn 5, b1=-1 goes on; who is given up, and when it is looked."""
+    """Members give signs once a second: a1=5 is busy at turn 5, a1=-1 goes on, i idles, l loads. Who is given up at any
+    of the looks, and why."""
     found: dict[int, str] = {}
     for now in range(until):
         for name, turn in turns.items():
-            liveness.hear(int(name[1:]), now if turn < 0 else turn, is_idle=name[0] == "i", now=float(now))
+            liveness.hear(int(name[1:]), now if turn < 0 else turn, state=STATES[name[0]], now=float(now))
         found |= liveness.look(float(now))
     return found
 
@@ -32,9 +35,23 @@ def test_a_step_that_never_ends(liveness: Liveness) -> None:
     assert beat(liveness, 32, a1=5, i2=3, a3=-1) == {1: "its step did not end within 30 s"}
 
 
+def test_experts_that_are_never_read(liveness: Liveness) -> None:
+    """A disk has another time than a step; who waits for those who read has all of it."""
+    assert beat(liveness, 61, l1=5, i2=5) == {}
+    assert beat(liveness, 63, l1=5, i2=5) == {1: "it had not read its experts within 60 s"}
+
+
+def test_each_turn_has_its_time(liveness: Liveness) -> None:
+    """From when it began: reading, then a step, then waiting, all at one turn or each at its own."""
+    for now in range(150):
+        state = "loading" if now < 55 else "busy" if now < 80 else "idle"
+        liveness.hear(1, 7, state=state, now=float(now))
+        assert liveness.look(float(now)) == {}
+
+
 def test_silence(liveness: Liveness) -> None:
     """For as long as was said, no less; who is gone is not looked for, who never said anything is not known."""
-    liveness.hear(1, 0, is_idle=True, now=0.0)
+    liveness.hear(1, 0, state="idle", now=0.0)
     assert [liveness.look(float(now)) for now in range(5)] == [{}] * 5
     assert liveness.look(4.5) == {1: "it hung: no sign of life for 4 s"}
     liveness.forget(1)
@@ -44,9 +61,9 @@ def test_silence(liveness: Liveness) -> None:
 @pytest.mark.parametrize("moment", [100.0, -50.0])
 def test_whoever_looks_may_sleep(liveness: Liveness, moment: float) -> None:
     """When it was the watcher that did not run, or the clock that was set, nobody else is to blame."""
-    liveness.hear(1, 0, is_idle=False, now=1.0)
+    liveness.hear(1, 0, state="busy", now=1.0)
     assert liveness.look(1.5) == {}
     assert liveness.look(moment) == {}
     assert liveness.look(moment + 1) == {}
-    liveness.hear(1, 1, is_idle=False, now=moment + 1.5)
+    liveness.hear(1, 1, state="busy", now=moment + 1.5)
     assert liveness.look(moment + 2) == {}

@@ -1,8 +1,7 @@
-"""The threads of a coordinator: none outlives it. One that is inside torch when the interpreter goes aborts the process."""
+"""The threads of a coordinator: none outlives it. One inside torch when the interpreter goes aborts the process."""
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -56,8 +55,8 @@ class DumbSpawner:
 
 
 @pytest.fixture
-def before() -> Iterator[set[threading.Thread]]:
-    yield set(threading.enumerate())
+def before() -> set[threading.Thread]:
+    return set(threading.enumerate())
 
 
 def test_none_is_left_when_a_service_is_closed(before: set[threading.Thread]) -> None:
