@@ -22,6 +22,7 @@ from moeplace.runtime.kv.cache import KvCache
 from moeplace.runtime.kv.hand_over import KvPlaces, give_kv, hand_over, keep_shared
 from moeplace.runtime.kv.views import DecodeView, PrefillView
 from moeplace.runtime.models.decoder import AttentionView, Decoder
+from moeplace.runtime.models.token_attention import rotation_of
 
 
 class Executor(PlacedExperts):
@@ -151,6 +152,8 @@ class Executor(PlacedExperts):
         row_B = torch.tensor([sequence.row for sequence in ordered], device=device)
         position_B = torch.tensor(positions, device=device)
         embeddings = self.decoder.position_embeddings(position_B[:, None])
+        rotation = rotation_of(embeddings) if self.decoder.is_quick else None
+        alone = self.group.size == 1  # then all tokens are here, in their order, in every layer
         longest, even = max(positions) + 1, min(positions) == max(positions)
 
         def make_view(token: torch.Tensor) -> AttentionView | None:
@@ -158,13 +161,15 @@ class Executor(PlacedExperts):
                 return None
             return DecodeView(
                 self.cache,
-                row=row_B[token],
-                position=position_B[token],
+                row=row_B if alone else row_B[token],
+                position=position_B if alone else position_B[token],
                 longest=longest,
                 even=even,
-                position_embeddings=_pick(embeddings, token),
+                position_embeddings=embeddings if alone else _pick(embeddings, token),
+                rotation=rotation if alone or rotation is None else _pick(rotation, token),
                 token=token,
                 ledger=step.ledger,
+                all_layers=step.ledger is None,
             )
 
         return make_view

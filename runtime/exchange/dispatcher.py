@@ -102,6 +102,14 @@ class MoeRuntime:
         ids, weights = block.route(hidden, token)
         return self.slots_for(layer, ids, token), weights
 
+    def slots_on_host(self, layer: int, ids: torch.Tensor, token: torch.Tensor) -> np.ndarray:
+        """`slots_for` ids on the CPU, in a layer without replicas."""
+        ids_MK = ids.numpy()
+        if self.window is not None:
+            self.window.record(layer, ids_MK, token.numpy() if self.window.names_tokens else None)
+        slots: np.ndarray = self.tables.first_slot_host[layer][ids_MK]
+        return slots
+
     def slots_for(self, layer: int, ids: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """Serving slots (M, K) of experts (M, K), -1 = none; the window takes note of them."""
         if self.window is not None:

@@ -14,16 +14,15 @@ class LocalDispatcher:
     def forward(self, layer: int, block: MoeBlock, rows: TokenRows, step: Step) -> TokenRows:
         """See `TokenDispatcher`."""
         hidden = block.normalise(rows.x)
-        slots, weights = self.runtime.choose(layer, block, hidden, rows.token)
-        routed = self._sum(layer, hidden, slots, weights)
+        routed = self.sum_experts(layer, RoutedTokens(hidden, *block.route(hidden, rows.token), rows.token), step)
         return TokenRows(add_outputs(rows.x, routed, block.shared(hidden)), rows.token)
 
     def sum_experts(self, layer: int, tokens: RoutedTokens, step: Step) -> torch.Tensor:
         """See `ExpertSums`."""
-        slots = self.runtime.slots_for(layer, tokens.ids, tokens.token)
-        return self._sum(layer, tokens.hidden, slots, tokens.weights)
-
-    def _sum(self, layer: int, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         runtime = self.runtime
         runtime.counters.layer_passes["local"] += 1
-        return runtime.computation.compute(layer, hidden, runtime.tables.local_slots(slots), weights)
+        if tokens.hidden.device.type == "cpu" and not runtime.tables.replicated[layer]:
+            here = runtime.slots_on_host(layer, tokens.ids, tokens.token)
+            return runtime.computation.compute_on_host(layer, tokens.hidden, here, tokens.weights)
+        slots = runtime.tables.local_slots(runtime.slots_for(layer, tokens.ids, tokens.token))
+        return runtime.computation.compute(layer, tokens.hidden, slots, tokens.weights)

@@ -21,6 +21,7 @@ class SlotTables:
         rank: the rank that looks.
         rank_of_slot: (S + 1,) int64; entry -1 is -1, so that an absent expert maps to no rank.
         first_slot: per layer (E + 1,) int64, the first slot of an expert; entry -1 is -1.
+        first_slot_host: the same as arrays of this process.
         slot_on_rank: (L, E, R) int64, the slot of an expert on a rank, -1 = none.
         replicated: (L,) bool per layer, as Python values: whether some expert of it has several slots.
         node_of_rank: (R,) int64.
@@ -32,6 +33,7 @@ class SlotTables:
     rank: int
     rank_of_slot: torch.Tensor
     first_slot: tuple[torch.Tensor, ...]
+    first_slot_host: tuple[np.ndarray, ...]
     slot_on_rank: torch.Tensor
     replicated: tuple[bool, ...]
     node_of_rank: torch.Tensor
@@ -53,6 +55,7 @@ class SlotTables:
         return cls(
             rank=rank,
             rank_of_slot=torch.as_tensor(np.append(placement.rank_of_slot, -1), device=device),
+            first_slot_host=tuple(first_LE),
             first_slot=torch.as_tensor(first_LE, device=device).unbind(0),
             slot_on_rank=torch.as_tensor(slot_LER, device=device),
             replicated=tuple(bool((counts > 1).any()) for counts in placement.replica_counts),

@@ -1,12 +1,13 @@
 """ExpertComputation: what this rank's experts make of token rows.
 
-Shape letters: D hidden size, N token rows, K top-k, M assignments (token row, slot) of this rank.
+Shape letters: D hidden size, N token rows, K top-k, A = N K assignments (token row, slot), M those of this rank.
 """
 
+import numpy as np
 import torch
 
 from moeplace.runtime.counters import Counters
-from moeplace.runtime.experts.grouped import grouped_linear
+from moeplace.runtime.experts.grouped import Groups, grouped_linear, suits_padding
 from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.experts.weights import Activation, gated_silu
 
@@ -39,9 +40,17 @@ class ExpertComputation:
         Returns:
             (N, D) of x's type: partial sums; zero rows where no slot is here.
         """
-        compute = self._compute_present if x.device.type == "cpu" else self._compute_all
         with self._counters.timed("experts"):
-            return compute(layer, x, slots, gate_weights)
+            if x.device.type == "cpu":
+                return self._compute_present(layer, x, slots.numpy(), gate_weights)
+            return self._compute_all(layer, x, slots, gate_weights)
+
+    def compute_on_host(
+        self, layer: int, x: torch.Tensor, slots: np.ndarray, gate_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`compute` for rows on the CPU, whose slots are numbers of this process already."""
+        with self._counters.timed("experts"):
+            return self._compute_present(layer, x, slots, gate_weights)
 
     def flush_counts(self) -> None:
         """Bring counts that wait on the GPU to the counters."""
@@ -52,30 +61,46 @@ class ExpertComputation:
             self._pending.zero_()
 
     def _compute_present(
-        self, layer: int, x_ND: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor
+        self, layer: int, x_ND: torch.Tensor, slots_NK: np.ndarray, weights_NK: torch.Tensor
     ) -> torch.Tensor:
-        """On the CPU, where sizes are free to read: only the assignments that exist are touched."""
+        """On the CPU, where sizes are free to read: only the assignments that exist are touched. What is reckoned with
+        slots is numpy's, which takes a fraction of the calls of small tensors."""
         rows, top_k = slots_NK.shape
-        total = len(self._store.weights[layer].gate_up)
-        storage, source = self._store.rows_of(layer)[slots_NK.reshape(-1)].sort(
-            stable=True
-        )  # absent ones sort to the end
-        counts = torch.bincount(storage, minlength=total + 1)
-        sizes: list[int] = counts.tolist()
-        present = rows * top_k - sizes[total]
-        if not present:
+        storage_A = self._store.row_table(layer)[slots_NK.reshape(-1)]  # A = N * K, row after row
+        groups = Groups.of(storage_A, len(self._store.weights[layer].gate_up))
+        if not groups.present:
             return torch.zeros_like(x_ND)
-        self._counters.tokens[layer] += present
-        self._counters.activated[layer] += sum(map(bool, sizes[:total]))
-        source_M = source[:present]  # index into (N, K), grouped by storage row
-        x_MD = x_ND.index_select(0, source_M if top_k == 1 else source_M // top_k)
-        out_MD = self._apply(layer, x_MD, storage[:present], counts[:total])
-        out_MD = out_MD * weights_NK.reshape(-1, 1).index_select(0, source_M)
-        room = torch.empty if present == rows * top_k else torch.zeros
-        sum_ND = room(rows * top_k, x_ND.shape[1], dtype=out_MD.dtype).index_copy_(0, source_M, out_MD)
-        if top_k > 1:
-            sum_ND = sum_ND.view(rows, top_k, x_ND.shape[1]).sum(1)
-        return sum_ND.to(x_ND.dtype)
+        self._counters.tokens[layer] += groups.present
+        self._counters.activated[layer] += groups.active
+        suits = suits_padding(groups, self._store.weights[layer].gate_up)
+        form = self._apply_padded if suits else self._apply_in_order
+        out_AD = form(layer, x_ND, top_k, groups)
+        out_NKD = out_AD.view(rows, top_k, -1) * weights_NK.unsqueeze(-1)
+        if groups.present < len(storage_A):
+            out_NKD.masked_fill_(torch.from_numpy(slots_NK < 0).unsqueeze(-1), 0)
+        return (out_NKD.squeeze(1) if top_k == 1 else out_NKD.sum(1)).to(x_ND.dtype)
+
+    def _apply_in_order(self, layer: int, x_ND: torch.Tensor, top_k: int, groups: Groups) -> torch.Tensor:
+        """(A, D) of each assignment, those of an expert one after the other; absent ones are zero."""
+        order_M = groups.order[: groups.present]
+        x_MD = x_ND.index_select(0, torch.from_numpy(order_M // top_k))
+        out_MD = self._apply(layer, x_MD, torch.from_numpy(groups.storage_of_order()), groups.sizes)
+        room = torch.empty if groups.present == len(groups.order) else torch.zeros
+        out_AD = room(len(groups.order), x_ND.shape[1], dtype=out_MD.dtype)
+        return out_AD.index_copy_(0, torch.from_numpy(order_M), out_MD)
+
+    def _apply_padded(self, layer: int, x_ND: torch.Tensor, top_k: int, groups: Groups) -> torch.Tensor:
+        """(A, D) of each assignment by two batched products, of as many rows for every expert; absent ones have those
+        of another."""
+        weights, (source, place) = self._store.weights[layer], groups.padding()
+        x = x_ND.index_select(0, torch.from_numpy(source // top_k)).view(len(weights.gate_up), -1, x_ND.shape[1])
+        hidden = torch.bmm(x, weights.gate_up.transpose(1, 2))
+        if weights.gate_up_bias is not None:
+            hidden += weights.gate_up_bias.unsqueeze(1)
+        out = torch.bmm(self._activation(hidden), weights.down.transpose(1, 2))
+        if weights.down_bias is not None:
+            out += weights.down_bias.unsqueeze(1)
+        return out.flatten(0, 1).index_select(0, torch.from_numpy(place))
 
     def _compute_all(
         self, layer: int, x_ND: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor
@@ -90,19 +115,21 @@ class ExpertComputation:
             self._pending[layer] += torch.stack([counts.sum(), counts.count_nonzero()])
         absent_M = (storage_M == total)[:, None]
         x_MD = x_ND[source_M // top_k].masked_fill(absent_M, 0)
-        out_MD = self._apply(layer, x_MD, storage_M.clamp(max=total - 1), counts)
+        out_MD = self._apply(layer, x_MD, storage_M.clamp(max=total - 1), counts.cumsum(0).to(torch.int32))
         out_MD = (out_MD * weights_NK.reshape(-1)[source_M, None]).masked_fill(absent_M, 0)
         sum_ND = torch.empty_like(out_MD)
         sum_ND[source_M] = out_MD
         return sum_ND.view(rows, top_k, x_ND.shape[1]).sum(1).to(x_ND.dtype)
 
-    def _apply(self, layer: int, x_MD: torch.Tensor, storage_M: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def _apply(
+        self, layer: int, x_MD: torch.Tensor, storage_M: torch.Tensor, groups: torch.Tensor | np.ndarray
+    ) -> torch.Tensor:
+        """`groups`: sizes on the host, or ends on the device."""
         weights = self._store.weights[layer]
-        ends = counts.cumsum(0).to(torch.int32)
-        hidden = grouped_linear(x_MD, weights.gate_up, ends)
+        hidden = grouped_linear(x_MD, weights.gate_up, groups, matrices=weights.gate_up_matrices)
         if weights.gate_up_bias is not None:
             hidden += weights.gate_up_bias[storage_M]
-        out_MD = grouped_linear(self._activation(hidden), weights.down, ends)
+        out_MD = grouped_linear(self._activation(hidden), weights.down, groups, matrices=weights.down_matrices)
         if weights.down_bias is not None:
             out_MD += weights.down_bias[storage_M]
         return out_MD

@@ -11,6 +11,7 @@ Shape letters: L MoE layers, C slots per rank.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from moeplace.profiling.errors import InputError
@@ -84,6 +85,10 @@ class ExpertStore:
         """(C + 1,) int64, storage row of each slot of a layer; that of slot -1 lies beyond all others."""
         return self._rows[layer]
 
+    def row_table(self, layer: int) -> np.ndarray:
+        """`rows_of` on the host."""
+        return self._tables[layer]
+
     def num_rows(self, layer: int) -> int:
         """Storage rows of a layer, without staging."""
         return len(self.weights[layer].gate_up)
@@ -123,12 +128,13 @@ class ExpertStore:
         self._install_rows(row_of_slot)
 
     def _install_rows(self, row_of_slot: torch.Tensor) -> None:
-        """Derive the table that `rows_of` gives."""
+        """Derive the tables that `rows_of` and `row_table` give."""
         self.row_of_slot = row_of_slot
         beyond = [len(layer_weights.gate_up) for layer_weights in self.weights]
         self._rows = [
             torch.cat([table, table.new_tensor([row])]) for table, row in zip(row_of_slot, beyond, strict=True)
         ]
+        self._tables = [rows.cpu().numpy() for rows in self._rows]
 
     def resize(self, slots: int) -> None:
         """Hold more or fewer slots per layer, layer by layer; what is beyond the new number, or staged, is dropped.

@@ -5,6 +5,7 @@ Shape letters: D hidden size, H expert hidden size, M token rows.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -66,6 +67,16 @@ class ExpertWeights:
 
         parts = {name: select(tensor) for name, tensor in self.parts().items()}
         return ExpertWeights(**parts)
+
+    @cached_property
+    def gate_up_matrices(self) -> tuple[torch.Tensor, ...]:
+        """(D, 2H) view of each row's first matrix."""
+        return self.gate_up.transpose(1, 2).unbind(0)
+
+    @cached_property
+    def down_matrices(self) -> tuple[torch.Tensor, ...]:
+        """(H, D) view of each row's second matrix."""
+        return self.down.transpose(1, 2).unbind(0)
 
     def parts(self) -> dict[Part, torch.Tensor]:
         """The tensors that exist, by name."""

@@ -16,6 +16,7 @@ class KvCache:
     """Rows of keys and values.
 
     Attributes:
+        all_keys, all_values: (layers, rows, heads, positions, dim).
         keys: per decoder layer (rows, heads, positions, key dim).
         values: per decoder layer (rows, heads, positions, value dim).
         num_layers: decoder layers.
@@ -29,10 +30,11 @@ class KvCache:
 
         def slab(shape: tuple[int, int]) -> torch.Tensor:
             # On a CPU an untouched page of zeros takes no memory, so an idle row costs nothing there.
-            return torch.zeros(rows, shape[0], positions, shape[1], dtype=decoder.dtype, device=decoder.device)
+            size = (decoder.num_layers, rows, shape[0], positions, shape[1])
+            return torch.zeros(size, dtype=decoder.dtype, device=decoder.device)
 
-        self.keys = [slab(key_shape) for _ in range(decoder.num_layers)]
-        self.values = [slab(value_shape) for _ in range(decoder.num_layers)]
+        self.all_keys, self.all_values = slab(key_shape), slab(value_shape)
+        self.keys, self.values = self.all_keys.unbind(0), self.all_values.unbind(0)
         self.rows, self.positions, self.num_layers = rows, positions, decoder.num_layers
         self.replicated = replicated
         self._filled = [0] * rows  # positions of each row beyond which it is all zeros
@@ -83,6 +85,8 @@ def flatten_kv(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 class _Probe:
     """A view of one token that only looks at what attention wants to keep."""
 
+    rotation = None
+
     def __init__(self, decoder: Decoder) -> None:
         self.position_embeddings = decoder.position_embeddings(
             torch.zeros(1, 1, dtype=torch.int64, device=decoder.device)
@@ -97,6 +101,9 @@ class _Probe:
 
     def mask(self, window: int | None, *, additive: torch.dtype | None) -> torch.Tensor | None:
         return None
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("without a rotation nothing is stored so")
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         self.shapes = ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))

@@ -10,6 +10,7 @@ import torch
 from moeplace.runtime.exchange.kv_ledger import KvLedger
 from moeplace.runtime.kv.cache import KvCache, flatten_kv
 from moeplace.runtime.models.decoder import Decoder
+from moeplace.runtime.models.token_attention import Rotation
 
 
 class PrefillView:
@@ -19,6 +20,8 @@ class PrefillView:
         rows: cache row of each sequence.
         lengths: tokens of each sequence; tokens of a pass are in this order.
     """
+
+    rotation = None
 
     def __init__(self, decoder: Decoder, cache: KvCache, *, rows: list[int], lengths: list[int]) -> None:
         self._cache, self._rows = cache, rows
@@ -53,6 +56,10 @@ class PrefillView:
             self._masks[window] = _as_mask(seen[None, None], additive)
         return self._masks[window]
 
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `AttentionView`; prompts are no single tokens."""
+        raise AssertionError("without a rotation nothing is stored so")
+
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """See `AttentionView`."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
@@ -70,7 +77,9 @@ class DecodeView:
         position: (M,) its position.
         longest: an upper bound of the positions, plus one.
         even: whether all positions equal longest - 1.
+        rotation: of the positions, for a decoder that is quick; None = modules are used.
         token: (M,) names of the tokens, noted in `ledger` with their new K/V.
+        all_layers: whether all layers of the pass see this view; then what depends on the rows alone is made once.
     """
 
     def __init__(
@@ -82,15 +91,24 @@ class DecodeView:
         longest: int,
         even: bool,
         position_embeddings: Any,
+        rotation: Rotation | None = None,
         token: torch.Tensor,
         ledger: KvLedger | None = None,
+        all_layers: bool = False,
     ) -> None:
         self._cache, self._row, self._position = cache, row, position
         self._longest, self._even = longest, even
         self._token, self._ledger = token, ledger
-        self.position_embeddings = position_embeddings
+        self.position_embeddings, self.rotation = position_embeddings, rotation
         self._slice = _as_slice(row)
         self._masks: dict[int | None, torch.Tensor] = {}
+        self._seen: list[tuple[torch.Tensor, ...]] | None = None
+        self._places: list[tuple[torch.Tensor, ...]] = []
+        if all_layers and self._slice is not None:
+            slabs = (cache.all_keys[:, self._slice], cache.all_values[:, self._slice])
+            self._seen = [slab[:, :, :, :longest].unbind(0) for slab in slabs]
+            if even:
+                self._places = [slab[:, :, :, longest - 1].unbind(0) for slab in slabs]
 
     def fold(self, x: torch.Tensor) -> torch.Tensor:
         """See `AttentionView`."""
@@ -112,16 +130,24 @@ class DecodeView:
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """See `AttentionView`."""
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        new_key, new_value = key[:, :, 0], value[:, :, 0]
+        return self.store(layer, key[:, :, 0], value[:, :, 0])
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `AttentionView`."""
         if self._ledger is not None:
-            self._ledger.add(layer, self._token, flatten_kv(new_key, new_value))
-        if self._slice is not None and self._even:
-            keys[self._slice, :, self._longest - 1] = new_key
-            values[self._slice, :, self._longest - 1] = new_value
+            self._ledger.add(layer, self._token, flatten_kv(key, value))
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        if self._places:
+            for places, new in zip(self._places, (key, value), strict=True):
+                places[layer].copy_(new)
+        elif self._slice is not None and self._even:
+            keys[self._slice, :, self._longest - 1] = key
+            values[self._slice, :, self._longest - 1] = value
         else:
-            keys[self._row, :, self._position] = new_key
-            values[self._row, :, self._position] = new_value
+            keys[self._row, :, self._position] = key
+            values[self._row, :, self._position] = value
+        if self._seen is not None:
+            return self._seen[0][layer], self._seen[1][layer]
         # Consecutive rows are a view; others are gathered.
         rows = self._row if self._slice is None else self._slice
         return keys[rows, :, : self._longest], values[rows, :, : self._longest]

@@ -17,12 +17,26 @@ from moeplace.runtime.models.blocks import ModelBlock, NotSplitError
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.head import Head, language_model
 from moeplace.runtime.models.loading import load_without_experts, stated_dtype
+from moeplace.runtime.models.quick_norm import quicken_norms
+from moeplace.runtime.models.token_attention import (
+    Rotation,
+    TokenAttention,
+    find_token_attention,
+    tried_positions,
+)
 
 
 class AttentionView(Protocol):
     """How the tokens of a rank sit in sequences during one pass; also the cache that attention modules write to."""
 
     position_embeddings: Any
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """Of one new token per sequence, where `store` takes its keys and values; None = there may be more tokens."""
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `OneTokenView`."""
 
     def fold(self, x: torch.Tensor) -> torch.Tensor:
         """(M, D) tokens -> (B, Q, D)."""
@@ -85,6 +99,28 @@ class Decoder:
         self.windows = [window_of(self.config, layer) for layer in range(self.num_layers)]
         self.blocks = [self._make_block(form.experts.name) for form in checkpoint.family.forms]
         self._account_for_parameters()
+        self._quick: list[TokenAttention | None] = [None] * self.num_layers
+
+    def quicken(self) -> None:
+        """Take quicker forms of norms, and of the attention of single tokens, where they give what the modules give."""
+        quicken_norms(self._model, self.dtype)
+        if self._eager:  # such attention has parts that the quick form does not know
+            return
+        embeddings = self.position_embeddings(tried_positions(self.device))
+        for layer, module in enumerate(self._layers):
+            self._quick[layer] = find_token_attention(
+                module.self_attn,
+                embeddings,
+                layer=layer,
+                dtype=self.dtype,
+                width=self.hidden_size,
+                cache_keyword=self._cache_keywords[layer],
+            )
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether some layer has a quick attention of single tokens."""
+        return any(quick is not None for quick in self._quick)
 
     @torch.inference_mode()
     def _make_block(self, name: str) -> ModelBlock:
@@ -142,9 +178,12 @@ class Decoder:
 
     def attend(self, layer: int, x: torch.Tensor, view: AttentionView) -> torch.Tensor:
         """(M, D) residual stream -> after the attention of a decoder layer."""
-        module = self._layers[layer]
+        module, quick = self._layers[layer], self._quick[layer]
+        hidden = module.input_layernorm(x)
+        if quick is not None and view.rotation is not None:
+            return quick(layer, x, hidden, view, window=self.windows[layer])
         out, *_ = module.self_attn(
-            hidden_states=view.fold(module.input_layernorm(x)),
+            hidden_states=view.fold(hidden),
             position_embeddings=view.position_embeddings,
             attention_mask=view.mask(self.windows[layer], additive=self.dtype if self._eager else None),
             **{self._cache_keywords[layer]: view},

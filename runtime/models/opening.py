@@ -35,6 +35,7 @@ def open_model(
         logger.info("%s runs its own code from end to end: %s", checkpoint.family.name, error)
         reason = str(error)
     else:
+        decoder.quicken()
         return decoder
     try:
         return WholeModel(checkpoint, dtype=dtype, device=device, model=model, reason=reason)

@@ -114,6 +114,8 @@ def _require_close(found: torch.Tensor, expected: torch.Tensor, reason: str) -> 
 class _SequenceView:
     """One prompt, whose keys and values nobody keeps; see `AttentionView`."""
 
+    rotation = None
+
     def __init__(self, decoder: Decoder, length: int) -> None:
         index = torch.arange(length, device=decoder.device)
         self.position_embeddings = decoder.position_embeddings(index[None])
@@ -134,6 +136,9 @@ class _SequenceView:
             return seen
         zeros = torch.zeros(seen.shape, dtype=additive, device=seen.device)
         return zeros.masked_fill_(~seen, torch.finfo(additive).min)
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("a prompt is no single token")
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         self.shapes.append((key.shape[1], key.shape[3], value.shape[1], value.shape[3]))

@@ -1,12 +1,13 @@
 """Local experts: both forms of the computation against a loop, and storage rows that change under the slots."""
 
+import numpy as np
 import pytest
 import torch
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.experts.computation import ExpertComputation
-from moeplace.runtime.experts.grouped import grouped_linear, looped_linear, padded_linear
+from moeplace.runtime.experts.grouped import Groups, grouped_linear, looped_linear, suits_padding
 from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.experts.weights import ExpertWeights, gated_silu
 
@@ -72,22 +73,81 @@ def test_computation_equals_a_loop_on_a_gpu() -> None:
 
 
 def test_grouped_and_looped_products_agree() -> None:
-    """One product per group, empty groups included."""
-    x, weight = torch.randn(12, 8), torch.randn(5, 6, 8)
+    """One product per group, empty groups included; sizes on the host or ends on the device."""
+    x, weight, sizes = torch.randn(12, 8), torch.randn(5, 6, 8), np.array([3, 0, 4, 5, 0])
+    expected = torch.cat([x[:3] @ weight[0].T, x[3:7] @ weight[2].T, x[7:] @ weight[3].T])
     ends = torch.tensor([3, 3, 7, 12, 12], dtype=torch.int32)
-    torch.testing.assert_close(grouped_linear(x, weight, ends), looped_linear(x, weight, ends))
+    for groups in (sizes, ends):
+        torch.testing.assert_close(grouped_linear(x, weight, groups), expected)
+        torch.testing.assert_close(grouped_linear(x.double(), weight.double(), groups).float(), expected)
+    torch.testing.assert_close(looped_linear(x, weight.transpose(1, 2).unbind(0), sizes), expected)
 
 
-@pytest.mark.parametrize("counts", [(2, 0, 1, 3, 2), (1, 1, 1, 1, 1), (0, 0, 0, 9, 0), (40, 1, 1, 1, 1), (0,) * 5])
-def test_few_rows_of_a_16_bit_type_give_the_same(counts: tuple[int, ...]) -> None:
-    """Padded or not, each group's rows meet the group's matrix."""
-    x, weight = torch.randn(sum(counts), 16).bfloat16(), torch.randn(5, 8, 16).bfloat16()
-    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
-    expected = looped_linear(x.double(), weight.double(), ends)
-    torch.testing.assert_close(grouped_linear(x, weight, ends).double(), expected, rtol=2e-2, atol=5e-2)
-    if sum(counts):
-        padded = padded_linear(x, weight, torch.tensor(counts), max(counts))
-        torch.testing.assert_close(padded.double(), expected, rtol=2e-2, atol=5e-2)
+@pytest.mark.parametrize("seed", [1, 2, 3, "today"])
+def test_padded_groups_are_the_groups(seed: int | str, dated_seed: int) -> None:
+    """Whatever the sizes: every present assignment has a place of its own in its group, and its own row is there."""
+    seed = dated_seed if seed == "today" else int(seed)
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        count = int(rng.integers(1, 9))
+        storage = rng.integers(0, count + int(rng.integers(2)), int(rng.integers(1, 30)))
+        groups = Groups.of(storage, count)
+        if not groups.present:
+            continue
+        source, place = groups.padding()
+        here = np.flatnonzero(storage < count)
+        assert len(set(place[here])) == len(here) == groups.present, seed
+        assert (source[place[here]] == here).all(), seed
+        assert (place[here] // groups.sizes.max() == storage[here]).all(), seed
+        assert len(source) == count * groups.sizes.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_padded_and_ordered_forms_agree(dtype: torch.dtype, top_k: int) -> None:
+    """For sizes that suit either."""
+    generator = torch.Generator().manual_seed(4)
+    for rows in (1, 2, 7, 40):
+        store = make_store(dtype, bias=top_k > 1)
+        computation = ExpertComputation(store, counters=Counters())
+        x = torch.randn(rows, HIDDEN, generator=generator).to(dtype)
+        slots = torch.randint(0, SLOTS, (rows, top_k), generator=generator)
+        groups = Groups.of(store.row_table(0)[slots.numpy().reshape(-1)], SLOTS + STAGING)
+        both = (computation._apply_padded, computation._apply_in_order)
+        forms = [form(0, x, top_k, groups).double() for form in both]
+        tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(*forms, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "dtype", "suits"),
+    [
+        ([4] * 16, (128, 96), torch.float32, True),
+        ([4] * 16, (4096, 2048), torch.float32, True),  # nothing is padded
+        ([5, 3] * 8, (4096, 2048), torch.float32, False),  # reading a matrix once more costs more than a call
+        ([60] + [1] * 15, (128, 96), torch.float32, False),
+        ([1] * 4 + [0] * 12, (128, 96), torch.float32, False),
+        ([4] * 16, (128, 96), torch.bfloat16, True),
+        ([20] * 16, (128, 96), torch.bfloat16, False),
+        ([4] * 16, (2048, 1024), torch.bfloat16, False),
+    ],
+)
+def test_when_padding_pays(sizes: list[int], shape: tuple[int, int], dtype: torch.dtype, suits: bool) -> None:
+    """Where the calls that it saves cost more than the rows that it adds."""
+    groups = Groups.of(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
+    assert suits_padding(groups, torch.empty(len(sizes), *shape, dtype=dtype, device="meta")) is suits
+
+
+def test_what_is_absent_is_zero_whatever_the_others_are() -> None:
+    """A row without experts here stays zero beside one that is no number."""
+    computation = ExpertComputation(make_store(torch.float32, bias=False), counters=Counters())
+    x = torch.randn(6, HIDDEN)
+    x[0] = torch.nan
+    slots = torch.tensor([[0], [1], [2], [3], [-1], [0]])
+    out = computation.compute(0, x, slots, torch.ones(6, 1))
+    assert (out[4] == 0).all()
+    assert out[1:].isfinite().all()
+    assert out[0].isnan().all()
 
 
 def test_commit_changes_slots_and_no_storage() -> None:
