@@ -1,6 +1,6 @@
 """Engines are made on all ranks or on none; what one rank decides or fails at reaches the others."""
 
-import time
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ class Broken(Exception):
     """No error of ours."""
 
 
-def fail_somewhere(context: RankContext, path: Path, where: str) -> tuple[str, float]:
-    """Error type of each rank and seconds until it came, when the last rank's construction fails at some point."""
+def fail_somewhere(context: RankContext, path: Path, where: str) -> tuple[str, str]:
+    """Error type of each rank and what it and its causes say, when the last rank's construction fails at some point."""
     group = context.group()
     placement = random_placement(3, 6, context.size, seed=1)
     before = {name: getattr(engine_module, name) for name in ("prepare_engine", "load_experts")}
@@ -61,13 +61,13 @@ def fail_somewhere(context: RankContext, path: Path, where: str) -> tuple[str, f
 
     if context.rank == context.size - 1:
         setattr(engine_module, where, break_down)
-    started = time.monotonic()
     try:
         engine = Engine(path, placement, group=group, limits=EngineLimits(max_length=16))
         engine.generate([Request("a", (1, 2))])
-        return "no error", 0.0
+        return "no error", ""
     except Exception as error:
-        return type(error).__name__, (time.monotonic() - started) / group.timeout
+        causes = [error, error.__cause__, error.__context__]
+        return type(error).__name__, " ".join(str(cause) for cause in causes if cause is not None)
     finally:
         group.close()  # as the end of a process would
         for name, function in before.items():
@@ -81,7 +81,7 @@ def test_an_error_of_any_kind_reaches_the_others(pool: RankPool, tmp_path: Path,
     results = pool.run(fail_somewhere, tmp_path, where, size=3)
     expected = DisagreementError if where == "prepare_engine" else PeerLostError
     assert [kind for kind, _ in results] == [expected.__name__] * 2 + ["Broken"]
-    assert max(share for _, share in results) < 0.8  # of the timeout
+    assert not [told for _, told in results if re.search("timed out|wait timeout", told, re.IGNORECASE)]
 
 
 def choose_with_noise(context: RankContext, seed: int) -> list[Mode]:
