@@ -3,6 +3,7 @@
 Names differ by family; each fact is looked for under all names that families use, in nested configurations too.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,9 @@ _SHARED = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_n
 _EXPERT_HIDDEN = (
     "moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size", "ffn_hidden_size", "intermediate_size",
 )  # fmt: skip
+_FP4_BLOCK = 32
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float64": 8}
 _WITHOUT_KV = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "lightning_attention", "moe", "mlp")
-_MATRICES = 3
-"""Gate, up and down projection of an expert."""
 _MOST = 1 << 40
 
 
@@ -82,7 +82,7 @@ def facts_of(config: Mapping[str, Any], *, name: str = "") -> ModelFacts:
         top_k=_number(parts, "num_experts_per_tok", "moe_topk", "moe_top_k", "num_experts_per_token", "top_k_experts"),
         kv_dim=_kv_dim(parts, hidden),
         shared_experts=shared,
-        expert_bytes=_MATRICES * hidden * _number(parts, *_EXPERT_HIDDEN) * _weight_bytes(parts),
+        expert_bytes=_expert_bytes(parts, hidden, _number(parts, *_EXPERT_HIDDEN)),
     )
 
 
@@ -119,10 +119,34 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(entry, str) for entry in value)
 
 
-def _weight_bytes(parts: list[Mapping[str, Any]]) -> int:
-    """Bytes of a weight, 0 where weights are quantised to less than a byte or in a way that is not known."""
+def _expert_bytes(parts: list[Mapping[str, Any]], hidden: int, expert_hidden: int) -> int:
+    """Bytes of gate, up and down projection; 0 where weights are quantised in a way that is not known."""
     quantised = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-    if quantised:
-        return 1 if isinstance(quantised, Mapping) and quantised.get("quant_method") == "fp8" else 0
+    if isinstance(quantised, Mapping):
+        up, down = (_matrix_bytes(quantised, *size) for size in ((expert_hidden, hidden), (hidden, expert_hidden)))
+        return 2 * up + down
     dtype = next((str(part[n]) for part in parts for n in ("dtype", "torch_dtype") if part.get(n)), "")
-    return _BYTES.get(dtype.removeprefix("torch."), 0)
+    return 3 * hidden * expert_hidden * _BYTES.get(dtype.removeprefix("torch."), 0)
+
+
+def _matrix_bytes(stated: Mapping[str, Any], rows: int, columns: int) -> int:
+    """Bytes of a quantised matrix (out, in), its scales and zeros; 0 where the form is not known.
+
+    Forms: `moeplace.profiling.recording.quantised`; scales as they are published: 2 bytes, of fp8 blocks 4.
+    """
+    method, weights = stated.get("quant_method"), rows * columns
+    if method == "mxfp4" or stated.get("expert_dtype") == "fp4":
+        return weights // 2 + weights // _FP4_BLOCK
+    if method == "fp8":
+        block = stated.get("weight_block_size") or ()
+        scales = math.prod(-(-size // step) for size, step in zip((rows, columns), block, strict=False)) if block else 0
+        return weights + scales * (1 if stated.get("scale_fmt") == "ue8m0" else 4)
+    if method == "compressed-tensors":
+        groups = list((stated.get("config_groups") or {}).values())
+        stated = (groups[0].get("weights") if groups else None) or {}
+    bits, group = stated.get("bits", stated.get("num_bits")), stated.get("group_size") or columns
+    if not isinstance(bits, int) or method not in ("awq", "gptq", "compressed-tensors"):
+        return 0
+    pairs = rows * (-(-columns // group) if group > 0 else 1)
+    zeros = 0 if stated.get("symmetric") else pairs * bits // 8
+    return weights * bits // 8 + 2 * pairs + zeros + (4 * columns if method == "gptq" else 0)

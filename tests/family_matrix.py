@@ -5,7 +5,8 @@
 A family passes in a mode if, on every number of ranks asked for, under random placements with replicas, its logits
 across the border of prefill and decode are those of the plain model (in float64; some families compute parts in
 float32, so the tolerance is theirs), and the greedy tokens the same. It passes in profiling if the trace holds the ids
-that its experts received.
+that its experts received. It passes in a quantised form if its checkpoint, packed by `tests.packers`, is served as the
+plain model of what the packed numbers mean.
 """
 
 import json
@@ -29,6 +30,7 @@ from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.opening import open_model
 from tests.model_families import moe_families, plain_logits, save_family
+from tests.packers import NotPackableError, quantise_checkpoint
 from tests.rank_pool import RankContext, RankPool
 from tests.runtime.placements import random_placement
 
@@ -38,7 +40,8 @@ RECORD = ROOT / "runtime" / "models" / "recorded.json"
 TOLERANCE = 1e-4
 """Of the greatest logit."""
 LENGTHS, PROMPTS = (9, 1, 23, 17), (5, 1, 17, 1)
-_TABLE_START = "| family | experts | profile | dispatch-combine | allgather | coherent | why not |\n"
+_TABLE_START = "| family | experts | profile | dispatch-combine | allgather | coherent | quantised forms | why not |\n"
+PUBLISHED_FORMS = ("fp8", "mxfp4", "awq", "gptq", "compressed-tensors")
 
 
 @dataclass
@@ -50,6 +53,7 @@ class FamilyResult:
         experts: experts per layer, as text.
         profile: "exact" or "no".
         modes: mode -> "exact", "no" or "refused".
+        quantised: forms in which its experts may be and are served exactly, with * where they are unpacked.
         reason: why not, where something is not exact.
     """
 
@@ -57,16 +61,20 @@ class FamilyResult:
     experts: str = "-"
     profile: str = "no"
     modes: dict[str, str] = field(default_factory=lambda: dict.fromkeys(MODES, "no"))
+    quantised: str = "-"
     reason: str = ""
 
     def row(self) -> str:
         """As a row of the table."""
         marks = [self.profile, *(self.modes[mode] for mode in ("dispatch-combine", "allgather", "coherent"))]
-        return f"| `{self.family}` | {self.experts} | {' | '.join(marks)} | {self.reason.replace('|', '/')} |\n"
+        cells = [f"`{self.family}`", self.experts, *marks, self.quantised, self.reason.replace("|", "/")]
+        return f"| {' | '.join(cells)} |\n"
 
 
-def judge_family(pool: RankPool, family: str, folder: Path, *, sizes: Sequence[int], seed: int) -> FamilyResult:
-    """Save a small checkpoint of a family, then profile and serve it."""
+def judge_family(
+    pool: RankPool, family: str, folder: Path, *, sizes: Sequence[int], seed: int, forms: Sequence[str] = ()
+) -> FamilyResult:
+    """Save a small checkpoint of a family, then profile and serve it; in these quantised forms too."""
     result = FamilyResult(family)
     rng = np.random.default_rng(seed)
     try:
@@ -94,7 +102,34 @@ def judge_family(pool: RankPool, family: str, folder: Path, *, sizes: Sequence[i
         wrong = [why for size in sizes if (why := judge_mode(pool, folder, sequences, expected, mode, size, seed))]
         result.modes[mode] = "no" if wrong else "exact"
         result.reason = f"{mode}: {wrong[0]}" if wrong else result.reason
+    found = [judge_form(family, folder / "quantised" / form, form, seed) for form in forms]
+    result.quantised = ", ".join(mark for mark, _ in found if mark) or "-"
+    result.reason = next((why for _, why in found if why), "") or result.reason
     return result
+
+
+def judge_form(family: str, folder: Path, form: str, seed: int) -> tuple[str, str]:
+    """The mark of a form, blank where the family's experts cannot have it, and what is wrong."""
+    packed, plain = folder / "packed", folder / "plain"
+    save_family(family, folder / "source", seed=seed, intermediate_size=64, moe_intermediate_size=64)
+    try:
+        quantise_checkpoint(folder / "source", form, packed, plain, seed=seed)
+    except NotPackableError:
+        return "", ""
+    rng = np.random.default_rng(seed)
+    sequences = [rng.integers(1, 96, length).tolist() for length in LENGTHS]
+    try:
+        checkpoint = Checkpoint(packed)
+        limits = EngineLimits(max_sequences=4, max_length=32)
+        engine = Engine(checkpoint, mode="dispatch-combine", dtype=torch.float64, limits=limits)
+        served = engine.score(sequences, prompt_lengths=PROMPTS)
+    except MoeplaceError as error:
+        return "", f"{form}: {_reason(error)}"
+    for ours, expected in zip(served, plain_logits(plain, sequences), strict=True):
+        off = float((ours.double() - expected.double()).abs().max() / expected.abs().max())
+        if off > TOLERANCE:
+            return "", f"{form}: has other logits (off by {off:.1e} of the greatest)"
+    return (form if checkpoint.layout is not None else f"{form}*"), ""
 
 
 def judge_mode(
@@ -231,7 +266,7 @@ def _reason(error: MoeplaceError) -> str:
 
 def table(results: Sequence[FamilyResult]) -> str:
     """The table of the page."""
-    return _TABLE_START + "|---|---|---|---|---|---|---|\n" + "".join(result.row() for result in results)
+    return _TABLE_START + "|---|---|---|---|---|---|---|---|\n" + "".join(result.row() for result in results)
 
 
 def rows_of_page() -> dict[str, str]:
@@ -255,7 +290,7 @@ def judge_all(pool: RankPool, folder: Path, families: Sequence[str], *, sizes: S
     """All families, one after the other."""
     results = []
     for family in families:
-        results.append(judge_family(pool, family, folder / family, sizes=sizes, seed=0))
+        results.append(judge_family(pool, family, folder / family, sizes=sizes, seed=0, forms=PUBLISHED_FORMS))
         print(results[-1].row(), end="", flush=True, file=sys.stderr)
     return results
 

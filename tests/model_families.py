@@ -143,15 +143,15 @@ def _speaks_of_experts(family: str) -> bool:
     return bool(find_experts(model))
 
 
-def small_config(family: str) -> Any:
-    """A small configuration of a model type."""
+def small_config(family: str, **sizes: int) -> Any:
+    """A small configuration of a model type; `sizes` where it has attributes of these names."""
     config_class = getattr(transformers, CONFIG_MAPPING_NAMES[family])
     plain = config_class()
     plain.__dict__["allow_global_per_layer_attribute_access"] = True
     own = _OWN.get(family, {})
     changes = {
         name: value
-        for name, value in _SMALL.items()
+        for name, value in (_SMALL | sizes).items()
         if getattr(plain, name, None) is not None or (name.endswith("token_id") and hasattr(plain, name))
     }
     if hasattr(plain, "kv_lora_rank") and family != "kimi_linear":  # latent attention: a head has no size of its own
@@ -160,13 +160,13 @@ def small_config(family: str) -> Any:
     return config_class(**{**changes, **own})
 
 
-def build(family: str) -> Any:
+def build(family: str, **sizes: int) -> Any:
     """A small model of a family, its weights as its constructor leaves them."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = small_config(family)
+        config = small_config(family, **sizes)
         with torch.device("meta"):
             size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
         if size > MOST_PARAMETERS:
@@ -175,10 +175,10 @@ def build(family: str) -> Any:
 
 
 @torch.no_grad()
-def save_family(family: str, folder: Path, *, seed: int = 0, shard_size: str = "5GB") -> None:
+def save_family(family: str, folder: Path, *, seed: int = 0, shard_size: str = "5GB", **sizes: int) -> None:
     """Write a checkpoint with weights under which experts, routers and biases all matter for the logits."""
     torch.manual_seed(seed)
-    model = build(family).float().eval()
+    model = build(family, **sizes).float().eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and "conv" not in name and "A_log" not in name:
             fan = parameter.shape[-1] if parameter.ndim == 2 else min(parameter.shape[-2:])

@@ -1,6 +1,7 @@
 """`moeplace profile`: run a Hugging Face MoE checkpoint over text and record its routing."""
 
 import argparse
+import os
 import sys
 
 HELP = "run a Hugging Face MoE checkpoint over text and record a routing trace"
@@ -34,7 +35,46 @@ def run(args: argparse.Namespace) -> int:
         gate_accuracy=args.gate_accuracy,
         progress=sys.stderr.isatty(),
     )
-    print(f"{args.out}: {tokens} tokens of {len(args.text)} text{'s' if len(args.text) > 1 else ''}")
+    print(summarise(args.out, tokens=tokens, texts=len(args.text)))
     if args.gate_accuracy:
         print(f"{args.gate_accuracy}: cross-layer gate accuracy")
     return 0
+
+
+def summarise(path: str, *, tokens: int, texts: int) -> str:
+    """What a recorded trace holds, which decoder layers it leaves out and why, and what to do with it."""
+    import numpy as np
+
+    from moeplace.profiling.imports.canonical.findings import ranges
+    from moeplace.profiling.traces.file import load_trace
+
+    trace = load_trace(path)
+    layers, depth = np.asarray(trace.layer_ids), trace.num_hidden_layers
+    least, most = int(trace.experts_per_layer.min()), int(trace.experts_per_layer.max())
+    experts = f"{most}" if least == most else f"{least} to {most}"
+    null = f" and {trace.null_experts} zero-computation ones" if trace.null_experts else ""
+    lines = [
+        f"{path}: {tokens} tokens of {texts} text{'s' if texts > 1 else ''} x {trace.num_layers} layers x {experts} "
+        f"experts{null}, top-{trace.top_k} ({_size(os.path.getsize(path))})",
+        f"MoE layers: decoder layers {ranges(np.unique(layers))} of {depth}",
+    ]
+    skipped = np.setdiff1d(np.arange(depth), layers)
+    if len(skipped):
+        lines.append(f"not in the trace: decoder layers {ranges(skipped)}, which have no routed experts to place")
+    sizes = [f"hidden size {trace.hidden_size}", f"{trace.kv_dim} K/V elements a token and decoder layer"]
+    if trace.expert_bytes is not None:
+        sizes.append(f"{_size(int(trace.expert_bytes.max()))} an expert")
+    lines.append(f"model {trace.model}: {', '.join(sizes)}")
+    ranks = next((ranks for ranks in (8, 4, 2) if ranks <= least), 1)
+    lines.append(f"next: moeplace stats {path} --ranks {ranks} (is a placement worth having), or")
+    lines.append(f"      moeplace solve {path} --ranks {ranks} --out p.json")
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.3g} GB"

@@ -27,13 +27,18 @@ def check_checkpoint(folder: str | Path) -> Path:
     config = read_json(path / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise FormatError(f"{path / 'config.json'} is not a model configuration: it names no model_type")
-    for shard in _shards(path):
+    for shard in weight_files(path):
         check_safetensors(shard)
     return path
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The weight files, from the index where there is one."""
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint folder, from the index where there is one.
+
+    Raises:
+        InputError: the weights are pickled.
+        FormatError: files are missing.
+    """
     if (folder / _INDEX).is_file():
         index = read_json(folder / _INDEX)
         names = index.get("weight_map") if isinstance(index, dict) else None

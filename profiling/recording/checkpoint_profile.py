@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeplace.profiling.errors import FormatError, InputError
+from moeplace.profiling.errors import FormatError, InputError, MoeplaceError
 from moeplace.profiling.files import require_file
 from moeplace.profiling.recording.checkpoint_files import check_checkpoint
 from moeplace.profiling.recording.corpus import Tokenize, estimate_tokens, token_sequences
+from moeplace.profiling.recording.experts_modules import find_experts
 from moeplace.profiling.recording.model_config import foreign_config, no_experts, read_model_config
+from moeplace.profiling.recording.plain_model import load_plain_model
+from moeplace.profiling.recording.quantised.quantisation import NotReadableError, Quantisation, not_readable
 from moeplace.profiling.recording.recorder import Recorder
 from moeplace.profiling.recording.routing_sources import find_sources
+from moeplace.profiling.recording.stored_tensors import StoredTensors
+from moeplace.profiling.recording.target_names import stored_expert_bytes
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
@@ -34,7 +39,8 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> tuple[torch.nn.Mod
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    _check_architecture(path)
+    config = read_model_config(path)
+    _check_architecture(path, config)
     target = _device(device)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **_LOCAL)
@@ -44,14 +50,13 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> tuple[torch.nn.Mod
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    return _read_weights(path).eval().to(target), tokenize
+    return _read_weights(path, config).eval().to(target), tokenize
 
 
-def _check_architecture(path: Path) -> None:
+def _check_architecture(path: Path, config: Any) -> None:
     """Refuse a configuration that is not an MoE language model, before any weight is read."""
     import transformers
 
-    config = read_model_config(path)
     try:
         with torch.device("meta"):
             skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -59,6 +64,10 @@ def _check_architecture(path: Path) -> None:
         raise foreign_config(path, error) from error
     if not find_sources(skeleton):
         raise no_experts(str(path), skeleton)
+    try:
+        Quantisation.of(config)
+    except NotReadableError as error:
+        raise InputError(f"{path} cannot be profiled (because {not_readable(error)})") from error
 
 
 def _device(name: str) -> torch.device:
@@ -70,19 +79,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _read_weights(path: Path) -> torch.nn.Module:
+def _read_weights(path: Path, config: Any) -> torch.nn.Module:
     """The model with all its weights from the files: none missing, none of another shape."""
-    import transformers
-
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            config=read_model_config(path),
-            use_safetensors=True,
-            dtype="auto",
-            output_loading_info=True,
-            **_LOCAL,
-        )
+        model, info = load_plain_model(path, config)
+    except MoeplaceError:
+        raise
     except Exception as error:
         raise FormatError(f"the weights of {path} do not fit its config.json: {_line(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -141,9 +143,17 @@ def profile_checkpoint(
     from tqdm import tqdm
 
     total = sum(estimate_tokens(text, tokenize, max_tokens) for text in texts)
+    recorder = Recorder(
+        model,
+        out,
+        workload_names=names,
+        name=Path(folder).resolve().name,
+        expert_bytes=_bytes_on_disk(Path(folder), model),
+        gate_accuracy=measure,
+    )
     with (
         torch.inference_mode(),
-        Recorder(model, out, workload_names=names, name=Path(folder).resolve().name, gate_accuracy=measure) as recorder,
+        recorder,
         tqdm(total=total, unit="token", desc="profile", disable=not progress) as bar,
     ):
         for recorder.workload, text in enumerate(texts):
@@ -155,6 +165,14 @@ def profile_checkpoint(
     if gate_accuracy is not None and recorder.gate_accuracy is not None:
         recorder.gate_accuracy.save(gate_accuracy, Path(folder).resolve().name)
     return recorder.num_tokens
+
+
+def _bytes_on_disk(folder: Path, model: Any) -> np.ndarray | None:
+    """(L,) bytes of an expert of a quantised checkpoint, which the model has unpacked; None = the model's own."""
+    quantisation = Quantisation.of(read_model_config(folder))
+    if not quantisation.method:
+        return None
+    return stored_expert_bytes(model, find_experts(model), StoredTensors(folder, quantisation))
 
 
 def _batches(sequences: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:

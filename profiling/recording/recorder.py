@@ -71,6 +71,7 @@ class Recorder:
         path: the trace file to write.
         workload_names: tags for `workload`.
         name: name of the model in the trace; by default that of its configuration.
+        expert_bytes: (L,) bytes of an expert where they are not those of the model, which may be an unpacked one.
         gate_accuracy: also measure cross-layer gate accuracy (more computation per pass).
 
     Raises:
@@ -84,6 +85,7 @@ class Recorder:
         *,
         workload_names: Sequence[str] = (),
         name: str = "",
+        expert_bytes: np.ndarray | None = None,
         gate_accuracy: bool = False,
     ) -> None:
         self._model = model
@@ -100,6 +102,7 @@ class Recorder:
         stated = int(getattr(text, "num_hidden_layers", 0))
         self._hidden_layers = max(stated, self._sources[-1].experts.layer_id + 1)
         self._facts = facts_of(config.to_dict() if hasattr(config, "to_dict") else vars(config))
+        self._expert_bytes = expert_bytes
         self._measure_gates = gate_accuracy
         self._gates: GateAccuracy | None = None
         self._seen: dict[int, Routing] = {}
@@ -264,6 +267,11 @@ class Recorder:
             self._gates.add(index - 1, ids_TLK[keep_T, index], chosen_TK, scores.float().cpu().numpy()[keep_T])
         self._predictions.clear()
 
+    def _bytes_of_experts(self) -> np.ndarray:
+        if self._expert_bytes is not None:
+            return self._expert_bytes
+        return np.array([source.experts.expert_bytes for source in self._sources])
+
     def _open(self, top_k: int) -> TraceWriter:
         if self._writer is None:
             self._writer = TraceWriter(
@@ -273,7 +281,7 @@ class Recorder:
                 model=self._name,
                 layer_ids=np.array([source.experts.layer_id for source in self._sources]),
                 num_hidden_layers=self._hidden_layers,
-                expert_bytes=np.array([source.experts.expert_bytes for source in self._sources]),
+                expert_bytes=self._bytes_of_experts(),
                 hidden_size=self._width,
                 null_experts=self._nulls,
                 kv_dim=self._facts.kv_dim,

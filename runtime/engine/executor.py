@@ -9,15 +9,10 @@ from typing import Any
 import torch
 
 from moeplace.placement.modes import Mode
-from moeplace.placement.placement import Placement
-from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.engine.placed_experts import PlacedExperts, by_home
 from moeplace.runtime.engine.requests import RunningSequence
 from moeplace.runtime.exchange.dispatcher import Step, TokenRows
 from moeplace.runtime.exchange.kv_ledger import KvLedger
-from moeplace.runtime.experts.store import ExpertStore
-from moeplace.runtime.experts.weights import Activation
 from moeplace.runtime.kv.cache import KvCache
 from moeplace.runtime.kv.hand_over import KvPlaces, give_kv, hand_over, keep_shared
 from moeplace.runtime.kv.views import DecodeView, PrefillView
@@ -25,31 +20,14 @@ from moeplace.runtime.models.decoder import AttentionView, Decoder
 from moeplace.runtime.models.token_attention import rotation_of
 
 
-class Executor(PlacedExperts):
+class Executor(PlacedExperts[Decoder, KvCache]):
     """What a rank computes. All ranks must call its methods together, with the same sequences.
 
     Attributes:
-        decoder: the model without routed experts.
-        cache: keys and values.
         rewinds: whether a position whose K/V exist can be run again.
     """
 
     rewinds = True
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        experts: ExpertStore,
-        cache: KvCache,
-        group: RankGroup,
-        placement: Placement,
-        *,
-        activation: Activation,
-        window: LoadWindow,
-        node_aware: bool,
-    ) -> None:
-        self.decoder, self.cache = decoder, cache
-        super().__init__(experts, group, placement, activation=activation, window=window, node_aware=node_aware)
 
     @torch.inference_mode()
     def prefill(self, sequences: Sequence[RunningSequence], mode: Mode, *, lengths: Sequence[int]) -> TokenRows:
@@ -61,9 +39,7 @@ class Executor(PlacedExperts):
         """
         ordered = by_home(sequences)
         length_of = dict(zip(map(id, sequences), lengths, strict=True))
-        tokens_of_rank = [0] * self.group.size
-        for sequence in ordered:
-            tokens_of_rank[sequence.home] += length_of[id(sequence)]
+        tokens_of_rank = self.tokens_of_rank(ordered, [length_of[id(sequence)] for sequence in ordered])
         mine = [sequence for sequence in ordered if sequence.home == self.group.rank]
         own = [length_of[id(sequence)] for sequence in mine]
         ids = [token for s, length in zip(mine, own, strict=True) for token in s.token_ids[:length]]
@@ -72,7 +48,7 @@ class Executor(PlacedExperts):
         rows = self._start(ids, first)
         self._claim((sequence, length_of[id(sequence)]) for sequence in ordered)
         self.note_pass(ordered, [length_of[id(sequence)] for sequence in ordered])
-        rows = self._run(mode, rows, lambda token: view, Step(tuple(tokens_of_rank)))
+        rows = self._run(mode, rows, lambda token: view, Step(tokens_of_rank))
         for sequence in ordered:
             sequence.cached = length_of[id(sequence)]
             sequence.replicated = sequence.cached if self.group.size == 1 else 0
@@ -91,8 +67,7 @@ class Executor(PlacedExperts):
         coherent = mode == "coherent" and self.group.size > 1
         if coherent:
             self._hand_over(ordered)
-        homes = [sequence.home for sequence in ordered]
-        tokens_of_rank = tuple(homes.count(rank) for rank in range(self.group.size))
+        tokens_of_rank = self.tokens_of_rank(ordered, [1] * len(ordered))
         first = sum(tokens_of_rank[: self.group.rank])
         mine = ordered[first : first + tokens_of_rank[self.group.rank]]
         step = Step(tokens_of_rank, KvLedger() if coherent else None)

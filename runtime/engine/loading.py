@@ -5,7 +5,6 @@ import torch
 
 from moeplace.placement.placement import Placement
 from moeplace.runtime.experts.store import ExpertStore
-from moeplace.runtime.experts.weights import ExpertWeights
 from moeplace.runtime.models.checkpoint import Checkpoint
 
 
@@ -19,15 +18,11 @@ def load_experts(
 ) -> ExpertStore:
     """Read the experts that `placement` gives to a rank, and no others."""
     here = placement.slots_on(rank)
-    slots, shapes = here.stop - here.start, checkpoint.family.forms[0].shapes
-
-    def room(rows: int) -> ExpertWeights:
-        return ExpertWeights.of_shapes(rows, shapes, dtype=dtype, device=device)
-
+    slots = here.stop - here.start
     store = ExpertStore(
-        [room(slots) for _ in range(checkpoint.num_layers)],
+        [checkpoint.room(slots, dtype=dtype, device=device) for _ in range(checkpoint.num_layers)],
         slots=slots,
-        staging=room(staging_rows),
+        staging=checkpoint.room(staging_rows, dtype=dtype, device=device),
     )
     for layer, experts in enumerate(np.asarray(placement.slot_to_expert)[:, here]):
         for slot, expert in enumerate(experts):

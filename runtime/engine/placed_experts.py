@@ -1,6 +1,10 @@
-"""PlacedExperts: what every executor has, however its model runs between the experts: experts under a placement."""
+"""PlacedExperts: what every executor has, however its model runs between the experts: experts under a placement.
+
+Shape letters: R ranks.
+"""
 
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -17,11 +21,16 @@ from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.experts.weights import Activation
 
+ModelT = TypeVar("ModelT")
+CacheT = TypeVar("CacheT")
 
-class PlacedExperts:
-    """The expert side of an executor.
+
+class PlacedExperts(Generic[ModelT, CacheT]):
+    """A model, the state of its sequences, and its experts.
 
     Attributes:
+        decoder: the model without routed experts.
+        cache: what it keeps of sequences.
         runtime: placement, experts and counters as dispatchers see them.
         group: the ranks.
         placement: what is where.
@@ -31,7 +40,9 @@ class PlacedExperts:
 
     def __init__(
         self,
+        decoder: ModelT,
         experts: ExpertStore,
+        cache: CacheT,
         group: RankGroup,
         placement: Placement,
         *,
@@ -39,7 +50,7 @@ class PlacedExperts:
         window: LoadWindow,
         node_aware: bool,
     ) -> None:
-        self.group = group
+        self.decoder, self.cache, self.group = decoder, cache, group
         self._node_aware, self.window, self._experts = node_aware, window, experts
         self._computation = ExpertComputation(experts, counters=group.counters, activation=activation)
         self.version = 0
@@ -67,6 +78,13 @@ class PlacedExperts:
         if mode not in self._dispatchers:
             self._dispatchers[mode] = make_dispatcher(mode, self.runtime, self.group, node_aware=self._node_aware)
         return self._dispatchers[mode]
+
+    def tokens_of_rank(self, ordered: Sequence[RunningSequence], lengths: Sequence[int]) -> tuple[int, ...]:
+        """(R,) tokens of a pass whose home is each rank, and so how a pass numbers them."""
+        counts = [0] * self.group.size
+        for sequence, length in zip(ordered, lengths, strict=True):
+            counts[sequence.home] += length
+        return tuple(counts)
 
     def note_pass(self, ordered: Sequence[RunningSequence], lengths: Sequence[int]) -> None:
         """Tell the window whose tokens a pass serves, in their order."""

@@ -6,7 +6,6 @@ Rank 0 loads the whole plain model for it, experts included, and lets it go agai
 Shape letters: n tokens of a sequence, V vocabulary.
 """
 
-import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from moeplace.profiling.errors import InputError
+from moeplace.profiling.recording.plain_model import load_plain_model
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.models.recorded import recorded_passes
 
@@ -75,16 +75,8 @@ def plain_logits(
     folder: Path, config: Any, sequences: Sequence[Sequence[int]], *, dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """(n, V) of the plain model per sequence, one at a time and without a cache."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=copy.deepcopy(config),
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=False,
-        experts_implementation="eager",
-    ).eval()
+    model, _ = load_plain_model(folder, config, dtype=dtype, experts_implementation="eager")
+    model.eval()
     return [model(input_ids=torch.tensor([list(s)]), use_cache=False).logits[0] for s in sequences]
 
 

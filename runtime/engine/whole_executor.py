@@ -11,15 +11,10 @@ from typing import Any
 import torch
 
 from moeplace.placement.modes import Mode
-from moeplace.placement.placement import Placement
-from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.engine.placed_experts import PlacedExperts, by_home
 from moeplace.runtime.engine.requests import RunningSequence
 from moeplace.runtime.exchange.coherent import CoherentDispatcher
 from moeplace.runtime.exchange.dispatcher import RoutedTokens, Step, TokenRows
-from moeplace.runtime.experts.store import ExpertStore
-from moeplace.runtime.experts.weights import Activation
 from moeplace.runtime.models.lock_step import run_in_lock_step
 from moeplace.runtime.models.whole import WholeModel
 
@@ -45,31 +40,14 @@ class SequenceStates:
         self._states[row] = state
 
 
-class WholeExecutor(PlacedExperts):
+class WholeExecutor(PlacedExperts[WholeModel, SequenceStates]):
     """What a rank computes. All ranks must call its methods together, with the same sequences.
 
     Attributes:
-        decoder: the model, with taps for experts.
-        cache: the states of sequences.
         rewinds: a state that has seen a token cannot forget it.
     """
 
     rewinds = False
-
-    def __init__(
-        self,
-        decoder: WholeModel,
-        experts: ExpertStore,
-        cache: SequenceStates,
-        group: RankGroup,
-        placement: Placement,
-        *,
-        activation: Activation,
-        window: LoadWindow,
-        node_aware: bool,
-    ) -> None:
-        self.decoder, self.cache = decoder, cache
-        super().__init__(experts, group, placement, activation=activation, window=window, node_aware=node_aware)
 
     @torch.inference_mode()
     def prefill(self, sequences: Sequence[RunningSequence], mode: Mode, *, lengths: Sequence[int]) -> TokenRows:
@@ -95,9 +73,8 @@ class WholeExecutor(PlacedExperts):
     ) -> TokenRows:
         """Run `lengths` tokens of each sequence from its position `starts` on, all of them side by side."""
         self.note_pass(ordered, lengths)
-        tokens_of_rank = [0] * self.group.size
-        for sequence, length in zip(ordered, lengths, strict=True):
-            tokens_of_rank[sequence.home] += length
+        tokens_of_rank = self.tokens_of_rank(ordered, lengths)
+        for sequence in ordered:
             sequence.cached = 0  # until the pass is done: what a broken pass leaves is made again from the tokens
         first = sum(tokens_of_rank[: self.group.rank])
         token = torch.arange(first, first + tokens_of_rank[self.group.rank], device=self.decoder.device)
@@ -107,7 +84,7 @@ class WholeExecutor(PlacedExperts):
             state = self.cache.take(ordered[index].row) if starts[index] else None
             ids = ordered[index].token_ids[starts[index] : starts[index] + lengths[index]]
             passes.append(partial(self.decoder.forward, ids, state))
-        step = Step(tuple(tokens_of_rank))
+        step = Step(tokens_of_rank)
         dispatcher = self.dispatcher(mode)
         assert not isinstance(dispatcher, CoherentDispatcher), "a whole model's tokens stay at home"
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from moeplace.runtime.counters import Counters
-from moeplace.runtime.experts.grouped import Groups, grouped_linear, suits_padding
+from moeplace.runtime.experts.grouped import Groups
 from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.experts.weights import Activation, gated_silu
 
@@ -22,7 +22,7 @@ class ExpertComputation:
 
     def __init__(self, store: ExpertStore, *, counters: Counters, activation: Activation = gated_silu) -> None:
         self._store, self._counters, self._activation = store, counters, activation
-        device = store.weights[0].gate_up.device
+        device = store.weights[0].device
         # On a GPU the counts stay there until they are read: a copy to the host per layer would stop the pipeline.
         self._pending = (
             torch.zeros(len(store.weights), 2, dtype=torch.int64, device=device) if device.type == "cuda" else None
@@ -66,14 +66,14 @@ class ExpertComputation:
         """On the CPU, where sizes are free to read: only the assignments that exist are touched. What is reckoned with
         slots is numpy's, which takes a fraction of the calls of small tensors."""
         rows, top_k = slots_NK.shape
+        weights = self._store.weights[layer]
         storage_A = self._store.row_table(layer)[slots_NK.reshape(-1)]  # A = N * K, row after row
-        groups = Groups.of(storage_A, len(self._store.weights[layer].gate_up))
+        groups = Groups.of(storage_A, weights.rows)
         if not groups.present:
             return torch.zeros_like(x_ND)
         self._counters.tokens[layer] += groups.present
         self._counters.activated[layer] += groups.active
-        suits = suits_padding(groups, self._store.weights[layer].gate_up)
-        form = self._apply_padded if suits else self._apply_in_order
+        form = self._apply_padded if weights.suits_padding(groups) else self._apply_in_order
         out_AD = form(layer, x_ND, top_k, groups)
         out_NKD = out_AD.view(rows, top_k, -1) * weights_NK.unsqueeze(-1)
         if groups.present < len(storage_A):
@@ -93,13 +93,8 @@ class ExpertComputation:
         """(A, D) of each assignment by two batched products, of as many rows for every expert; absent ones have those
         of another."""
         weights, (source, place) = self._store.weights[layer], groups.padding()
-        x = x_ND.index_select(0, torch.from_numpy(source // top_k)).view(len(weights.gate_up), -1, x_ND.shape[1])
-        hidden = torch.bmm(x, weights.gate_up.transpose(1, 2))
-        if weights.gate_up_bias is not None:
-            hidden += weights.gate_up_bias.unsqueeze(1)
-        out = torch.bmm(self._activation(hidden), weights.down.transpose(1, 2))
-        if weights.down_bias is not None:
-            out += weights.down_bias.unsqueeze(1)
+        x = x_ND.index_select(0, torch.from_numpy(source // top_k)).view(weights.rows, -1, x_ND.shape[1])
+        out = weights.padded("down", self._activation(weights.padded("gate_up", x)))
         return out.flatten(0, 1).index_select(0, torch.from_numpy(place))
 
     def _compute_all(
@@ -107,7 +102,7 @@ class ExpertComputation:
     ) -> torch.Tensor:
         """On a GPU: fixed shapes and no copy to the host; absent assignments sort to the end and are masked."""
         rows, top_k = slots_NK.shape
-        total = len(self._store.weights[layer].gate_up)
+        total = self._store.num_rows(layer)
         storage_M, source_M = self._store.rows_of(layer)[slots_NK.reshape(-1)].sort(stable=True)
         ones = torch.ones_like(storage_M)
         counts = torch.zeros(total + 1, dtype=torch.int64, device=x_ND.device).scatter_add_(0, storage_M, ones)[:total]
@@ -126,10 +121,5 @@ class ExpertComputation:
     ) -> torch.Tensor:
         """`groups`: sizes on the host, or ends on the device."""
         weights = self._store.weights[layer]
-        hidden = grouped_linear(x_MD, weights.gate_up, groups, matrices=weights.gate_up_matrices)
-        if weights.gate_up_bias is not None:
-            hidden += weights.gate_up_bias[storage_M]
-        out_MD = grouped_linear(self._activation(hidden), weights.down, groups, matrices=weights.down_matrices)
-        if weights.down_bias is not None:
-            out_MD += weights.down_bias[storage_M]
-        return out_MD
+        hidden = weights.linear("gate_up", x_MD, storage_M, groups)
+        return weights.linear("down", self._activation(hidden), storage_M, groups)

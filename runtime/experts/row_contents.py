@@ -6,8 +6,7 @@ what was read from the checkpoint are the reference; all ranks share them once.
 Shape letters: L MoE layers, E experts per layer.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,10 +14,9 @@ import torch
 from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
 
-PARTS = ("gate_up", "down", "gate_up_bias", "down_bias")
 NOTHING = -1
 Sums = tuple[int, ...]
-"""One checksum per part of an expert, in the order of PARTS; 0 for a part that the model does not have."""
+"""One checksum per part of an expert."""
 
 _WORD, _BLOCK = 8, 512
 """Bytes of a word; words of a block."""
@@ -30,12 +28,14 @@ class RowContents:
     Attributes:
         expert_of_row: per layer, the expert in each row; NOTHING = none, or not all of it.
         sums: (layer, row) -> checksums of the expert there, taken when its last byte came.
-        reference: (L, E, 4) int64 checksums of every expert as read from the checkpoint; None = not shared yet.
+        parts: names of what an expert consists of.
+        reference: (L, E, parts) int64 checksums of every expert as read from the checkpoint; None = not shared yet.
     """
 
-    def __init__(self, rows_of_layer: Sequence[int]) -> None:
+    def __init__(self, rows_of_layer: Sequence[int], parts: tuple[str, ...]) -> None:
         self.expert_of_row = [[NOTHING] * rows for rows in rows_of_layer]
         self.sums: dict[tuple[int, int], Sums] = {}
+        self.parts = parts
         self.reference: np.ndarray | None = None
 
     def fill(self, layer: int, row: int, expert: int, sums: Sums) -> None:
@@ -72,7 +72,7 @@ class RowContents:
         """Learn the checksums of all experts from the ranks that read them: a collective, the first time only."""
         if self.reference is not None:
             return
-        reference = np.zeros((placement.num_layers, placement.num_experts, len(PARTS)), np.int64)
+        reference = np.zeros((placement.num_layers, placement.num_experts, len(self.parts)), np.int64)
         for layer, expert in np.argwhere(placement.rank_of_expert == group.rank).tolist():
             row = self.row_of(layer, expert)
             if row is not None:
@@ -85,18 +85,16 @@ class RowContents:
 
     def receive_reference(self, group: RankGroup, placement: Placement, *, root: int) -> None:
         """Learn the checksums of all experts from a rank that knows them: a collective."""
-        shape = (placement.num_layers, placement.num_experts, len(PARTS))
+        shape = (placement.num_layers, placement.num_experts, len(self.parts))
         known = np.zeros(shape, np.int64) if self.reference is None else self.reference
         shared = torch.as_tensor(known, device=group.device).clone()
         group.broadcast(shared, root=root, kind="checksums")
         self.reference = shared.cpu().numpy()
 
 
-def checksums(parts: Mapping[Any, torch.Tensor]) -> Sums:
+def checksums(parts: Iterable[torch.Tensor]) -> Sums:
     """Checksums of the parts of an expert."""
-    absent = torch.zeros((), dtype=torch.int64)
-    sums = [checksum(parts[name]).cpu() if name in parts else absent for name in PARTS]
-    return tuple(torch.stack(sums).tolist())
+    return tuple(torch.stack([checksum(part).cpu() for part in parts]).tolist())
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """ExpertStore: the expert weights of this rank.
 
     slot of this rank  --row_of_slot-->  storage row  -->  gate_up[row], down[row], biases[row]
+                                                           (of quantised experts what these are stored in)
 
 Slots are what a placement talks about; storage rows hold weights. Behind the rows of each layer come staging rows,
 which all layers share: weights are written there while the old ones serve. What is to serve is exchanged with the row
@@ -9,14 +10,14 @@ of what it replaces, and `commit` changes the slot table.
 Shape letters: L MoE layers, C slots per rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.experts.row_contents import RowContents, checksums
-from moeplace.runtime.experts.weights import ExpertWeights, Part
+from moeplace.runtime.experts.weights import LayerWeights
 
 _CHUNK = 1 << 20
 """Bytes that an exchange of rows copies at a time."""
@@ -33,28 +34,29 @@ class ExpertStore:
         staging: rows for experts of any layer; row number s has the index `rows of the layer + s` in each.
     """
 
-    def __init__(self, weights: list[ExpertWeights], *, slots: int, staging: ExpertWeights | None = None) -> None:
+    def __init__(self, weights: Sequence[LayerWeights], *, slots: int, staging: LayerWeights | None = None) -> None:
         for layer, layer_weights in enumerate(weights):
-            if len(layer_weights.gate_up) < slots:
+            if layer_weights.rows < slots:
                 raise InputError(
-                    f"MoE layer {layer} has {len(layer_weights.gate_up)} expert rows, which must be at least its "
-                    f"{slots} slots"
+                    f"MoE layer {layer} has {layer_weights.rows} expert rows, which must be at least its {slots} slots"
                 )
-        self.weights = weights
+        self.weights = list(weights)
         self.staging = weights[0].select_rows([], room=0) if staging is None else staging
-        self.contents = RowContents([len(layer_weights.gate_up) + self.staging_rows for layer_weights in weights])
+        self.contents = RowContents(
+            [layer_weights.rows + self.staging_rows for layer_weights in weights], tuple(weights[0].parts())
+        )
         self.is_migrating = False
-        device = weights[0].gate_up.device
+        device = weights[0].device
         self._install_rows(torch.arange(slots, device=device).repeat(len(weights), 1))
 
-    def write(self, layer: int, row: int, part: Part, value: torch.Tensor) -> None:
+    def write(self, layer: int, row: int, part: str, value: torch.Tensor) -> None:
         """Copy one part of one expert into a storage row (of a slot while loading, of staging while serving)."""
         target = self._row(layer, row)[part]
         if target.shape != value.shape:
             raise InputError(f"{part} of an expert has shape {tuple(value.shape)}, not {tuple(target.shape)}")
         target.copy_(value)
 
-    def load(self, layer: int, row: int, expert: int, parts: Mapping[Part, torch.Tensor]) -> None:
+    def load(self, layer: int, row: int, expert: int, parts: Mapping[str, torch.Tensor]) -> None:
         """Copy all parts of an expert into a storage row, and note its checksums."""
         for part, value in parts.items():
             self.write(layer, row, part, value)
@@ -62,7 +64,7 @@ class ExpertStore:
 
     def note(self, layer: int, row: int, expert: int) -> None:
         """Take the checksums of a row that holds all of an expert now."""
-        self.contents.fill(layer, row, expert, checksums(self._row(layer, row)))
+        self.contents.fill(layer, row, expert, checksums(self._row(layer, row).values()))
 
     def row_bytes(self, layer: int, row: int) -> list[torch.Tensor]:
         """The bytes of a storage row, uint8 views of its parts one after the other."""
@@ -70,16 +72,16 @@ class ExpertStore:
 
     def expert_bytes(self, layer: int) -> int:
         """Bytes of an expert of a layer."""
-        return sum(tensor[0].numel() * tensor.element_size() for tensor in self.weights[layer].parts().values())
+        return self.weights[layer].row_size
 
-    def read(self, layer: int, slot: int) -> dict[Part, torch.Tensor]:
+    def read(self, layer: int, slot: int) -> dict[str, torch.Tensor]:
         """Views of the parts of the expert in a slot."""
         return self._row(layer, int(self.row_of_slot[layer, slot]))
 
     @property
     def staging_rows(self) -> int:
         """How many experts, of whatever layers, staging holds."""
-        return len(self.staging.gate_up)
+        return self.staging.rows
 
     def rows_of(self, layer: int) -> torch.Tensor:
         """(C + 1,) int64, storage row of each slot of a layer; that of slot -1 lies beyond all others."""
@@ -91,7 +93,7 @@ class ExpertStore:
 
     def num_rows(self, layer: int) -> int:
         """Storage rows of a layer, without staging."""
-        return len(self.weights[layer].gate_up)
+        return self.weights[layer].rows
 
     def exchange(self, layer: int, one: int, other: int) -> None:
         """Let the experts in two rows of a layer, of which one may be staging, change places; the slots stay."""
@@ -104,7 +106,7 @@ class ExpertStore:
                 theirs[piece] = kept
         self.contents.exchange(layer, one, other)
 
-    def _row(self, layer: int, row: int) -> dict[Part, torch.Tensor]:
+    def _row(self, layer: int, row: int) -> dict[str, torch.Tensor]:
         """Views of the parts in a storage row."""
         rows = self.num_rows(layer)
         weights, index = (self.weights[layer], row) if row < rows else (self.staging, row - rows)
@@ -130,7 +132,7 @@ class ExpertStore:
     def _install_rows(self, row_of_slot: torch.Tensor) -> None:
         """Derive the tables that `rows_of` and `row_table` give."""
         self.row_of_slot = row_of_slot
-        beyond = [len(layer_weights.gate_up) for layer_weights in self.weights]
+        beyond = [layer_weights.rows for layer_weights in self.weights]
         self._rows = [
             torch.cat([table, table.new_tensor([row])]) for table, row in zip(row_of_slot, beyond, strict=True)
         ]
@@ -143,7 +145,7 @@ class ExpertStore:
         """
         kept = min(slots, self.row_of_slot.shape[1])
         before, contents = self.row_of_slot[:, :kept].tolist(), self.contents
-        self.contents = RowContents([slots + self.staging_rows] * len(self.weights))
+        self.contents = RowContents([slots + self.staging_rows] * len(self.weights), contents.parts)
         self.contents.reference = contents.reference
         for layer, rows in enumerate(before):
             self.weights[layer] = self.weights[layer].select_rows(rows, room=slots)

@@ -1,24 +1,86 @@
-"""ExpertWeights: the weights of an MoE layer's experts, by row, and what is between their two products.
+"""LayerWeights: the weights of an MoE layer's experts, by row, their products, and what is between the two products.
+
+    ExpertWeights    plain matrices
+    PackedWeights    quantised ones (`packed`)
 
 Shape letters: D hidden size, H expert hidden size, M token rows.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from moeplace.runtime.experts.grouped import Groups, grouped_linear, suits_padding
+
+Matrix = Literal["gate_up", "down"]
 Part = Literal["gate_up", "down", "gate_up_bias", "down_bias"]
 Activation = Callable[[torch.Tensor], torch.Tensor]
+GroupSizes: TypeAlias = "torch.Tensor | np.ndarray"
 
 
 def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
     """(M, 2H) gate then up -> (M, H): the activation of most MoE models."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+class LayerWeights(Protocol):
+    """Experts of one MoE layer on one rank, by storage row."""
+
+    @property
+    def rows(self) -> int:
+        """Experts that there is room for."""
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of one expert."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+
+    def parts(self) -> Mapping[str, torch.Tensor]:
+        """The tensors that experts consist of, by name, alike on all ranks: (rows, ...)."""
+
+    def select_rows(self, rows: list[int], *, room: int) -> "LayerWeights":
+        """New room for `room` experts, the first of which are those of `rows`."""
+
+    def linear(self, matrix: Matrix, x: torch.Tensor, storage: torch.Tensor, groups: GroupSizes) -> torch.Tensor:
+        """Product of an expert's matrix with each token row, bias included.
+
+        Args:
+            x: (M, in) rows, grouped by storage row.
+            storage: (M,) storage row of each.
+            groups: (rows,) sizes of the groups on the host, or int32 ends on the device.
+
+        Returns:
+            (M, out); rows behind the last group are not defined.
+        """
+
+    def suits_padding(self, groups: Groups) -> bool:
+        """Whether `padded` is the quicker way."""
+
+    def padded(self, matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
+        """`linear` of as many rows for every expert: (rows, n, in) -> (rows, n, out)."""
+
+
+def bytes_of_row(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of one expert, of tensors (rows, ...)."""
+    return sum(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in tensors.values())
+
+
+def select_rows(tensors: Mapping[str, torch.Tensor], rows: list[int], *, room: int) -> dict[str, torch.Tensor]:
+    """New tensors (room, ...), the first of whose rows are `rows`."""
+    selected = {name: tensor.new_empty(room, *tensor.shape[1:]) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        selected[name][: len(rows)] = tensor[rows]
+    return selected
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,16 +119,20 @@ class ExpertWeights:
         biases = (room(2 * expert_hidden), room(hidden)) if bias else (None, None)
         return cls(room(2 * expert_hidden, hidden), room(hidden, expert_hidden), *biases)
 
-    def select_rows(self, rows: list[int], *, room: int) -> "ExpertWeights":
-        """New room for `room` experts, the first of which are those of `rows`."""
+    @property
+    def rows(self) -> int:
+        """See `LayerWeights`."""
+        return len(self.gate_up)
 
-        def select(tensor: torch.Tensor) -> torch.Tensor:
-            selected = tensor.new_empty(room, *tensor.shape[1:])
-            selected[: len(rows)] = tensor[rows]
-            return selected
+    @property
+    def row_size(self) -> int:
+        """See `LayerWeights`."""
+        return bytes_of_row(self.parts())
 
-        parts = {name: select(tensor) for name, tensor in self.parts().items()}
-        return ExpertWeights(**parts)
+    @property
+    def device(self) -> torch.device:
+        """See `LayerWeights`."""
+        return self.gate_up.device
 
     @cached_property
     def gate_up_matrices(self) -> tuple[torch.Tensor, ...]:
@@ -78,12 +144,40 @@ class ExpertWeights:
         """(H, D) view of each row's second matrix."""
         return self.down.transpose(1, 2).unbind(0)
 
-    def parts(self) -> dict[Part, torch.Tensor]:
-        """The tensors that exist, by name."""
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors that exist, by name; see `LayerWeights`."""
         named = {
             "gate_up": self.gate_up,
             "down": self.down,
             "gate_up_bias": self.gate_up_bias,
             "down_bias": self.down_bias,
         }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}  # type: ignore[misc]
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def select_rows(self, rows: list[int], *, room: int) -> "ExpertWeights":
+        """See `LayerWeights`."""
+        return ExpertWeights(**select_rows(self.parts(), rows, room=room))
+
+    def linear(self, matrix: Matrix, x: torch.Tensor, storage: torch.Tensor, groups: GroupSizes) -> torch.Tensor:
+        """See `LayerWeights`."""
+        weight, bias = self._matrix(matrix)
+        matrices = self.gate_up_matrices if matrix == "gate_up" else self.down_matrices
+        out_M = grouped_linear(x, weight, groups, matrices=matrices)
+        if bias is not None:
+            out_M += bias[storage]
+        return out_M
+
+    def suits_padding(self, groups: Groups) -> bool:
+        """See `LayerWeights`."""
+        return suits_padding(groups, self.gate_up)
+
+    def padded(self, matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
+        """See `LayerWeights`."""
+        weight, bias = self._matrix(matrix)
+        out = torch.bmm(x, weight.transpose(1, 2))
+        if bias is not None:
+            out += bias.unsqueeze(1)
+        return out
+
+    def _matrix(self, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return (self.gate_up, self.gate_up_bias) if matrix == "gate_up" else (self.down, self.down_bias)

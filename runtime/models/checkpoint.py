@@ -1,7 +1,8 @@
 """Checkpoint: Hugging Face safetensors, opened lazily. A rank reads the tensors of its own experts and nothing more.
 
 Which layers have experts, and what their parameters are, is what the family's modules say (`Family`); which tensors on
-disk they are made of is what `transformers`' tables say (`ExpertSources`).
+disk they are made of is what `transformers`' tables say (`ExpertSources`). Quantised experts stay as they are on disk
+where a rank can make its matrices of them (`find_layout`); they are unpacked while reading where it cannot.
 
 Shape letters: L MoE layers, E experts per layer, D hidden size, H expert hidden size.
 """
@@ -15,17 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.files import read_json
 from moeplace.profiling.recording.checkpoint_files import check_checkpoint
-from moeplace.runtime.experts.weights import Part
+from moeplace.profiling.recording.stored_tensors import StoredTensors
+from moeplace.runtime.experts.packed import PackedLayout, PackedWeights
+from moeplace.runtime.experts.weights import ExpertWeights, LayerWeights
+from moeplace.runtime.models.expert_layout import find_layout, read_packed
 from moeplace.runtime.models.expert_sources import ExpertSources
 from moeplace.runtime.models.family import Family
 
-_INDEX = "model.safetensors.index.json"
 _SAMPLED_BYTES = 4096
 
 
@@ -36,6 +38,7 @@ class Checkpoint:
         path: the folder.
         config: content of config.json.
         family: what `transformers` has for it.
+        stored: its tensors.
         layer_ids: (L,) decoder-layer index of each MoE layer.
         experts_per_layer: (L,) experts of each.
 
@@ -47,13 +50,9 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = check_checkpoint(path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
-        self._shards = _shards(self.path)
-        self._open: dict[Path, Any] = {}
-        self._shard_of: dict[str, Path] = {}
-        for shard in self._shards:
-            self._shard_of.update(dict.fromkeys(self._opened(shard).keys(), shard))
         self.family = Family(self.path)
-        self._sources = ExpertSources(self.family, self._shard_of)
+        self.stored = StoredTensors(self.path, self.family.quantisation)
+        self._sources = ExpertSources(self.family, self.stored.names)
         self.layer_ids = np.array([form.experts.layer_id for form in self.family.forms])
         self.experts_per_layer = np.array([form.experts.num_experts for form in self.family.forms])
         dense = self._sources.unexpected_layer(self.layer_ids.tolist(), self.num_hidden_layers)
@@ -61,7 +60,7 @@ class Checkpoint:
             raise FormatError(f"{self.path} has experts in decoder layer {dense}, which its config.json makes dense")
         try:
             for layer in range(self.num_layers):
-                self._sources.check(layer, self._shape)
+                self._sources.check(layer, self.stored.shape_of)
         except FormatError as error:
             raise FormatError(f"{self.path} {error}") from error
 
@@ -100,7 +99,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """A hash of the configuration, of every tensor's name, type and shape, and of samples of the values."""
         content = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for shard in self._shards:
+        for shard in self.stored.files:
             size = shard.stat().st_size
             with open(shard, "rb") as file:
                 content.update(file.read(int.from_bytes(file.read(8), "little")))  # names, types, shapes
@@ -129,7 +128,7 @@ class Checkpoint:
 
     def other_names(self) -> Iterator[str]:
         """Names of all tensors that are not routed experts of the model's own layers."""
-        return (name for name in self._shard_of if name not in self._sources.names)
+        return (name for name in self.stored.names if name not in self._sources.names)
 
     def check_shapes(self) -> None:
         """Whether tensors that go into the model unchanged have its shapes.
@@ -142,19 +141,26 @@ class Checkpoint:
             target = self._sources.renamed[name]
             if self._sources.is_converted(name) or target not in state:
                 continue
-            stored, stated = self._shape(name), list(state[target].shape)
+            stored, stated = self.stored.shape_of(name), list(state[target].shape)
             if stored != stated:
                 raise FormatError(f"{self.path}: the tensor {name} has shape {stored}, its config.json says {stated}")
 
-    def slice_of(self, name: str) -> Any:
-        """A tensor as a lazy slice.
+    @cached_property
+    def layout(self) -> PackedLayout | None:
+        """How ranks hold quantised experts as they are on disk; None = they hold plain matrices."""
+        return find_layout(self.family, self._sources, self.stored)
 
-        Raises:
-            FormatError: the checkpoint has no such tensor.
-        """
-        return self._file(name).get_slice(name)
+    def room(self, rows: int, *, dtype: torch.dtype, device: str | torch.device) -> LayerWeights:
+        """Room for some experts of a layer, uninitialised; `dtype`: of what is not quantised."""
+        if self.layout is not None:
+            return PackedWeights.of_layout(rows, self.layout, dtype=dtype, device=device)
+        return ExpertWeights.of_shapes(rows, self.family.forms[0].shapes, dtype=dtype, device=device)
 
-    def expert(self, layer: int, expert: int) -> dict[Part, torch.Tensor]:
+    def expert_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of an expert on a rank."""
+        return self.room(1, dtype=dtype, device="meta").row_size
+
+    def expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """The parts of one expert, in the runtime's layout; nothing else is read.
 
         Args:
@@ -163,34 +169,11 @@ class Checkpoint:
 
         Returns:
             gate_up (2H, D), or (H, D) where experts are not gated, down (D, H), and where the model has them
-            gate_up_bias and down_bias.
+            gate_up_bias and down_bias; of quantised experts the tensors of `layout`.
         """
-        form = self.family.forms[layer]
-        values = self._sources.read(layer, expert, self.slice_of)
-        return {form.parts[name]: form.to_runtime(name, value) for name, value in values.items()}
-
-    def _shape(self, name: str) -> list[int]:
-        return list(self._file(name).get_slice(name).get_shape())
-
-    def _file(self, name: str) -> Any:
-        shard = self._shard_of.get(name)
-        if shard is None:
-            raise FormatError(f"{self.path} lacks the tensor {name}")
-        return self._opened(shard)
-
-    def _opened(self, shard: Path) -> Any:
-        if shard not in self._open:
-            try:
-                self._open[shard] = safe_open(shard, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise FormatError(f"{shard} is not a safetensors file: {error}") from error
-        return self._open[shard]
-
-
-def _shards(folder: Path) -> list[Path]:
-    if (folder / _INDEX).is_file():
-        return [folder / name for name in sorted(set(read_json(folder / _INDEX)["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))
+        if self.layout is not None:
+            return read_packed(self.layout, self.family.forms[layer], self._sources, self.stored, layer, expert)
+        return self._sources.plain_parts(layer, expert, self.stored.slice_of)
 
 
 def _describe(experts_per_layer: np.ndarray) -> str:

@@ -15,8 +15,7 @@ import torch
 from moeplace.profiling.recording.cache_names import cache_keyword
 from moeplace.runtime.models.blocks import ModelBlock, NotSplitError
 from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.models.head import Head, language_model
-from moeplace.runtime.models.loading import load_without_experts, stated_dtype
+from moeplace.runtime.models.opened_model import OpenedModel
 from moeplace.runtime.models.quick_norm import quicken_norms
 from moeplace.runtime.models.token_attention import (
     Rotation,
@@ -51,16 +50,14 @@ class AttentionView(Protocol):
         """Keep new keys and values (B, heads, Q, dim) of a layer; all keys and values that the queries see."""
 
 
-class Decoder:
+class Decoder(OpenedModel):
     """The parts of a model between its exchanges.
 
     Attributes:
-        config: the configuration of the language model.
         num_layers: decoder layers.
         moe_index: decoder layer -> MoE layer; dense layers are absent.
         blocks: the MoE layers.
-        dtype: of the hidden states.
-        device: where it lives.
+        windows: per decoder layer, keys that a query sees; None = all before it.
     """
 
     def __init__(
@@ -71,22 +68,13 @@ class Decoder:
         device: str | torch.device = "cpu",
         model: Any = None,
     ) -> None:
-        """Build the model and read everything but the routed experts.
-
-        Args:
-            model: the same, read already.
+        """As `OpenedModel`, and find its parts.
 
         Raises:
             FormatError: tensors are missing or have other shapes.
             NotSplitError: the family's layers have other parts.
         """
-        self.device = torch.device(device)
-        self.dtype = dtype or stated_dtype(checkpoint.family)
-        if model is None:
-            model = load_without_experts(checkpoint, dtype=self.dtype, device=self.device)
-        self._model, self.config = model, checkpoint.family.text_config
-        self._base = language_model(model)
-        self._head = Head(model)
+        super().__init__(checkpoint, dtype=dtype, device=device, model=model)
         self._layers: list[Any] = list(part(self._base, "layers"))
         self.num_layers = len(self._layers)
         self.moe_index = {int(layer): index for index, layer in enumerate(checkpoint.layer_ids)}
@@ -94,7 +82,7 @@ class Decoder:
             raise NotSplitError("a decoder layer has several MoE parts")
         if any(form.experts.num_null for form in checkpoint.family.forms):
             raise NotSplitError("its zero-computation experts are worked out in its own code")
-        self._eager = model.config._attn_implementation == "eager"
+        self._eager = self._model.config._attn_implementation == "eager"
         self._cache_keywords = [cache_keyword(part(layer, "self_attn").forward) for layer in self._layers]
         self.windows = [window_of(self.config, layer) for layer in range(self.num_layers)]
         self.blocks = [self._make_block(form.experts.name) for form in checkpoint.family.forms]
@@ -146,26 +134,6 @@ class Decoder:
         left = [name for name, parameter in self._model.named_parameters() if id(parameter) not in known]
         if left:
             raise NotSplitError(f"{len(left)} of its parameters are elsewhere in its layers, the first is {left[0]}")
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence the model was made for."""
-        return int(self.config.max_position_embeddings)
-
-    @property
-    def vocabulary(self) -> int:
-        """V."""
-        return self._head.vocabulary
-
-    @property
-    def logits_dtype(self) -> torch.dtype:
-        """Number type of logits."""
-        return self._head.dtype
-
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        return self._head.width
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(M,) token ids -> (M, D)."""

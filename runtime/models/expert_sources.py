@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from moeplace.profiling.errors import FormatError
+from moeplace.profiling.recording.target_names import TargetNames
 from moeplace.runtime.models.family import ExpertsForm, Family
 
 _NUMBERED = re.compile(r"\.(\d+)\.(?!.*\.\d+\.)")
@@ -44,6 +45,11 @@ class Source:
         """Whether each expert has tensors of its own."""
         return any("*" in pattern for pattern in self.names)
 
+    def name_of(self, pattern: str, expert: int) -> str:
+        """The tensor of a pattern that an expert is in."""
+        names = self.names[pattern]
+        return next(name for name in names if _expert_of(name) == expert) if "*" in pattern else names[0]
+
 
 class ExpertSources:
     """Sources of all experts of a checkpoint.
@@ -54,24 +60,15 @@ class ExpertSources:
     """
 
     def __init__(self, family: Family, names: Iterable[str]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-
         self._family = family
-        mapping = get_model_conversion_mapping(family.model)
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        state = family.model.state_dict()
+        table = TargetNames(family.model)
         targets = {f"{form.experts.name}.{name}" for form in family.forms for name in form.experts.parameters()}
         self.names: set[str] = set()
         self.renamed: dict[str, str] = {}
         self._sources: dict[str, Source] = {}
         self._converted: set[str] = set()
         for name in sorted(names, key=_natural):
-            target, pattern = rename_source_key(name, renamings, converters, family.model.base_model_prefix, state)
-            if target not in state and name in state:
-                target, pattern = name, None
+            target, pattern = table.of(name)
             if target not in targets:
                 self.renamed[name] = target
                 if pattern is not None:
@@ -79,7 +76,7 @@ class ExpertSources:
                 continue
             self.names.add(name)
             source = self._sources.setdefault(target, Source(target))
-            source.converter = None if pattern is None else by_pattern[pattern]
+            source.converter = None if pattern is None else table.converters[pattern]
             source.names[pattern or ""].append(name)
 
     def is_converted(self, name: str) -> bool:
@@ -142,8 +139,12 @@ class ExpertSources:
                     like = names[0] if names else next(iter(source.names.values()))[0]
                     raise FormatError(f"lacks the tensor {_named_like(like, pattern, min(missing))}")
 
-    def read(self, layer: int, expert: int, slice_of: Callable[[str], Any]) -> dict[str, torch.Tensor]:
-        """The parameters of one expert, as the experts module holds them.
+    def source_of(self, form: ExpertsForm, parameter: str) -> Source:
+        """What makes a parameter of the experts of a layer."""
+        return self._sources[f"{form.experts.name}.{parameter}"]
+
+    def plain_parts(self, layer: int, expert: int, slice_of: Callable[[str], Any]) -> dict[str, torch.Tensor]:
+        """The parts of one expert as the runtime multiplies with them.
 
         Args:
             layer: MoE layer.
@@ -154,22 +155,21 @@ class ExpertSources:
             FormatError: the conversion fails.
         """
         form = self._family.forms[layer]
-        return {
-            name: self._convert(self._sources[f"{form.experts.name}.{name}"], expert, slice_of)
-            for name in form.experts.parameters()
-        }
+        return {part: self.plain_part(form, name, expert, slice_of) for name, part in form.parts.items()}
+
+    def plain_part(
+        self, form: ExpertsForm, parameter: str, expert: int, slice_of: Callable[[str], Any]
+    ) -> torch.Tensor:
+        """One of the `plain_parts`."""
+        return form.to_runtime(parameter, self._convert(self.source_of(form, parameter), expert, slice_of))
 
     def _convert(self, source: Source, expert: int, slice_of: Callable[[str], Any]) -> torch.Tensor:
         if source.converter is None:
             return slice_of(source.names[""][0])[expert]
         mapping = deepcopy(source.converter)
-        for pattern, names in source.names.items():
-            if "*" in pattern:
-                name = next(name for name in names if _expert_of(name) == expert)
-                mapping.add_tensor(source.target, name, pattern, _Lazy(slice_of(name), ...))
-            else:
-                one = _Lazy(slice_of(names[0]), slice(expert, expert + 1))
-                mapping.add_tensor(source.target, names[0], pattern, one)
+        for pattern in source.names:
+            name, index = source.name_of(pattern, expert), ... if "*" in pattern else slice(expert, expert + 1)
+            mapping.add_tensor(source.target, name, pattern, _Lazy(slice_of(name), index))
         try:
             made = mapping.convert(source.target, model=self._family.model, config=self._family.config)
             value = made[source.target]

@@ -17,6 +17,7 @@ import torch
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.recording.experts_modules import ExpertsModule, find_experts
 from moeplace.profiling.recording.model_config import foreign_config, no_experts, read_model_config
+from moeplace.profiling.recording.quantised.quantisation import NotReadableError, Quantisation, not_readable
 from moeplace.runtime.experts.weights import Activation, Part
 from moeplace.runtime.models.adapters import adapter_of
 
@@ -69,6 +70,7 @@ class Family:
         name: its `model_type`.
         config: the configuration object.
         model: the model on the meta device.
+        quantisation: how weights are stored.
         forms: of each MoE layer, in model order.
 
     Raises:
@@ -90,10 +92,10 @@ class Family:
         except Exception as error:  # a foreign configuration can fail anywhere in transformers
             raise foreign_config(folder, error) from error
         self.model: Any = model.eval().requires_grad_(False)
-        quantised = getattr(self.config, "quantization_config", None)
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-            raise self.refusal(f"its weights are quantised ({method}): they must be converted to plain tensors first")
+        try:
+            self.quantisation = Quantisation.of(self.config)
+        except NotReadableError as error:
+            raise self.refusal(not_readable(error)) from error
         found = find_experts(self.model)
         if not found:
             raise no_experts(str(folder), self.model)

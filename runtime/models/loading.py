@@ -3,13 +3,13 @@
 `from_pretrained` does the reading, names and number types included; of the tensors of routed experts it is not told.
 """
 
-import copy
 import warnings
 from typing import Any
 
 import torch
 
 from moeplace.profiling.errors import FormatError
+from moeplace.profiling.recording.plain_model import plain_config
 from moeplace.runtime.models.adapters import put_tap
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.family import Family
@@ -24,12 +24,12 @@ def load_without_experts(checkpoint: Checkpoint, *, dtype: torch.dtype, device: 
     """
     family = checkpoint.family
     checkpoint.check_shapes()
-    lazy = {name: checkpoint.slice_of(name) for name in checkpoint.other_names()}
+    lazy = {name: checkpoint.stored.slice_of(name) for name in checkpoint.other_names()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, info = _without_experts(family).from_pretrained(
             None,
-            config=copy.deepcopy(family.model.config),
+            config=plain_config(family.model.config),
             state_dict=lazy,
             dtype=dtype,
             output_loading_info=True,

@@ -13,19 +13,16 @@ import torch
 
 from moeplace.profiling.recording.cache_names import cache_keyword, cache_of
 from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.models.head import Head, language_model
-from moeplace.runtime.models.loading import load_without_experts, stated_dtype, taps_of
+from moeplace.runtime.models.loading import taps_of
 from moeplace.runtime.models.lock_step import TapCall, pause_at_tap
+from moeplace.runtime.models.opened_model import OpenedModel
 
 
-class WholeModel:
+class WholeModel(OpenedModel):
     """See the module.
 
     Attributes:
-        config: the configuration of the language model.
         num_layers: decoder layers.
-        dtype: of the hidden states.
-        device: where it lives.
         reason: why it is not cut at its MoE layers, so that it cannot serve in mode coherent.
         family: its model type.
         calls: of the experts in one pass, in order.
@@ -42,50 +39,22 @@ class WholeModel:
         model: Any = None,
         reason: str = "asked for",
     ) -> None:
-        """Build the model and read everything but the routed experts.
+        """As `OpenedModel`, and learn from one pass how it calls its experts.
 
         Args:
-            model: the same, read already.
             reason: why it is not cut at its MoE layers.
 
         Raises:
             FormatError: tensors are missing or have other shapes.
             InputError: the family's own code does more around its language model than the engine can follow.
         """
-        self.device = torch.device(device)
-        self.dtype = dtype or stated_dtype(checkpoint.family)
-        if model is None:
-            model = load_without_experts(checkpoint, dtype=self.dtype, device=self.device)
-        self._model, self.reason = model, reason
-        self.config = checkpoint.family.text_config
-        self.num_layers = checkpoint.num_hidden_layers
-        self._base = language_model(model)
+        super().__init__(checkpoint, dtype=dtype, device=device, model=model)
+        self.reason, self.num_layers = reason, checkpoint.num_hidden_layers
         self._cache_keyword = cache_keyword(self._base.forward)
-        self._head = Head(model)
         self.family = checkpoint.family.name
         self.calls, self.state_bytes_per_position, self.fixed_state_bytes = self._probe(checkpoint)
         for tap in taps_of(self._model):
             tap.sum_experts = pause_at_tap
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence the model was made for."""
-        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 20)
-
-    @property
-    def vocabulary(self) -> int:
-        """V."""
-        return self._head.vocabulary
-
-    @property
-    def logits_dtype(self) -> torch.dtype:
-        """Number type of logits."""
-        return self._head.dtype
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the rows that `forward` returns."""
-        return self._head.width
 
     def forward(self, ids: list[int], state: Any) -> tuple[torch.Tensor, Any]:
         """Run tokens of one sequence after those that `state` has seen (None = the first).

@@ -28,7 +28,13 @@ def test_profile_then_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     """Profile the shipped model over two texts; stats prints its sections and writes the same figures as JSON."""
     texts = text_paths()[:2]
     assert run("profile", tiny_moe_path(), "--text", *texts, "--out", tmp_path / "t", "--max-tokens", 1500) == 0
-    assert "3000 tokens of 2 texts" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for part in (
+        f"{tmp_path / 't'}: 3000 tokens of 2 texts x 6 layers x 16 experts, top-1 (", "decoder layers 0-5 of 6\n",
+        "model tiny-moe: hidden size 128, 256 K/V elements", f"moeplace stats {tmp_path / 't'} --ranks 8",
+    ):  # fmt: skip
+        assert part in printed
+    assert "not in the trace" not in printed
     assert run("stats", tmp_path / "t", "--json", tmp_path / "s.json", "--compare", tmp_path / "t") == 0
     out = capsys.readouterr().out
     document = json.loads((tmp_path / "s.json").read_text())
@@ -124,3 +130,26 @@ def test_import_options_reach_the_trace(tmp_path: Path, capsys: pytest.CaptureFi
         run("import_trace", path, "--from", "npz", "--out", tmp_path / "t", "--layer-ids", "a-b")
     assert stop.value.code == 2
     assert "neither a layer nor a range" in capsys.readouterr().err
+
+
+def test_a_profile_says_which_layers_it_leaves_out(tmp_path: Path) -> None:
+    """Dense layers, experts that differ by layer, zero-computation experts: all of it read from the trace."""
+    from moeplace.launch.commands.profile import summarise
+
+    ids = np.array([[[0, 1], [2, 5]], [[1, 0], [3, 1]]])
+    made = make_workload("W0", num_tokens=2, num_layers=2, num_experts=6, top_k=2, num_ranks=2, seed=0).trace
+    trace = made.replace(
+        topk_ids=ids, topk_weights=None, sequence_ids=None, experts_per_layer=np.array([3, 6]),
+        layer_ids=np.array([1, 4]), num_hidden_layers=6, null_experts=2, model="m", hidden_size=7, kv_dim=9,
+        expert_bytes=np.array([1500, 2500]),
+    )  # fmt: skip
+    save_trace(tmp_path / "t", trace)
+    lines = summarise(str(tmp_path / "t"), tokens=2, texts=1).splitlines()
+    head = f"{tmp_path / 't'}: 2 tokens of 1 text x 2 layers x 3 to 6 experts and 2 zero-computation ones, top-2 ("
+    assert lines[0].startswith(head)
+    assert lines[1:4] == [
+        "MoE layers: decoder layers 1, 4 of 6",
+        "not in the trace: decoder layers 0, 2-3, 5, which have no routed experts to place",
+        "model m: hidden size 7, 9 K/V elements a token and decoder layer, 2.5 kB an expert",
+    ]
+    assert lines[4] == f"next: moeplace stats {tmp_path / 't'} --ranks 2 (is a placement worth having), or"

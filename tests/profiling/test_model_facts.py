@@ -50,6 +50,36 @@ def test_experts_and_bytes() -> None:
     assert facts_of(quantised | {"quantization_config": {"quant_method": "awq"}}).expert_bytes == 0
 
 
+QUANTISED = {
+    # 256 x 192: scales of 4 bytes per 128 x 128, the last blocks cut: 2 x 2
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 3 * (256 * 192 + 4 * 4)),
+    "fp8, exponents": ({"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"},
+                       3 * (256 * 192 + 4)),
+    "fp4 experts": ({"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"},
+                    3 * (256 * 96 + 256 * 6)),
+    "mxfp4": ({"quant_method": "mxfp4"}, 3 * (256 * 96 + 256 * 6)),
+    # a group of 64: 192 x 4 or 256 x 3 scales of 2 bytes and zeros of half a byte
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 64}, 3 * (256 * 96) + 3 * (256 * 3 * 2 + 256 * 3 // 2)),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 64},
+             3 * (256 * 96) + 3 * (256 * 3 * 2 + 256 * 3 // 2) + 4 * (2 * 256 + 192)),
+    "one group": ({"quant_method": "awq", "bits": 4, "group_size": -1},
+                  3 * (256 * 96) + 2 * (192 * 2 + 96) + 256 * 2 + 128),
+    "symmetric": ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {
+        "num_bits": 4, "group_size": 32, "symmetric": True}}}}, 3 * (256 * 96) + 3 * 256 * 6 * 2),
+    "rows": ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {
+        "num_bits": 8, "type": "float", "symmetric": True, "group_size": None}}}}, 3 * 256 * 192 + 2 * (2 * 192 + 256)),
+    "unknown": ({"quant_method": "bitsandbytes", "bits": 4}, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_bytes_of_quantised_experts(name: str) -> None:
+    """Weights, scales and zeros of gate and up (192 x 256) and down (256 x 192), worked out by hand."""
+    stated, expected = QUANTISED[name]
+    config = {"hidden_size": 256, "moe_intermediate_size": 192, "dtype": "bfloat16", "quantization_config": stated}
+    assert facts_of(config).expert_bytes == expected
+
+
 def test_configurations_on_disk(tmp_path: Path) -> None:
     """A folder or its file; anything else is refused by name."""
     facts = read_model_facts(tiny_moe_path())

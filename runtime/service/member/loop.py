@@ -69,9 +69,9 @@ class MemberLoop:
 
     def _limits(self) -> dict[str, int]:
         """What requests and plans have to keep to."""
-        limit, parts = self.job.options.limits.max_length, self._checkpoint.expert(0, 0)
+        limit = self.job.options.limits.max_length
         positions = min(self._decoder.max_positions, 2048) if limit is None else limit
-        size = sum(part.numel() for part in parts.values()) * self._decoder.dtype.itemsize
+        size = self._checkpoint.expert_bytes(self._decoder.dtype)
         return {"vocabulary": self._decoder.vocabulary, "positions": positions, "expert_bytes": size}
 
     def _take_part(self, forming: Forming) -> Forming | None:

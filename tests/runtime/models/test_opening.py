@@ -13,6 +13,7 @@ from torch import nn
 from transformers.models.olmoe import modeling_olmoe as olmoe
 
 from moeplace.profiling.errors import FormatError, InputError
+from moeplace.profiling.recording.stored_tensors import StoredTensors
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
@@ -198,7 +199,7 @@ def test_a_rank_reads_its_own_experts_and_no_others(
     save_family(family, tmp_path)
     checkpoint = Checkpoint(tmp_path)
     own, touched = [1, 2, 5], set()
-    plain = Checkpoint.slice_of
+    plain = StoredTensors.slice_of
 
     class Watched:
         def __init__(self, name: str, source: Any) -> None:
@@ -209,7 +210,7 @@ def test_a_rank_reads_its_own_experts_and_no_others(
             touched.add((self._name, tuple(rows) if isinstance(rows, range) else rows))
             return self._source[index]
 
-    monkeypatch.setattr(Checkpoint, "slice_of", lambda self, name: Watched(name, plain(self, name)))
+    monkeypatch.setattr(StoredTensors, "slice_of", lambda self, name: Watched(name, plain(self, name)))
     for layer in range(checkpoint.num_layers):
         for expert in own:
             checkpoint.expert(layer, expert)
