@@ -106,7 +106,7 @@ def test_what_is_not_written_whole_is_not_written(tmp_path: Path) -> None:
 
 
 def test_old_requests_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest that have ended are kept, and all that have not."""
+    """The newest that have ended are kept, and all that have not; nothing of the others is left."""
     monkeypatch.setattr(journal_module, "KEPT", 50)
     journal = Journal()
     with journal.writing():
@@ -114,10 +114,15 @@ def test_old_requests_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         journal.tell(tell("1:first", 0, 3))
         for number in range(2, 301):
             journal.accept(Accept(f"{number}:r{number}", request(f"r{number}")))
-            journal.tell(tell(f"{number}:r{number}", 0, 1, end="stop"))
+            event = TokenEvent(f"r{number}", (1,), "stop", None, (None,))
+            journal.tell(Tell(f"{number}:r{number}", 0, event))
     assert journal.find("r250") is None
     assert journal.find("r251") == RequestRecord("251:r251", request("r251"), (1,), "stop")
     assert journal.in_flight() == [RequestRecord("1:first", request("first"), (3,))]
+    kept = {*range(251, 301)}
+    for table, numbers in (("requests", {1, *kept}), ("tokens", {1, *kept}), ("logprobs", kept)):
+        found = journal._database.execute(f"SELECT number FROM {table}").fetchall()
+        assert {number for (number,) in found} == numbers
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
