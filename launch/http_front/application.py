@@ -18,19 +18,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from moeplace.launch.http_front.administration import admin_routes
-from moeplace.launch.http_front.completions.answer import CompletionAnswer
+from moeplace.launch.http_front.administration import Permit, admin_routes
+from moeplace.launch.http_front.completions.answer import CompletionAnswer, while_connected
 from moeplace.launch.http_front.completions.body import CompletionBody, parse_body
 from moeplace.launch.http_front.completions.chat import Message, parse_chat_body
 from moeplace.launch.http_front.completions.forms import AnswerForm, ChatForm, TextForm
 from moeplace.launch.http_front.completions.note import write_note
 from moeplace.launch.http_front.completions.run import CompletionRun, EventBridge
 from moeplace.launch.http_front.dashboard import dashboard_routes
-from moeplace.launch.http_front.guard import CHAT, COMPLETIONS, HEALTH, LIVE, READY, Guard
+from moeplace.launch.http_front.fair_queue import FairQueue
+from moeplace.launch.http_front.guard import CHAT, CLIENT, COMPLETIONS, HEALTH, LIVE, READY, Guard
 from moeplace.launch.http_front.health import HealthCheck
+from moeplace.launch.http_front.keys import Keys
 from moeplace.launch.http_front.requests import RequestRoutes, caller_id, new_id
 from moeplace.launch.http_front.settings import FrontSettings
-from moeplace.launch.http_front.wire.errors import ApiError, overloaded, unavailable
+from moeplace.launch.http_front.wire.errors import ApiError, unavailable
 from moeplace.launch.http_front.wire.metrics import FrontMetrics
 from moeplace.launch.http_front.wire.request_body import parse_json, read_body
 from moeplace.profiling.errors import MoeplaceError
@@ -60,6 +62,7 @@ class HttpFront:
         settings: name, limits, bearer token.
         coder: the model's tokenizer; None = it has none: prompts are token ids and texts are empty.
         stop_ids: the model's end-of-sequence ids.
+        permit: what the administration allows or forbids.
 
     Attributes:
         application: the ASGI application.
@@ -67,21 +70,29 @@ class HttpFront:
     """
 
     def __init__(
-        self, service: Service, settings: FrontSettings, *, coder: TextCoder | None, stop_ids: Sequence[int]
+        self,
+        service: Service,
+        settings: FrontSettings,
+        *,
+        coder: TextCoder | None,
+        stop_ids: Sequence[int],
+        permit: Permit | None = None,
     ) -> None:
+        permit = permit or Permit()
         self._service, self._settings, self._stop_ids = service, settings, tuple(stop_ids)
         self._encode = None if coder is None else coder.encode
         self._render = None if coder is None else coder.render_chat
         self._decode: Callable[[Sequence[int]], str] = (lambda token_ids: "") if coder is None else coder.decode
         self._seeds = random.Random(settings.seed)
         self._started = int(time.time())
-        self._runs: set[CompletionRun] = set()
-        self._in_flight = 0
+        self._runs: dict[CompletionRun, str] = {}  # and whose they are
+        self._queue = FairQueue(settings.max_concurrent, settings.max_queue)
         self._draining = self._ending = False
         self._bridge: EventBridge | None = None
         self._health_check = HealthCheck(service, patience=settings.patience)
-        self.metrics = FrontMetrics(service)
-        self.application: ASGIApp = Guard(self._routes(), api_key=settings.api_key, metrics=self.metrics)
+        self.metrics = FrontMetrics(service, model=settings.model)
+        keys = Keys(settings.api_key, settings.client_keys, settings.admin_key)
+        self.application: ASGIApp = Guard(self._routes(permit), keys=keys, metrics=self.metrics)
 
     def announce_end(self) -> None:
         """Let health checks fail; requests are still taken."""
@@ -97,8 +108,9 @@ class HttpFront:
         more = "; ask for the request again by its id" if kept else ""
         for run in list(self._runs):
             run.give_up(f"the server is shutting down{more}", cancel=not kept)
+        self._queue.close("the server is shutting down")
 
-    def _routes(self) -> Starlette:
+    def _routes(self, permit: Permit) -> Starlette:
         application = Starlette(
             routes=[
                 Route(COMPLETIONS, self._complete_text, methods=["POST"]),
@@ -112,7 +124,7 @@ class HttpFront:
                 *RequestRoutes(
                     self._service, self._settings, bridge=self._bridge_to_loop, decode=self._decode
                 ).routes(),
-                *(admin_routes(self._service, self._settings.max_ranks) if self._settings.admin else ()),
+                *(admin_routes(self._service, self._settings.max_ranks, permit) if self._settings.admin else ()),
                 *(dashboard_routes(self._service) if self._settings.dashboard else ()),
             ],
             exception_handlers={
@@ -145,16 +157,24 @@ class HttpFront:
     async def _complete(self, request: Request, form: AnswerForm, parse: Callable[..., CompletionBody]) -> Response:
         started = time.perf_counter()
         self._require_room(1)
-        given = caller_id(request)
+        given, limit = caller_id(request), self._time_limit(request)
         body = await self._read(request, parse)
         self._require_room(body.num_choices)  # others came while it was read
-        run, answer = self._make_run(body, form, given, started)
-        self._enter(run)
+        client = request.scope[CLIENT]
+        await self._wait_for_room(request, client, body.num_choices, limit)
+        try:
+            run, answer = self._make_run(body, form, given, started)
+        except BaseException:
+            self._queue.leave(client, body.num_choices)
+            raise
+        self._enter(run, client)
         try:
             await run.start()
         except BaseException:
             self._leave(run)
             raise
+        if limit is not None:
+            run.expire_after(limit, started)
         if body.background and not body.stream:
             return JSONResponse(answer.state(), 202, {"X-Request-Id": answer.caller_id})
         return answer  # type: ignore[return-value]  # Starlette calls what an endpoint returns as an application
@@ -195,9 +215,35 @@ class HttpFront:
     def _require_room(self, choices: int) -> None:
         if self._draining:
             raise unavailable("the server is shutting down")
-        most = self._settings.max_concurrent
-        if self._in_flight + choices > most:
-            raise overloaded(f"{self._in_flight} completions are under way, {choices} more would exceed {most}")
+        self._queue.require_room(choices)
+
+    async def _wait_for_room(self, request: Request, client: str, choices: int, limit: float | None) -> None:
+        """Take a place among those that are under way; a client that goes away waits no longer.
+
+        Raises:
+            ApiError: 429 or 503, there is none.
+        """
+        limits = [seconds for seconds in (self._settings.queue_timeout, limit) if seconds is not None]
+        started = time.perf_counter()
+        if not self._queue.enter_now(client, choices):
+            waiting = self._queue.enter(client, choices, timeout=min(limits, default=None))
+            self.metrics.waiting.set(self._queue.waiting + choices)
+            try:
+                await while_connected(request.receive, waiting)
+            finally:
+                self.metrics.waiting.set(self._queue.waiting)
+        self.metrics.queue_seconds.observe(time.perf_counter() - started)
+
+    def _time_limit(self, request: Request) -> float | None:
+        """Seconds that a request may take: what the server says, or less where its client wants that."""
+        given = request.headers.get("x-request-timeout")
+        most = self._settings.request_timeout
+        if given is None:
+            return most
+        with suppress(ValueError):
+            if 0 < (seconds := float(given)) < float("inf"):
+                return seconds if most is None else min(seconds, most)
+        raise ApiError(400, "X-Request-Timeout must be a positive number of seconds", param="X-Request-Timeout")
 
     async def _read(self, request: Request, parse: Callable[..., CompletionBody]) -> CompletionBody:
         """Read and check the body, within the limits."""
@@ -229,18 +275,17 @@ class HttpFront:
             rule = f"{body.num_choices} completions in one request are too many; at most {settings.max_concurrent}"
             raise ApiError(400, rule, param="n")
 
-    def _enter(self, run: CompletionRun) -> None:
-        self._runs.add(run)
-        self._in_flight += len(run.choices)
-        self.metrics.in_flight.set(self._in_flight)
+    def _enter(self, run: CompletionRun, client: str) -> None:
+        self._runs[run] = client
+        self.metrics.in_flight.set(self._queue.running)
         self.metrics.prompt.inc(run.usage["prompt_tokens"])
 
     def _leave(self, run: CompletionRun) -> None:
         if run not in self._runs:
             return
-        self._runs.discard(run)
-        self._in_flight -= len(run.choices)
-        self.metrics.in_flight.set(self._in_flight)
+        self._queue.leave(self._runs.pop(run), len(run.choices))
+        self.metrics.in_flight.set(self._queue.running)
+        self.metrics.waiting.set(self._queue.waiting)
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_document()]})

@@ -1,13 +1,12 @@
 """Guard: what every request passes before and after the routes: the bearer token, errors, the count of answers."""
 
-import hashlib
-import hmac
 import logging
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moeplace.launch.http_front.dashboard import PAGE, STATE
+from moeplace.launch.http_front.keys import ANYBODY, Keys
 from moeplace.launch.http_front.wire.errors import ApiError, ClientGone
 from moeplace.launch.http_front.wire.metrics import FrontMetrics
 
@@ -17,6 +16,10 @@ HEALTH, READY, LIVE = "/healthz", "/readyz", "/livez"
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 REQUESTS = "/v1/requests"
+ADMIN = "/admin/"
+CLIENT = "moeplace.client"
+"""Under which a request's scope says whose token it had."""
+ADMINISTRATOR = "administrator"
 ROUTES = (
     COMPLETIONS,
     CHAT,
@@ -25,8 +28,7 @@ ROUTES = (
     READY,
     LIVE,
     "/metrics",
-    "/admin/scale",
-    "/admin/status",
+    *(f"{ADMIN}{name}" for name in ("scale", "status", "place", "drain", "replanning")),
     PAGE,
     STATE,
 )
@@ -42,13 +44,12 @@ class Guard:
 
     Args:
         app: what it protects.
-        api_key: bearer token of every route but the health checks and the empty page; None = none is needed.
+        keys: bearer tokens of every route but the health checks and the empty page.
         metrics: where answers are counted.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, metrics: FrontMetrics) -> None:
-        self._app, self._metrics = app, metrics
-        self._expected = None if api_key is None else _digest(api_key.encode())
+    def __init__(self, app: ASGIApp, *, keys: Keys, metrics: FrontMetrics) -> None:
+        self._app, self._metrics, self._keys = app, metrics, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,7 +63,8 @@ class Guard:
             await send(message)
 
         try:
-            if self._is_allowed(scope):
+            scope[CLIENT] = self._client_of(scope)
+            if scope[CLIENT] is not None:
                 await self._app(scope, receive, send_and_note)
             else:
                 await _refusal().response()(scope, receive, send_and_note)
@@ -75,12 +77,14 @@ class Guard:
         finally:
             self._metrics.http_requests.labels(_route(scope["path"]), str(status[0] if status else _CLIENT_GONE)).inc()
 
-    def _is_allowed(self, scope: Scope) -> bool:
-        """By the path that routes see, which no header can change; compared in a time that tells nothing."""
-        if self._expected is None or scope["path"] in _OPEN:
-            return True
-        kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
-        return hmac.compare_digest(_digest(token.strip().encode()), self._expected) and kind.lower() == "bearer"
+    def _client_of(self, scope: Scope) -> str | None:
+        """Who may come in, None = nobody; by the path that routes see, which no header can change."""
+        if scope["path"] in _OPEN:
+            return ANYBODY
+        given = Headers(scope=scope).get("authorization", "")
+        if scope["path"].startswith(ADMIN):
+            return ADMINISTRATOR if self._keys.opens_administration(given) else None
+        return self._keys.client_of(given)
 
 
 def _route(path: str) -> str:
@@ -88,11 +92,6 @@ def _route(path: str) -> str:
     if path.startswith(f"{REQUESTS}/"):
         return REQUESTS
     return path if path in ROUTES else _OTHER
-
-
-def _digest(token: bytes) -> bytes:
-    """Of one length, whatever is given."""
-    return hashlib.sha256(token).digest()
 
 
 def _refusal() -> ApiError:

@@ -45,7 +45,7 @@ def bind(host: str, port: int, settings: FrontSettings) -> socket.socket:
     except OSError as error:
         listener.close()
         raise InputError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    if host not in LOOPBACK and settings.api_key is None:
+    if host not in LOOPBACK and settings.api_key is None and not settings.client_keys:
         warnings.warn(
             f"serving on {host} without a bearer token: whoever reaches it can use it", MoeplaceWarning, stacklevel=2
         )

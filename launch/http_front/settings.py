@@ -1,15 +1,14 @@
 """FrontSettings: what the HTTP front offers and what it refuses."""
 
-import os
 import ssl
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from moeplace.launch.http_front.keys import ADMIN_KEY_VARIABLE, KEY_VARIABLE
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.files import require_file
 
-KEY_VARIABLE = "MOEPLACE_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -20,13 +19,18 @@ class FrontSettings:
     Attributes:
         model: name of the model, as clients give it.
         api_key: what clients must send as a bearer token; None = nothing.
-        admin: whether clients may change the number of ranks; needs a token.
+        client_keys: the same for several clients by name, who share the service fairly.
+        admin_key: what the administration wants instead; None = every token opens it.
+        admin: whether there is an administration; needs a token.
         dashboard: whether there is a live page.
         max_ranks: most ranks that clients may ask for; None = as many as there can be.
         max_body_bytes: of a request's body.
         max_prompt_tokens: of one prompt; None = what the service can hold.
         max_tokens: most tokens of a completion that may be asked for; None = what the service can hold.
         max_concurrent: completions under way at once; every prompt counts `n` times.
+        max_queue: completions that may wait for that.
+        queue_timeout: seconds that a request may wait there; None = as long as its client does.
+        request_timeout: seconds from a request's head to the end of its answer; None = no limit.
         body_timeout: seconds that a client has to send a body.
         stall_timeout: seconds that a client may go without taking any of what waits for it.
         drain_grace: seconds after a signal in which requests are still taken, while health checks say that no more
@@ -43,6 +47,8 @@ class FrontSettings:
 
     model: str
     api_key: str | None = None
+    client_keys: Mapping[str, str] = field(default_factory=dict)
+    admin_key: str | None = None
     admin: bool = False
     dashboard: bool = False
     max_ranks: int | None = None
@@ -50,6 +56,9 @@ class FrontSettings:
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
     max_concurrent: int = 256
+    max_queue: int = 1024
+    queue_timeout: float | None = None
+    request_timeout: float | None = None
     body_timeout: float = 30.0
     stall_timeout: float = 60.0
     drain_grace: float = 0.0
@@ -63,8 +72,15 @@ class FrontSettings:
     def __post_init__(self) -> None:
         if not self.model:
             raise InputError("the model's name is empty; clients need one")
-        if self.admin and self.api_key is None:
-            raise InputError(f"--admin needs a bearer token: --api-key-file or {KEY_VARIABLE}")
+        if self.admin and self.api_key is None and not self.client_keys and self.admin_key is None:
+            sources = f"--admin-key-file, {ADMIN_KEY_VARIABLE}, --api-key-file or {KEY_VARIABLE}"
+            raise InputError(f"--admin needs a bearer token: {sources}")
+        if self.max_queue < 0:
+            raise InputError(f"max_queue ({self.max_queue}) must be at least 0")
+        for name in ("queue_timeout", "request_timeout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{name} ({value}) must be a positive number of seconds")
         for name in ("max_body_bytes", "max_prompt_tokens", "max_tokens", "max_concurrent", "max_ranks"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -99,26 +115,6 @@ def check_tls_files(certificate: str, key: str) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")  # never ask a terminal
     except (ssl.SSLError, OSError) as error:
         raise InputError(f"{certificate} and {key} cannot be used for TLS: {error}") from error
-
-
-def read_api_key(path: str | Path | None) -> str | None:
-    """The bearer token: the first line of a file, or else the environment variable MOEPLACE_API_KEY, or none.
-
-    Raises:
-        InputError: the file is missing or empty, or the token cannot be sent in a header.
-    """
-    if path is None:
-        key, source = os.environ.get(KEY_VARIABLE), KEY_VARIABLE
-        if key is None:
-            return None
-    else:
-        try:
-            key, source = (require_file(path).read_text(encoding="utf-8").splitlines() or [""])[0].strip(), str(path)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not a text file: {error}") from error
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(f"{source} must hold a bearer token of printable ASCII characters without blanks")
-    return key
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -6,7 +6,7 @@ controller = build_controller(args, placement, shape=shape)      # None without 
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -75,13 +75,19 @@ def replan_window(args: argparse.Namespace) -> int:
 
 @contextmanager
 def replanning(
-    args: argparse.Namespace, service: "ReplaceableService", *, shape: "StepShape", **options: Any
+    args: argparse.Namespace,
+    service: "ReplaceableService",
+    *,
+    shape: "StepShape",
+    is_allowed: Callable[[], bool] = lambda: True,
+    **options: Any,
 ) -> Iterator["Replanner | None"]:
     """The service re-places its experts by itself while the block runs; without --replan nothing happens.
 
     Args:
         service: has started; a `Coordinator`, for one.
         shape: sizes of its steps.
+        is_allowed: asked before anything is looked at or changed.
         **options: `calibration`, `reference` and `seed` of `build_controller`.
 
     Raises:
@@ -93,7 +99,7 @@ def replanning(
     if controller is None:
         yield None
         return
-    replanner = Replanner(controller, service, calibration=options.get("calibration"))
+    replanner = Replanner(controller, service, calibration=options.get("calibration"), is_allowed=is_allowed)
     with replanner.in_background():
         yield replanner
 

@@ -33,21 +33,28 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
     from moeplace.runtime.models.checkpoint import Checkpoint
 
     try:
+        from moeplace.launch.http_front.administration import Permit
         from moeplace.launch.http_front.application import HttpFront
+        from moeplace.launch.http_front.keys import ADMIN_KEY_VARIABLE, read_api_key, read_client_keys
         from moeplace.launch.http_front.loading import answering_while_loading
         from moeplace.launch.http_front.server import address_of, bind, run_front
-        from moeplace.launch.http_front.settings import FrontSettings, parse_address, read_api_key
+        from moeplace.launch.http_front.settings import FrontSettings, parse_address
     except ModuleNotFoundError as error:
         raise missing_package("moeplace serve --http", error) or error from error
     settings = FrontSettings(
         model=args.model_name or Path(args.model).resolve().name,
         api_key=read_api_key(args.api_key_file),
+        client_keys=read_client_keys(args.client_keys),
+        admin_key=read_api_key(args.admin_key_file, ADMIN_KEY_VARIABLE),
         admin=args.admin,
         dashboard=args.dashboard,
         max_body_bytes=args.max_body_bytes,
         max_prompt_tokens=args.max_prompt_tokens,
         max_tokens=args.max_tokens,
         max_concurrent=args.max_concurrent,
+        max_queue=args.max_queue,
+        queue_timeout=args.queue_timeout,
+        request_timeout=args.request_timeout,
         max_ranks=args.max_ranks,
         stall_timeout=args.stall_timeout,
         drain_grace=args.drain_grace,
@@ -67,8 +74,10 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
         with ended_by_signals(), answering_while_loading(listener, **settings.tls_options):
             service = start_service()
         try:
-            front = HttpFront(service, settings, coder=tokenizer if tokenizer.exists else None, stop_ids=stop_ids)
-            with EventLogger(service), _replanning(args, service, replan_options):
+            permit, coder = Permit(), tokenizer if tokenizer.exists else None
+            front = HttpFront(service, settings, coder=coder, stop_ids=stop_ids, permit=permit)
+            options = {**replan_options, "is_allowed": lambda: permit.replanning}
+            with EventLogger(service), _replanning(args, service, options):
                 run_front(
                     front,
                     listener,

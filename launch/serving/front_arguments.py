@@ -63,7 +63,17 @@ def add_front_arguments(group: "argparse._ActionsContainer") -> None:
         help="folder in which requests outlive this process: started again with it, it takes them up again",
     )
     group.add_argument("--max-ranks", type=int, metavar="N", help="most ranks that clients may ask for, with --admin")
-    group.add_argument("--admin", action="store_true", help="let clients with a token ask for more or fewer ranks")
+    group.add_argument(
+        "--admin", action="store_true", help="routes that change ranks and the placement, behind a token"
+    )
+    group.add_argument(
+        "--admin-key-file",
+        metavar="F",
+        help="bearer token of those routes (default: $MOEPLACE_ADMIN_KEY, or that of clients)",
+    )
+    group.add_argument(
+        "--client-keys", metavar="F", help="a line NAME TOKEN for each of several clients, who share the service fairly"
+    )
     group.add_argument(
         "--dashboard", action="store_true", help="a live page at /dashboard; its data needs the same bearer token"
     )
@@ -71,8 +81,13 @@ def add_front_arguments(group: "argparse._ActionsContainer") -> None:
     group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of a prompt (default: what fits)")
     group.add_argument("--max-tokens", type=int, metavar="N", help="most that may be asked for (default: what fits)")
     group.add_argument(
-        "--max-concurrent", type=int, default=256, metavar="N", help="completions at once; beyond: status 429"
+        "--max-concurrent", type=int, default=256, metavar="N", help="completions at once; others wait (default: 256)"
     )
+    group.add_argument(
+        "--max-queue", type=int, default=1024, metavar="N", help="completions that may wait; beyond: status 429 (1024)"
+    )
+    group.add_argument("--queue-timeout", type=float, metavar="S", help="most seconds that a request may wait")
+    group.add_argument("--request-timeout", type=float, metavar="S", help="most seconds that a request may take")
     group.add_argument(
         "--stall-timeout", type=float, default=60.0, metavar="S", help="seconds without a byte taken by a client"
     )

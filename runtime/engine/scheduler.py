@@ -42,6 +42,16 @@ class Scheduler:
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
 
+    @property
+    def kv_used(self) -> int:
+        """Positions of running sequences whose K/V exist."""
+        return sum(sequence.cached for sequence in self.running)
+
+    @property
+    def kv_room(self) -> int:
+        """Positions that sequences can take on all ranks together."""
+        return len(self._free) * self.rows * self.positions
+
     def add(self, request: Request) -> None:
         """Queue a request; raises as `check`."""
         self.check(request)

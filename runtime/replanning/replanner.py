@@ -10,7 +10,7 @@ the digest of the placement that is in force once the service has come to rest.
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -73,10 +73,17 @@ class Replanner:
     """
 
     def __init__(
-        self, controller: Controller, service: ReplaceableService, *, calibration: Calibration | None = None
+        self,
+        controller: Controller,
+        service: ReplaceableService,
+        *,
+        calibration: Calibration | None = None,
+        is_allowed: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`calibration`: measured links of the cluster; None = nominal ones."""
+        """`calibration`: measured links of the cluster; None = nominal ones. Where `is_allowed` says no, nothing is
+        looked at and nothing is changed; what is under way is concluded."""
         self.controller, self._service, self._calibration = controller, service, calibration
+        self._is_allowed = is_allowed
         self._change: Change | None = None
 
     def turn(self) -> None:
@@ -88,11 +95,11 @@ class Replanner:
             self._conclude(self._change, status)
         elif status.placement_digest != self.controller.placement.digest:
             self._take_over(status.steps)
-        elif self.controller.is_due(status.steps):
+        elif self._is_allowed() and self.controller.is_due(status.steps):
             routing = self._service.recent_routing()
             if routing is not None:
                 self.controller.look(status.steps, routing)
-        change = self.controller.poll(status.steps)
+        change = self.controller.poll(status.steps) if self._is_allowed() else None
         if change is not None:
             self._hand_over(change, status.steps)
 

@@ -5,7 +5,7 @@ of it and the fronts that submit requests are written against; what a member is 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from moeplace.placement.placement import Placement
@@ -79,6 +79,9 @@ class ServiceStatus:
         serving: whether requests are being answered.
         reason: why not; while serving, why the last change of ranks failed, "" = it did not.
         ended: nothing will be answered any more.
+        passes, pass_seconds: of the ranks, by phase (prefill, decode).
+        kv_used, kv_room: positions of the K/V caches: with K/V of running sequences, and all.
+        losses: how often ranks were lost.
     """
 
     generation: int
@@ -99,6 +102,11 @@ class ServiceStatus:
     serving: bool
     reason: str
     ended: bool = False
+    passes: Mapping[str, int] = field(default_factory=dict)
+    pass_seconds: Mapping[str, float] = field(default_factory=dict)
+    kv_used: int = 0
+    kv_room: int = 0
+    losses: int = 0
 
 
 class Service(Protocol):

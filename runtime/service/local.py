@@ -10,6 +10,7 @@ It is what `moeplace serve --http` runs on one rank, and the oracle of services 
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -62,6 +63,8 @@ class LocalService:
         # Of the service's thread alone.
         self._migration: LiveMigration | None = None
         self._counted_at = 0.0
+        self._passes: defaultdict[str, int] = defaultdict(int)
+        self._pass_seconds: defaultdict[str, float] = defaultdict(float)
         self._status = self._first_status()
         self._note("started", "one rank serves in this process")
         self._thread = threading.Thread(target=self._run, name="moeplace-service", daemon=True)
@@ -148,7 +151,12 @@ class LocalService:
     def _run(self) -> None:
         try:
             while self._take_orders():
-                completions = self._engine.step()
+                started = time.perf_counter()
+                stepped = self._engine.step_with_note(0)
+                completions = stepped.completions
+                if stepped.phase is not None:
+                    self._passes[stepped.phase] += 1
+                    self._pass_seconds[stepped.phase] += time.perf_counter() - started
                 self._advance_migration()
                 for sequence in self._engine.scheduler.running:
                     self._tell(sequence.request.request_id, sequence.added, logprobs=sequence.logprobs)
@@ -271,6 +279,10 @@ class LocalService:
             waiting=len(scheduler.waiting),
             running=len(scheduler.running),
             steps=engine.group.counters.steps,
+            passes=dict(self._passes),
+            pass_seconds=dict(self._pass_seconds),
+            kv_used=scheduler.kv_used,
+            kv_room=scheduler.kv_room,
             tokens=self._requests.num_tokens,
             changing=progress is not None,
             migration=None

@@ -67,7 +67,7 @@ class CompletionAnswer:
         work = self._stream(send_in_time) if self._run.body.stream else self._whole(scope, receive, send_in_time)
         try:
             with self._run:
-                await _while_connected(receive, work)
+                await while_connected(receive, work)
         finally:
             self._on_end()
 
@@ -137,6 +137,8 @@ class CompletionAnswer:
 
     def _failure(self) -> ApiError:
         """The first choice that failed speaks for the request: half an answer is none."""
+        if self._run.is_expired:
+            return ApiError(504, f"the completion ended early: {self._run.error}", code="deadline_exceeded")
         return ApiError(
             503 if self._is_given_up else 500, f"the completion ended early: {self._run.error}", code="failed"
         )
@@ -174,7 +176,7 @@ def skip_to_position(choices: Sequence[Choice], position: str) -> None:
         choice.taken_text, choice.taken_ids, choice.taken_shown = position_of_choice
 
 
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Run `work` to its end, or until the client is gone.
 
     Raises:

@@ -133,7 +133,10 @@ class CompletionRun:
 
     Attributes:
         choices: prompts in order, each with its `n` completions.
+        is_expired: whether what had not finished was given up because it took too long.
     """
+
+    _deadline: asyncio.TimerHandle | None
 
     def __init__(
         self,
@@ -153,6 +156,7 @@ class CompletionRun:
         self.body, self._decode = body, decode
         self.is_kept, self._is_submitted = is_kept, False
         self._unwanted: list[Choice] = []
+        self.is_expired, self._deadline = False, None
         try:
             self.choices = [_make_choice(body, index, name, decode, note) for index in range(body.num_choices)]
         except (InputError, OverflowError) as error:
@@ -229,6 +233,16 @@ class CompletionRun:
             if choice.request is not None:
                 choice.ticket = self._service.submit(choice.request, self._listener(choice))
 
+    def expire_after(self, seconds: float, started: float) -> None:
+        """Give up what has not finished so many seconds after `started`, a moment of `time.perf_counter`."""
+
+        def expire() -> None:
+            if not self.is_done:
+                self.is_expired = True
+                self.give_up(f"it took longer than {seconds:g} s")
+
+        self._deadline = asyncio.get_running_loop().call_later(started + seconds - time.perf_counter(), expire)
+
     async def wait(self) -> None:
         """Until something new has come since the last call."""
         await self._news.wait()
@@ -292,8 +306,11 @@ class CompletionRun:
         if self._metrics is not None:
             self._metrics.completions.labels(reason).inc()
         self._news.set()
-        if self._on_done is not None and self.is_done:
-            self._on_done()
+        if self.is_done:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            if self._on_done is not None:
+                self._on_done()
 
 
 def _make_choice(body: CompletionBody, index: int, name: str, decode: Decode, note: str) -> Choice:

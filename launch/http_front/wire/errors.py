@@ -56,11 +56,11 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def overloaded(message: str) -> ApiError:
-    """Too much at once: the client may try again in a second."""
-    return ApiError(429, message, code="overloaded", headers={"Retry-After": "1"})
+def overloaded(message: str, *, seconds: int = 1) -> ApiError:
+    """Too much at once: the client may try again in so many seconds."""
+    return ApiError(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
 
 
-def unavailable(reason: str) -> ApiError:
+def unavailable(reason: str, *, code: str = "unavailable") -> ApiError:
     """The service takes no requests now."""
-    return ApiError(503, f"not serving: {reason}", code="unavailable", headers={"Retry-After": "1"})
+    return ApiError(503, f"not serving: {reason}", code=code, headers={"Retry-After": "1"})

@@ -129,10 +129,11 @@ class Outbox:
     Attributes:
         now: seconds since the epoch, of the report at hand.
         steps: of the service, for the event log.
+        losses: events of ranks that were lost.
     """
 
     def __init__(self) -> None:
-        self.now, self.steps = 0.0, 0
+        self.now, self.steps, self.losses = 0.0, 0, 0
         self._actions: list[Action] = []
 
     def add(self, action: Action) -> None:
@@ -141,6 +142,7 @@ class Outbox:
 
     def note(self, kind: str, sentence: str, **figures: Any) -> None:
         """Want something in the event log."""
+        self.losses += kind == "loss"
         self.add(Note(Event(self.now, kind, sentence, figures, self.steps)))
 
     def take(self) -> list[Action]:

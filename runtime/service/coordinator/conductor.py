@@ -191,6 +191,8 @@ class Conductor:
             serving=generations.is_serving,
             reason=generations.reason,
             ended=self.is_over,
+            losses=self._out.losses,
+            **self._figures.passes(),
         )
 
     # Reports of the ranks at work
@@ -209,6 +211,7 @@ class Conductor:
             else:
                 self._out.note("bad-report", f"a token was ignored: {told!r:.80}")
         self._out.steps += 1
+        self._figures.note_pass(report.get("phase"), report.get("seconds"), report.get("kv"))
         self._log.forget(report["applied"])
         if report["generation"] == self._generations.number:
             self._generations.note_step(report.get("migration"))

@@ -3,6 +3,7 @@
 Shape letters: L MoE layers, E experts per layer.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,26 @@ class ServiceFigures:
         self._load: dict[int, np.ndarray] = {}
         self._tokens: dict[int, np.ndarray] = {}
         self._tokens_before: dict[int, np.ndarray] = {}
+        self._passes: Counter[str] = Counter()
+        self._pass_seconds: Counter[str] = Counter()
+        self._kv = (0, 0)
+
+    def note_pass(self, phase: Any, seconds: Any, kv: Any) -> None:
+        """Take a pass of the ranks, as far as its report says something of it."""
+        if isinstance(phase, str) and isinstance(seconds, int | float):
+            self._passes[phase] += 1
+            self._pass_seconds[phase] += seconds  # type: ignore[assignment]  # a counter of seconds
+        if isinstance(kv, list) and len(kv) == 2 and all(isinstance(number, int) for number in kv):
+            self._kv = (kv[0], kv[1])
+
+    def passes(self) -> dict[str, Any]:
+        """What `note_pass` has gathered, as fields of a status."""
+        return {
+            "passes": dict(self._passes),
+            "pass_seconds": dict(self._pass_seconds),
+            "kv_used": self._kv[0],
+            "kv_room": self._kv[1],
+        }
 
     def report(self, member: int, counters: Mapping[str, Any], tokens_L: Sequence[int], load: Any) -> None:
         """Take a member's report."""

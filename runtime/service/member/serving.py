@@ -194,6 +194,7 @@ class Serving:
                 "seconds": seconds,
                 "moving": moving,
                 "phase": stepped.phase,
+                "kv": [scheduler.kv_used, scheduler.kv_room],
             }
         )
 

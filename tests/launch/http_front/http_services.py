@@ -45,9 +45,11 @@ class ManualService:
         submitted: requests, in the order in which they came.
         cancelled: names, likewise.
         serving, reason, changing, ended: of its status.
+        placed: the placement that was last asked for.
         scaled: number of ranks and members to leave that were last asked for.
     """
 
+    placed: Placement | None = None
     scaled: tuple[int, Sequence[int] | None] | None = None
     placement = index_order(np.full(100, 4), np.full(2, 2), np.zeros(2, int), layer_ids=np.arange(3, 103))
 
@@ -110,7 +112,9 @@ class ManualService:
         self.scaled = (num_ranks, leaving)
 
     def replace(self, placement: Placement) -> None:
-        raise NotImplementedError
+        if placement.num_ranks != 2:
+            raise InputError(f"the placement is for {placement.num_ranks} ranks, but 2 are active")
+        self.placed = placement
 
     def status(self) -> ServiceStatus:
         return ServiceStatus(
@@ -126,12 +130,24 @@ class ManualService:
             steps=10,
             tokens=20,
             migration={"bytes_moved": 5, "bytes_planned": 9, "commits": 1},
-            counters={"collectives": {"dispatch": 6}, "bytes_sent": {"inter_node": 8}, "copies_sent": 2},
+            counters={
+                "collectives": {"dispatch": 6},
+                "bytes_sent": {"inter_node": 8},
+                "copies_sent": 2,
+                "overflows": 1,
+                "single_exchange": 3,
+                "tokens_computed": 9,
+            },
             imbalance_per_layer=tuple(1 + layer / 100 for layer in range(100)),
             changing=self.changing,
             serving=self.serving,
             reason=self.reason,
             ended=self.ended,
+            passes={"decode": 8, "prefill": 2},
+            pass_seconds={"decode": 0.5, "prefill": 1.5},
+            kv_used=30,
+            kv_room=120,
+            losses=2,
         )
 
     def events(self) -> list[Event]:

@@ -15,8 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moeplace.launch.http_front.completions.body import parse_body
 from moeplace.launch.http_front.completions.run import CompletionRun
+from moeplace.launch.http_front.keys import read_api_key
 from moeplace.launch.http_front.server import bind
-from moeplace.launch.http_front.settings import FrontSettings, parse_address, read_api_key
+from moeplace.launch.http_front.settings import FrontSettings, parse_address
 from moeplace.launch.http_front.wire.metrics import FrontMetrics
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.service.api import TokenEvent
@@ -38,7 +39,7 @@ def service() -> ManualService:
 def idle_front() -> Iterator[ThreadedFront]:
     """A front whose service must hear of nothing."""
     service = ManualService()
-    with served(service, max_concurrent=8, max_prompt_tokens=20) as front:
+    with served(service, max_concurrent=8, max_queue=0, max_prompt_tokens=20) as front:
         yield front
     assert service.submitted.empty()
 
@@ -232,7 +233,7 @@ def test_other_content_types_are_refused(service: ManualService) -> None:
 
 def test_too_many_at_once(service: ManualService, pool: ThreadPoolExecutor) -> None:
     """Status 429 with Retry-After; there is room again when one has finished."""
-    with served(service, max_concurrent=2) as front:
+    with served(service, max_concurrent=2, max_queue=0) as front:
         running = pool.submit(post, front, prompt="a", n=2)
         requests = [service.next_request() for _ in range(2)]
         refused = post(front, prompt="a")
@@ -253,7 +254,7 @@ def test_room_is_looked_for_again_when_a_body_has_come(service: ManualService) -
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
     )
-    with served(service, max_concurrent=1) as front, front.connect() as first, front.connect() as second:
+    with served(service, max_concurrent=1, max_queue=0) as front, front.connect() as first, front.connect() as second:
         for connection in (first, second):  # both are asked to go on: each has been let in
             connection.sendall(head.encode() + b"\r\nExpect: 100-continue\r\n\r\n")
             assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
@@ -487,7 +488,7 @@ def test_metrics_have_bounded_cardinality(service: ManualService) -> None:
         assert metric(front, "moeplace_sent_bytes_total", tier="inter_node") == 8
         assert metric(front, "moeplace_collectives_total", kind="dispatch") == 6
         assert metric(front, "moeplace_placement_version") == 7
-        assert metric(front, "moeplace_migration_bytes_planned") == 9
+        assert metric(front, "moeplace_migration_planned_bytes") == 9
 
 
 @pytest.mark.parametrize(

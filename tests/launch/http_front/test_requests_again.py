@@ -78,7 +78,7 @@ def test_a_finished_answer_is_given_again(
 def test_in_the_background(service: ManualService, path: str, kind: str) -> None:
     """At once an answer without tokens; asked again, what there is; it goes on without a client, and then is whole."""
     body = {"prompt": "a"} if kind == "text" else {"messages": [{"role": "user", "content": "a"}]}
-    with served(service, max_concurrent=1) as front:
+    with served(service, max_concurrent=1, max_queue=0) as front:
         begun = post(front, path=path, background=True, name=None, **body)
         name = begun.headers["x-request-id"]
         assert (begun.status_code, begun.json()["status"], begun.json()["id"]) == (202, "in_progress", name)
