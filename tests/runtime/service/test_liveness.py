@@ -49,6 +49,21 @@ def test_each_turn_has_its_time(liveness: Liveness) -> None:
         assert liveness.look(float(now)) == {}
 
 
+@pytest.mark.parametrize(("timeout", "interval"), [(4.0, 1.0), (0.2, 0.1), (0.4, 0.1), (20.0, 5.0), (60.0, 5.0)])
+def test_how_often_is_looked(timeout: float, interval: float) -> None:
+    """Four times in the time that silence may last, within bounds."""
+    assert Liveness(ServiceOptions(timeout=timeout)).interval == interval
+
+
+def test_a_look_may_be_as_late_as_it_is_long(liveness: Liveness) -> None:
+    """Twice the interval is no sleep; a moment more is."""
+    for moment, found in ((5.0, {1: "it hung: no sign of life for 4 s"}), (5.01, {})):
+        liveness.hear(1, 0, state="idle", now=0.0)
+        assert [liveness.look(float(now)) for now in (0, 1, 2, 3)] == [{}] * 4
+        assert liveness.look(moment) == found
+        assert liveness.look(-100.0) == {}  # the clock is set: a new beginning
+
+
 def test_silence(liveness: Liveness) -> None:
     """For as long as was said, no less; who is gone is not looked for, who never said anything is not known."""
     liveness.hear(1, 0, state="idle", now=0.0)

@@ -56,8 +56,11 @@ def test_the_newest_of_a_name_is_found() -> None:
     """Whichever ends first; and the end of an old one does not take the new one with it."""
     requests = LocalRequests()
     old, new = ask(requests, "a"), ask(requests, "a")
-    requests.tell(new, [7], "stop")
-    requests.tell(old, [8], "stop")
+    assert requests.tickets_of("a", None) == [old, new]
+    assert requests.tell(new, [7], "stop")
+    assert requests.tickets_of("a", None) == requests.tickets_of("a", old) == [old] != [new]
+    assert requests.tell(new, [7, 9])  # late: nobody minds
+    assert requests.tell(old, [8], "stop")
     record = requests.find("a")
     assert record is not None
     assert (record.ticket, record.token_ids) == (new, (7,))
@@ -81,8 +84,8 @@ def test_those_that_ended_are_forgotten_in_their_order(monkeypatch: pytest.Monke
     assert requests.tickets_of("running", None) == [running]
 
 
-def test_who_cannot_listen_is_not_told_again() -> None:
-    """The request goes on while anybody can take its tokens; the last one that fails is said."""
+def test_who_cannot_listen_is_not_told_again(caplog: pytest.LogCaptureFixture) -> None:
+    """The request goes on while anybody can take its tokens; each that fails is logged; that none is left is said."""
 
     def fail(event: TokenEvent) -> None:
         calls.append(event)
@@ -97,3 +100,6 @@ def test_who_cannot_listen_is_not_told_again() -> None:
     assert (len(calls), tokens_of(heard)) == (1, [1, 2])
     alone = requests.take(Request("b", (1,)), fail).request_id
     assert not requests.tell(alone, [1])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the listener of request {name!r} failed: ValueError: no" for name in "ab"
+    ]
