@@ -15,6 +15,8 @@ SOLVERS = {  # name -> module:function below this package
     "round-robin": "index_order:solve_round_robin",
     "lpt": "lpt:solve_lpt",
     "eplb": "eplb:solve_eplb",
+    "flashlb": "flashlb:solve_flashlb",
+    "stair": "stair:solve_stair",
     "viterbi": "exact.viterbi:solve_viterbi",
     "exflow-ilp": "exact.exflow:solve_exflow",
     "moetuner-ilp": "exact.moetuner:solve_moetuner",
