@@ -3,6 +3,9 @@
 `pool.run(body, *args, size=3)` calls the module-level function `body(context, *args)` on the first three workers, each
 with its rank, and returns their results in order. There is no port: workers meet in a `FileStore`. Timeouts nest:
 process group < run < test. A failure or a timeout ends the workers; the next run starts fresh ones.
+
+Workers are forks of one process that has imported what bodies need and has no other thread ("forkserver"): torch and
+transformers are imported once, not once for each of them.
 """
 
 import faulthandler
@@ -27,6 +30,7 @@ from moeplace.runtime.comm.group import RankGroup
 GROUP_TIMEOUT = 45.0  # on a loaded machine one rank may import torch and transformers that much later than another
 RUN_TIMEOUT = 100.0
 START_TIMEOUT = 100.0
+IMPORTED = ["torch", "torch.distributed", "transformers", "moeplace.runtime.engine.engine", "tests.rank_pool"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class RankPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._context = mp.get_context("spawn")
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(IMPORTED)
         self._folder = tempfile.TemporaryDirectory(prefix="moeplace-ranks-")
         self._workers: list[Any] = []
         self._tasks: list[Any] = []

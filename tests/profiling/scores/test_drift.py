@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moeplace.profiling.errors import InputError
 from moeplace.profiling.scores.drift import DECIDING, measure_drift
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.seeds import TODAY
@@ -83,3 +84,43 @@ def test_the_threshold_is_what_a_fortieth_of_the_splits_exceeds() -> None:
         for name in DECIDING:
             if abs(drift.distance[name] / drift.threshold[name] - 1) > 0.02:
                 assert (drift.distance[name] > drift.threshold[name]) == (drift.p_value[name] <= 0.025)
+
+
+@pytest.mark.parametrize("seed", [0, 1, TODAY])
+def test_distances_are_those_of_whole_tables(seed: int) -> None:
+    """Unequal layers, tokens without experts, top-k, one layer: the oracle fills whole tables, pair by pair."""
+    rng = np.random.default_rng(seed)
+    for layers in (1, 3):
+        experts_L = rng.integers(2, 9, layers)
+        traces, top_k = [], int(rng.integers(1, 3))
+        for _ in range(2):
+            tokens = int(rng.integers(20, 60))
+            ids = np.stack([np.argsort(rng.random((tokens, n)), axis=1)[:, :top_k] for n in experts_L], axis=1)
+            ids[rng.random(tokens) < 0.2] = -1
+            ids[:, int(rng.integers(layers)), 0][rng.random(tokens) < 0.1] = -1
+            ids = np.where(ids[:, :, :1] < 0, -1, ids)
+            traces.append(RoutingTrace(ids, experts_L, sequence_ids=np.arange(tokens) // 5))
+        found = measure_drift(*traces, seed=1, splits=5).distance
+        load: list[float] = []
+        transitions: list[float] = []
+        for layer, count in enumerate(experts_L):
+            shares = [np.bincount(t.topk_ids[:, layer][t.topk_ids[:, layer] >= 0], minlength=count) for t in traces]
+            load.append(0.5 * np.abs(shares[0] / shares[0].sum() - shares[1] / shares[1].sum()).sum())
+        for layer in range(layers - 1):
+            tables = []
+            for trace in traces:
+                table = np.zeros((experts_L[layer], experts_L[layer + 1]))
+                for first, second in trace.topk_ids[:, layer : layer + 2, 0]:
+                    if min(first, second) >= 0:
+                        table[first, second] += 1
+                tables.append(table / table.sum())
+            transitions.append(0.5 * np.abs(tables[0] - tables[1]).sum())
+        assert found["load_tv"] == pytest.approx(np.mean(load))
+        assert found["transitions_tv"] == pytest.approx(np.mean(transitions) if transitions else 0.0)
+
+
+def test_recordings_of_other_widths_are_refused() -> None:
+    """Top-2 beside top-1 of the same model: one sentence, not a crash."""
+    wide = RoutingTrace(np.tile([0, 1], (8, 2, 1)), np.full(2, 4))
+    with pytest.raises(InputError, match="2 and 1 experts a token cannot be compared"):
+        measure_drift(wide, wide.truncate(1), seed=0)

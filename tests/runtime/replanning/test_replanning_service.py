@@ -29,8 +29,8 @@ from moeplace.runtime.service.coordinator.coordinator import Coordinator
 from moeplace.runtime.service.coordinator.routing_request import RoutingRequest
 from moeplace.runtime.service.options import ServiceOptions
 from moeplace.runtime.service.routing_text import from_text, to_text
-from moeplace.runtime.service.spawner import LocalSpawner
 from tests.runtime.checkpoints import save_checkpoint
+from tests.runtime.forked_members import ForkingSpawner
 
 LIMITS = EngineLimits(max_sequences=16, max_length=64, staging_rows=1, recent_ids=4096)
 REQUESTS = [
@@ -70,7 +70,7 @@ def test_a_service_replaces_for_its_own_routing(tmp_path: Path) -> None:
     assert alone.window.recent is not None
     options = ServiceOptions(mode="dispatch-combine", dtype="float64", limits=LIMITS)
     (tmp_path / "logs").mkdir()
-    spawner = LocalSpawner(tmp_path / "logs")
+    spawner = ForkingSpawner(tmp_path / "logs")
     with Coordinator(tmp_path, ranks=2, spawner=spawner, options=options) as service:
         service.wait_until_serving(timeout=SETTLES)
         assert answer(service) == expected
@@ -138,7 +138,7 @@ def test_routing_that_is_not_kept_cannot_be_asked_for(tmp_path: Path) -> None:
     """The limit that is missing is named."""
     save_checkpoint("olmoe", tmp_path)
     with (
-        Coordinator(tmp_path, ranks=1, spawner=LocalSpawner(tmp_path)) as service,
+        Coordinator(tmp_path, ranks=1, spawner=ForkingSpawner(tmp_path)) as service,
         pytest.raises(InputError, match=r"recent_ids \(0\) must be at least 1"),
     ):
         service.recent_routing()

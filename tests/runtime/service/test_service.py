@@ -21,8 +21,8 @@ from moeplace.runtime.engine.sampling import SamplingParameters
 from moeplace.runtime.service.api import TokenEvent
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
 from moeplace.runtime.service.options import ServiceOptions
-from moeplace.runtime.service.spawner import LocalSpawner
 from tests.runtime.checkpoints import save_checkpoint
+from tests.runtime.forked_members import ForkingSpawner
 from tests.runtime.injector import EventInjector
 
 LIMITS = EngineLimits(max_sequences=12, max_length=64, staging_rows=1)
@@ -96,7 +96,7 @@ class Load:
 def serve(checkpoint: Path, ranks: int, injector: EventInjector, folder: Path, **options: Any) -> Iterator[Load]:
     """A loaded service, every step of which is checked; at the end so are all tokens and all faults."""
     made = ServiceOptions(dtype="float64", limits=LIMITS, check_steps=True, **options)
-    spawner = LocalSpawner(folder)
+    spawner = ForkingSpawner(folder)
     with Coordinator(checkpoint, ranks=ranks, spawner=spawner, options=made, faults=injector.faults) as service:
         service.wait_until_serving(timeout=START)
         load = Load(service)

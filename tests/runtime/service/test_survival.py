@@ -22,8 +22,8 @@ from moeplace.runtime.engine.sampling import SamplingParameters
 from moeplace.runtime.service.api import TokenEvent
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
 from moeplace.runtime.service.options import ServiceOptions
-from moeplace.runtime.service.spawner import LocalSpawner
 from tests.runtime.checkpoints import save_checkpoint
+from tests.runtime.forked_members import ForkingSpawner
 
 LIMITS = EngineLimits(max_sequences=8, max_length=64, staging_rows=1)
 START, CHANGE = 90.0, 60.0
@@ -75,10 +75,9 @@ class Client:
 @contextmanager
 def serve(checkpoint: Path, ranks: int, *, state: Path | None = None, **options: Any) -> Iterator[Coordinator]:
     faults = options.pop("faults", None)
+    spawner = options.pop("spawner", None) or ForkingSpawner()
     made = ServiceOptions(dtype="float64", limits=LIMITS, **options)
-    with Coordinator(
-        checkpoint, ranks=ranks, spawner=LocalSpawner(), options=made, state=state, faults=faults
-    ) as service:
+    with Coordinator(checkpoint, ranks=ranks, spawner=spawner, options=made, state=state, faults=faults) as service:
         yield service
 
 
@@ -110,8 +109,9 @@ def test_slow_is_not_hung_and_all_ranks_may_be_lost(checkpoint: Path) -> None:
 SCRIPT = """
 import json, sys, time
 from pathlib import Path
+from moeplace.runtime.service.spawner import LocalSpawner
 from tests.runtime.service.test_survival import make_request, serve
-with serve(Path(sys.argv[1]), 2, state=Path(sys.argv[2])) as service:
+with serve(Path(sys.argv[1]), 2, state=Path(sys.argv[2]), spawner=LocalSpawner()) as service:
     print(json.dumps([service.member(member).pid for member in (0, 1)]), flush=True)
     service.wait_until_serving(timeout=90.0)
     told = [0]
