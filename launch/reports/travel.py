@@ -40,9 +40,20 @@ def flow_chart(view: PlacementView) -> str:
         if column < boundaries:
             bands += _bands(travel_BGG[column] * usable, x + _NODE, edge_BG[column], x + step, edge_BG[column + 1])
     middle_G = edge_BG[0] + size_BG[0] / 2 + 4
-    labels = [text(groups.labels[g], _FIRST - 6, float(middle_G[g]), "muted", text_anchor="end") for g in range(count)]
+    labels = [
+        text(groups.labels[g], _FIRST - 6, float(middle_G[g]), "muted", text_anchor="end") for g in apart(middle_G)
+    ]
     labels.append(text("MoE layer", WIDTH, _HEIGHT + _TOP + 28, "muted", text_anchor="end"))
     return picture(WIDTH, _HEIGHT + _TOP + 34, f"where tokens travel, {view.name}", [*bands, *nodes, *labels])
+
+
+def apart(y_G: np.ndarray, *, least: float = 11.0) -> list[int]:
+    """Which labels are written, from above: those of groups with few tokens or none would lie on each other."""
+    kept: list[int] = []
+    for g, y in enumerate(y_G):
+        if not kept or y - y_G[kept[-1]] >= least:
+            kept.append(g)
+    return kept
 
 
 def flow_caption(view: PlacementView) -> str:

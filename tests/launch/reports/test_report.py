@@ -11,6 +11,7 @@ import pytest
 from moeplace.launch.cli import DONE, FAILED, main
 from moeplace.launch.reports.comparison import FIGURES, Run, best_run, text_table, verdict
 from moeplace.launch.reports.report import Report, render
+from moeplace.launch.reports.travel import apart
 from moeplace.launch.reports.views import make_views
 from moeplace.placement.cost.evaluation import evaluate
 from moeplace.placement.placement import Placement, index_order
@@ -142,6 +143,12 @@ def test_empty_slots_and_replicas_are_drawn() -> None:
     assert np.isnan(view.slot_load_LS).sum() == 2
     assert view.slot_load_LS[0, 0] == view.slot_load_LS[0, 3]
     check_page(render(Report.of(trace, {"p": placement}, {})))
+
+
+def test_labels_do_not_lie_on_each_other() -> None:
+    """Ranks without tokens have no room in the picture of flows: their labels are left out, the first one stays."""
+    assert apart(np.array([20.0, 50.0, 55.0, 60.9, 61.0, 90.0])) == [0, 1, 4, 5]
+    assert apart(np.zeros(4)) == [0]
 
 
 def test_verdict_names_the_best_run() -> None:
