@@ -120,6 +120,26 @@ def packed_int4(matrix: np.ndarray, rng: np.random.Generator) -> Packed:
     }, meaning
 
 
+def ordered_int4(matrix: np.ndarray, rng: np.random.Generator) -> Packed:
+    """The same with columns of any group, as activation ordering leaves them."""
+    group = rng.permutation(np.arange(matrix.shape[1]) // GROUP)
+    codes, zeros, scale, meaning = _grouped(matrix, rng, np.float16, group=group)
+    return {
+        "weight_packed": torch.from_numpy(_words(codes)),
+        "weight_scale": torch.from_numpy(np.ascontiguousarray(scale.T)),
+        "weight_zero_point": torch.from_numpy(np.ascontiguousarray(_words(zeros).T)),
+        "weight_g_idx": torch.from_numpy(group.astype(np.int32)),
+        "weight_shape": torch.tensor(matrix.shape),
+    }, meaning
+
+
+def packed_mxfp4(matrix: np.ndarray, rng: np.random.Generator) -> Packed:
+    """compressed-tensors' mxfp4-pack-quantized: bytes of two 4-bit floats, scales are exponents."""
+    codes, exponents, meaning = _fp4(matrix, rng)
+    packed = (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)
+    return {"weight_packed": torch.from_numpy(packed), "weight_scale": torch.from_numpy(exponents)}, meaning
+
+
 def symmetric_int4(matrix: np.ndarray, rng: np.random.Generator) -> Packed:
     """The same without zeros."""
     codes, _, scale, meaning = _grouped(matrix, rng, np.float16, zero=8)
@@ -164,6 +184,7 @@ _FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK
 _COMPRESSED = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "ignore": ["lm_head"]}
 _INT4 = {"num_bits": 4, "type": "int", "group_size": GROUP, "strategy": "group", "symmetric": False}
 _SYMMETRIC = {**_INT4, "symmetric": True}
+_FLOAT4 = {"num_bits": 4, "type": "float", "group_size": 32, "strategy": "group", "symmetric": True}
 FORMS: dict[str, tuple[Packer, dict[str, Any]]] = {
     "fp8": (fp8, _FP8_CONFIG),
     "fp4": (fp4, {**_FP8_CONFIG, "scale_fmt": "ue8m0", "expert_dtype": "fp4"}),
@@ -183,6 +204,18 @@ FORMS: dict[str, tuple[Packer, dict[str, Any]]] = {
             "config_groups": {"g": {"targets": ["Linear"], "weights": _SYMMETRIC}},
         },
     ),
+    "compressed-tensors in any order": (
+        ordered_int4,
+        {
+            **_COMPRESSED,
+            "format": "pack-quantized",
+            "config_groups": {"g": {"weights": {**_INT4, "actorder": "group"}}},
+        },
+    ),
+    "compressed-tensors mxfp4": (
+        packed_mxfp4,
+        {**_COMPRESSED, "format": "mxfp4-pack-quantized", "config_groups": {"g": {"weights": _FLOAT4}}},
+    ),
     "compressed-tensors fp8": (
         fp8_rows,
         {
@@ -194,6 +227,7 @@ FORMS: dict[str, tuple[Packer, dict[str, Any]]] = {
 }
 """Name -> packer, and what a configuration says of it."""
 _LINEAR = re.compile(r"(proj|_[ab]|w1|w2|w3|linear|fc\d)\.weight$")
+_GRANITE = re.compile(r"block_sparse_moe\.(in|out)put_linear\.weight$")
 _STACKED = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
 
 
@@ -218,7 +252,7 @@ def quantise_checkpoint(
         try:
             tensors, meaning = packs(tensor.double().numpy(), rng)
         except NotPackableError:
-            if "experts." in name:
+            if _is_routed(name):
                 raise
             packed[name] = meant[name] = tensor
             continue
@@ -226,7 +260,7 @@ def quantise_checkpoint(
         stem = name if replaces_name else name.removesuffix("weight")
         packed |= {f"{stem}{ending}": value.contiguous() for ending, value in tensors.items()}
         meant[name] = torch.from_numpy(np.ascontiguousarray(meaning))
-        experts += "experts." in name
+        experts += _is_routed(name)
     if not experts:
         raise NotPackableError("experts are stored in one tensor a layer, or one each, in which the form is not used")
     config = json.loads((folder / "config.json").read_text())
@@ -240,11 +274,15 @@ def quantise_checkpoint(
     return experts
 
 
+def _is_routed(name: str) -> bool:
+    return bool(_GRANITE.search(name)) or ("experts." in name and "shared" not in name)
+
+
 def _is_quantised(name: str, tensor: torch.Tensor, form: str, *, experts_only: bool) -> bool:
     """Linear layers, routers and heads not among them; experts stacked in one tensor where the form knows such."""
     if form == "mxfp4":
         return bool(_STACKED.search(name)) and tensor.ndim == 3
-    if form == "fp8" and _STACKED.search(name) and tensor.ndim == 3:
+    if form == "fp8" and tensor.ndim == 3 and (_STACKED.search(name) or _GRANITE.search(name)):
         return True
     if tensor.ndim != 2 or not _LINEAR.search(name) or (experts_only and "experts." not in name):
         return False

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.family_matrix import judge_all, judge_family, rows_of_page, table
+from tests.family_matrix import PUBLISHED_FORMS, judge_all, judge_family, judge_forms, rows_of_page, table
 from tests.model_families import families_with_back_ends, moe_families
 from tests.rank_pool import RankPool
 
@@ -23,6 +23,13 @@ def test_families_are_profiled_and_served_as_the_page_says(pool: RankPool, tmp_p
     result.quantised = rows_of_page()[family].split(" | ")[6]
     assert result.row() == rows_of_page()[family]
     assert result.profile == result.modes["dispatch-combine"] == result.modes["allgather"] == "exact"
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "granitemoe"])
+def test_families_are_read_in_the_quantised_forms_that_the_page_says(tmp_path: Path, family: str) -> None:
+    """Experts that have matrices of their own, and experts in one tensor a layer."""
+    found, wrong = judge_forms(family, tmp_path, PUBLISHED_FORMS, seed=0)
+    assert (found, wrong) == (rows_of_page()[family].split(" | ")[6], "")
 
 
 def test_the_page_has_every_family_that_takes_back_ends_for_experts() -> None:
