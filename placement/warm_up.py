@@ -49,6 +49,7 @@ def _search(trace: RoutingTrace) -> None:
         (trace, spare, "dispatch-combine", 1),
         (trace.primary(), flat, "coherent", 0),
         (trace.primary(), spare, "coherent", 1),
+        (trace, flat, "coherent", 0),
         (trace, flat, "allgather", 0),
     ):
         problem = Problem.from_trace(

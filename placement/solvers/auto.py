@@ -6,7 +6,8 @@
     `dispatch-combine`              every layer by itself (`layer.LayerSearch`), layers shared out to threads;
                                     then free alignment, which keeps primary experts in place at no cost
     `coherent`, one expert a token  the chain search over all layers, one restart per thread
-    `coherent`, several             as dispatch-combine (2 d dominates), aligned by the owners' moves
+    `coherent`, several             as dispatch-combine (2 d dominates), aligned by the owners' moves, then swept with
+                                    the exact objective (`chain.owner_sweeps`)
 
 `objective="seconds"` solves for several load caps and takes the placement whose predicted step is shortest
 (`seconds.fastest`). How the time is used: `schedule`.
@@ -25,6 +26,7 @@ from moeplace.placement.result import Draft
 from moeplace.placement.search.alignment import aligned
 from moeplace.placement.search.ties import Ties, ties_of
 from moeplace.placement.solvers.balance import solve_balance
+from moeplace.placement.solvers.chain.owner_sweeps import applies, sweep_owners
 from moeplace.placement.solvers.exact.viterbi import fits, solve_viterbi
 from moeplace.placement.solvers.judge import Judge, held_caps
 from moeplace.placement.solvers.lpt import rebalanced, solve_lpt
@@ -37,6 +39,8 @@ from moeplace.placement.solvers.spare import use_all_slots, widened, without_spa
 
 _MENDING = 77
 """Key of the random numbers with which layers above their caps are mended."""
+OWNERS_SHARE = 0.5
+"""Of the time, for sweeps that see where tokens are: what the search by layers gains in it is less (solvers.md)."""
 _NARROW_SHARE = 0.25
 """Share of the time for a search without replicas where slots are to spare: it needs less to settle."""
 
@@ -105,10 +109,13 @@ def _search(
         return search_chain_with_replicas(problem, budget, cap, seconds, ties)
     if problem.replica_budget == "global" and problem.mode == "dispatch-combine":
         return _budgeted(problem, budget, cap, seconds)
-    found, cut = search_layers(problem, budget, cap, seconds, ties=ties)
+    owners = applies(problem)
+    found, cut = search_layers(problem, budget, cap, seconds * (1 - OWNERS_SHARE if owners else 1.0), ties=ties)
     slots_LS = np.stack([row for _, row in found])
     bound = ties is not None and ties.bind
     drafts = [slots_LS if bound else aligned(problem, slots_LS)]
+    if owners and not bound:
+        drafts.append(sweep_owners(problem, budget, drafts[0], cap, OWNERS_SHARE * seconds))
     if problem.mode == "coherent" and (problem.redundant_slots > 0).any():
         # With copies a token stays where its experts happen to be: fewer ranks per token need not mean fewer copies.
         drafts += [slots_LS, solve_lpt(problem, budget).slot_to_expert]
