@@ -23,6 +23,7 @@ moeplace stats t.trace --ranks 8
 # 3. A placement for 8 ranks with a proven bound, the mode to run it in, and what it costs on held-out sequences.
 moeplace solve t.trace --ranks 8 --mode auto --time-limit 10 --out p.json
 moeplace evaluate t.trace p.json
+moeplace verify p.json --trace t.trace
 moeplace compare t.trace --ranks 8 --solvers index-order,lpt,auto --time-limit 5
 moeplace report t.trace --placement p.json --out r.html
 

@@ -25,6 +25,7 @@ COMMANDS = {  # name -> module in moeplace.launch.commands, in the order of --he
     "stats": "stats",
     "solve": "solve",
     "evaluate": "evaluate",
+    "verify": "verify",
     "compare": "compare",
     "report": "report",
     "plan": "plan",

@@ -39,8 +39,17 @@ def save_placement(
     *,
     solver: dict[str, Any] | None = None,
     evidence: dict[str, Any] | None = None,
+    problem: dict[str, Any] | None = None,
+    certificate: dict[str, Any] | None = None,
 ) -> None:
     """Write a placement file, atomically; every layer is one line.
+
+    Args:
+        path: the file.
+        placement: what it holds.
+        solver, evidence: where it comes from, and what it is worth.
+        problem, certificate: what `moeplace verify` needs to judge that, see `placement.statement` and
+            `bounds.certificate`; absent where None.
 
     Raises:
         InputError: the file cannot be written.
@@ -65,6 +74,7 @@ def save_placement(
         "evidence": evidence or {},
         "digest": placement.digest,
     }
+    tail |= {key: value for key, value in (("problem", problem), ("certificate", certificate)) if value is not None}
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     for name, table in (("slot_to_expert", placement.slot_to_expert), ("tier", placement.tier)):
         if table is not None:

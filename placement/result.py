@@ -48,6 +48,8 @@ class SolveResult:
         moved: None, or the comparison with the previous placement: `moves` (slots fetched per layer, mean),
             `bytes`, `least_bytes`.
         notes: remarks for the user.
+        statement: the problem as plain data, see `placement.statement`.
+        certificate: what proves the bounds beside closed forms, see `bounds.certificate`.
     """
 
     placement: Placement
@@ -64,6 +66,8 @@ class SolveResult:
     history: tuple[tuple[float, float], ...] = ()
     moved: dict[str, float] | None = None
     notes: tuple[str, ...] = ()
+    statement: dict[str, Any] = field(default_factory=dict)
+    certificate: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """The entry `solver` of a placement file."""

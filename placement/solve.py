@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from moeplace.placement.bounds.problem import problem_bounds
+from moeplace.placement.bounds.certificate import certificate
+from moeplace.placement.bounds.problem import prove
 from moeplace.placement.budget import Budget
 from moeplace.placement.objective import load_imbalance, measure, measured
 from moeplace.placement.placement import Placement
@@ -16,6 +17,7 @@ from moeplace.placement.solvers import get_solver
 from moeplace.placement.solvers.judge import held_caps
 from moeplace.placement.solvers.previous import keep_close, moved_summary
 from moeplace.placement.solvers.replicas.repair import keep_caps
+from moeplace.placement.statement import state
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.kernel_cache import compile_once
 
@@ -57,7 +59,7 @@ def solve(
     compile_once()
     started = time.monotonic()
     budget = Budget(time_limit * (1 - _BOUND_SHARE), seed, started, report)
-    draft = search(problem, budget)
+    asked, draft = problem, search(problem, budget)
     caps_L = held_caps(problem)
     if problem.previous is not None:
         draft = keep_close(problem, draft, caps_L, time_limit)
@@ -70,12 +72,13 @@ def solve(
     broken = broken_cap(imbalance_L, caps_L) or broken_survival(problem, placement)
     bounded = problem.replace(max_imbalance=None) if broken else problem
     left = max(time_limit - (time.monotonic() - started), 0.05 * time_limit)
-    bounds = problem_bounds(bounded, time_limit=left, caps_L=None if broken else caps_L)
+    bounds, proofs = prove(bounded, time_limit=left, caps_L=None if broken else caps_L)
     lower = max(draft.lower_bound or 0.0, bounds.get(name, 0.0)) if not broken else bounds.get(name, 0.0)
     _check_bounds(name, objective, lower, values, bounds)
     gap = (objective - lower) / objective if objective > 0 else 0.0
     proven = not broken and (draft.status == "optimal" or gap <= OPTIMAL_GAP)
     status = "feasible" if broken and draft.status == "optimal" else draft.status
+    by_search = lower > bounds.get(name, 0.0) or (proven and gap > OPTIMAL_GAP)
     return SolveResult(
         placement=placement,
         solver=solver,
@@ -91,6 +94,8 @@ def solve(
         history=draft.history,
         moved=moved_summary(problem, placement),
         notes=draft.notes + ((broken,) if broken else ()),
+        statement=state(asked, objective=name, caps_L=None if broken else caps_L),
+        certificate=certificate(proofs, by_search=by_search),
     )
 
 

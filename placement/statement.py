@@ -10,6 +10,7 @@ import numpy as np
 
 from moeplace.placement.cluster import Link
 from moeplace.placement.problem import Problem
+from moeplace.profiling.parallel import chunks
 
 
 def state(problem: Problem, *, objective: str, caps_L: np.ndarray | None) -> dict[str, Any]:
@@ -44,18 +45,18 @@ def state(problem: Problem, *, objective: str, caps_L: np.ndarray | None) -> dic
         "cluster": ground,
         "shape": {name: getattr(shape, name) for name in ("batch", "hidden_size", "dtype_bytes", "kv_dim")},
         "calibration": calibration,
-        "tokens_digest": tokens_digest(problem),
     }
 
 
 def tokens_digest(problem: Problem) -> str:
-    """`sha256:...` of what was fitted to: the expert ids of all tokens, or the loads."""
-    if problem.trace is None:
-        content = np.ascontiguousarray(problem.load_LE, dtype="<f8")
-    else:
-        content = np.ascontiguousarray(problem.trace.topk_ids, dtype="<i4")
-    head = f"{content.dtype.str} {content.shape}".encode()
-    return "sha256:" + hashlib.sha256(head + content.tobytes()).hexdigest()
+    """`sha256:...` of what was fitted to: the expert ids of all tokens as little-endian int32, or the loads as float64,
+    after their type and shape. It reads every token: seconds where there are millions.
+    """
+    dtype, content = ("<f8", problem.load_LE) if problem.trace is None else ("<i4", problem.trace.topk_ids)
+    digest = hashlib.sha256(f"{dtype} {content.shape}".encode())
+    for piece in chunks(content):
+        digest.update(np.ascontiguousarray(piece, dtype=dtype).tobytes())
+    return "sha256:" + digest.hexdigest()
 
 
 def _link(link: Link) -> dict[str, float | None]:

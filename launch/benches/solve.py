@@ -123,6 +123,7 @@ def _news(
                           as_caps(statement.caps_L))  # fmt: skip
             news.append(f"{name}: first value {entry.value:.6g}, bound {entry.bound:.6g}")
             table.keep(name, run.result.placement, entry)
+            table.keep_bound(name, run.result.certificate, entry)
             continue
         if is_less(run.judged.value, entry.value):
             news.append(f"{name}: {run.judged.value:.6g} beats {entry.value:.6g}")
@@ -131,8 +132,7 @@ def _news(
         if is_less(entry.bound, run.bound):
             news.append(f"{name}: bound {run.bound:.6g}, it was {entry.bound:.6g}")
             entry = entry.tighter(run.bound, by)
-            table.entries[name] = entry
-            table.save()
+            table.keep_bound(name, run.result.certificate, entry)
     return news
 
 

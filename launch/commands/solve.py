@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     evidence = {"split": sides.name, **held_out_figures(held_out), "index_order": held_out_figures(baseline)}
     if result.placement.has_replicas:
         evidence["by_replica_rule"] = figures_by_rule(problem, result.placement, sides.test)
-    _write(args, result, evidence)
+    _write(args, problem, result, evidence)
     return 0
 
 
@@ -145,16 +145,22 @@ def _print_result(problem: Any, result: Any, held_out: Any, baseline: Any, split
         print(f"  note: {note}")
 
 
-def _write(args: argparse.Namespace, result: Any, evidence: dict[str, Any]) -> None:
+def _write(args: argparse.Namespace, problem: Any, result: Any, evidence: dict[str, Any]) -> None:
     from moeplace.placement.placement_file import save_placement
+    from moeplace.placement.statement import tokens_digest
     from moeplace.profiling.files import write_json
 
     solver = {**result.summary(), "max_imbalance": args.max_imbalance, "command": shlex.join(["moeplace", *args.argv])}
+    if not args.out and not args.json:
+        return
+    fitted = {"train": "test", "test": "train"}.get(evidence["split"], "all")
+    fitting = {"tokens_digest": tokens_digest(problem), "split": fitted, "mix": args.mix, "seed": args.seed}
+    proof = {"problem": {**result.statement, **fitting}, "certificate": result.certificate}
     if args.out:
-        save_placement(args.out, result.placement, solver=solver, evidence=evidence)
+        save_placement(args.out, result.placement, solver=solver, evidence=evidence, **proof)
         print(f"wrote {args.out}")
     if args.json:
-        write_json(args.json, {"solver": solver, "evidence": evidence, "digest": result.placement.digest})
+        write_json(args.json, {"solver": solver, "evidence": evidence, "digest": result.placement.digest, **proof})
 
 
 def _solve_loads(args: argparse.Namespace, no_trace: Exception) -> int:
@@ -191,5 +197,6 @@ def _solve_loads(args: argparse.Namespace, no_trace: Exception) -> int:
     print(format_table(["loads (fitted)", "index order", "solved"], rows))
     print("  note: loads alone say nothing of where tokens go: optimising traffic needs a routing trace")
     print(f"\nsolver {result.solver}: {result.status}, proven >= {result.lower_bound:.6g} (gap {result.gap:.2%})")
-    _write(args, result, {"split": "all", "imbalance_mean": float(ours.mean()), "imbalance_worst": float(ours.max())})
+    evidence = {"split": "all", "imbalance_mean": float(ours.mean()), "imbalance_worst": float(ours.max())}
+    _write(args, problem, result, evidence)
     return 0

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplace.placement.bounds.relaxation import Layout, connectivity_slope, linear_slope, load_spread, lower_bound
+from moeplace.placement.bounds.certificate import Proof, proof_of
+from moeplace.placement.bounds.dual import solve_dual
+from moeplace.placement.bounds.relaxation import Layout, connectivity_slope, linear_slope, load_spread
 from moeplace.placement.bounds.traffic import ksets_of, ranks_per_token, stay_by_load, stay_by_rows, stay_by_spectrum
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.problem import Problem
@@ -56,6 +58,7 @@ class Job(ABC):
         self._exact = parts.even and not self._spare
         caps = None if held_L is None or self._spare else held_L[span] * parts.fastest
         self._kappa = None if caps is None else np.minimum(caps, parts.count)
+        self.proof: Proof | None = None
 
     @property
     def seconds_per_iteration(self) -> float:
@@ -122,10 +125,15 @@ class Connectivity(Job):
     def relax(self, iterations: int, deadline: float) -> None:
         sets_UK, share_U = ksets_of(self._trace.layer(self._first))
         slope = connectivity_slope(sets_UK, share_U, int(self._experts_w[0]), self._parts.capacity)
-        self._improve(lower_bound(self._layout(), slope, iterations=iterations, deadline=deadline))
+        dual = solve_dual(self._layout(), slope, iterations=iterations, deadline=deadline)
+        if self._improve(dual.bound):
+            self.proof = proof_of(dual, "connectivity", nodes=self._parts.nodes, first=self._first, layers=1)
 
-    def _improve(self, bound: float) -> None:
-        self._target[self._first] = max(self._target[self._first], bound - TOLERANCE)
+    def _improve(self, bound: float) -> bool:
+        better = bound - TOLERANCE > self._target[self._first]
+        if better:
+            self._target[self._first] = bound - TOLERANCE
+        return bool(better)
 
 
 class Window(Job):
@@ -142,13 +150,17 @@ class Window(Job):
 
     def relax(self, iterations: int, deadline: float) -> None:
         slope = linear_slope([self._weight(self._first + index) for index in range(self._layers - 1)])
-        self._improve(-lower_bound(self._layout(), slope, iterations=iterations, smooth=0.0, deadline=deadline))
+        dual = solve_dual(self._layout(), slope, iterations=iterations, curved=False, deadline=deadline)
+        if self._improve(-dual.bound):
+            self.proof = proof_of(dual, "stay", nodes=self._parts.nodes, first=self._first, layers=self._layers)
 
-    def _improve(self, bound: float) -> None:
+    def _improve(self, bound: float) -> bool:
         span = slice(self._first, self._first + self._layers - 1)
         total = float(self._target[span].sum())
-        if bound + TOLERANCE < total:
+        better = bound + TOLERANCE < total
+        if better:
             self._target[span] *= max(bound + TOLERANCE, 0.0) / total
+        return better
 
     def _weight(self, layer: int) -> np.ndarray:
         """(E, E) share of all tokens that go from expert to expert."""

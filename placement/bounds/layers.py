@@ -7,11 +7,12 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from moeplace.placement.bounds.blas_threads import one_blas_thread
+from moeplace.placement.bounds.certificate import Proof
 from moeplace.placement.bounds.jobs import Connectivity, Job, Window, partitions
 from moeplace.placement.problem import Problem
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -32,12 +33,14 @@ class LayerBounds:
         stay_L, node_stay_L: (L-1,) most tokens whose primary expert stays, as a share of all tokens. Only their sum
         over
             boundaries is proven: several are bounded together, and share what is gained.
+        proofs: what the relaxation rests on, see `certificate`.
     """
 
     d_L: np.ndarray
     dn_L: np.ndarray
     stay_L: np.ndarray
     node_stay_L: np.ndarray
+    proofs: list[Proof] = field(default_factory=list)
 
 
 def layer_bounds(problem: Problem, trace: RoutingTrace, *, time_limit: float, caps_L: np.ndarray | None) -> LayerBounds:
@@ -75,6 +78,7 @@ def layer_bounds(problem: Problem, trace: RoutingTrace, *, time_limit: float, ca
         if chained:
             jobs = _widest_affordable(windows, deadline)
         _relax(jobs, deadline)
+    bounds.proofs.extend(job.proof for job in jobs if job.proof is not None)
     return bounds
 
 

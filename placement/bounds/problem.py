@@ -11,8 +11,11 @@ cap; limits on moves, which only forbid more, are ignored. A held-out figure may
 Shape letters: L MoE layers.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
+from moeplace.placement.bounds.certificate import Proof
 from moeplace.placement.bounds.copies import least_traffic
 from moeplace.placement.bounds.layers import layer_bounds
 from moeplace.placement.bounds.load import least_imbalance
@@ -21,7 +24,19 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.search.packing import packed_imbalance
 
 
+class Proven(NamedTuple):
+    """Lower bounds by name, and the proofs that closed forms do not give."""
+
+    bounds: dict[str, float]
+    proofs: list[Proof]
+
+
 def problem_bounds(problem: Problem, *, time_limit: float, caps_L: np.ndarray | None = None) -> dict[str, float]:
+    """The bounds of `prove` alone."""
+    return prove(problem, time_limit=time_limit, caps_L=caps_L).bounds
+
+
+def prove(problem: Problem, *, time_limit: float, caps_L: np.ndarray | None = None) -> Proven:
     """Lower bounds on "imbalance" and, where tokens are known, on "traffic" and "seconds".
 
     Traffic is `objective.traffic`: of serving ranks and nodes per token in `dispatch-combine`, of copies per token in
@@ -37,12 +52,12 @@ def problem_bounds(problem: Problem, *, time_limit: float, caps_L: np.ndarray | 
     bounds = {"imbalance": float(np.mean([least_imbalance(problem, layer) for layer in layers]))}
     trace = problem.trace
     if trace is None:
-        return bounds
+        return Proven(bounds, [])
     held_L = held_imbalance(problem) if caps_L is None else caps_L
     by_layer = layer_bounds(problem, trace, time_limit=time_limit, caps_L=held_L)
     bounds["traffic"] = least_traffic(problem, trace, by_layer)
     bounds["seconds"] = least_seconds(problem, trace, by_layer)
-    return bounds
+    return Proven(bounds, by_layer.proofs)
 
 
 def held_imbalance(problem: Problem) -> np.ndarray | None:

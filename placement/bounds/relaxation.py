@@ -1,4 +1,4 @@
-"""Semidefinite relaxation of a partition into equal parts, with a bound that is valid whenever the iteration stops.
+"""Semidefinite relaxation of a partition into equal parts: what layouts satisfy, and the bound of any multiplier.
 
 A layout of n experts (of one layer, or of several consecutive layers side by side) on P parts is the matrix
 Z = sum over parts of z z', z the 0/1 indicator of a part: Z_ef = 1 if e and f share a part. Its properties:
@@ -13,15 +13,14 @@ Minimise a convex F over such Z. For any symmetric H, any mu >= 0 and any affine
     F  >=  a + min over rows of <H - G, Z> - max over spectrum of <H - sum mu p p', Z> - sum mu eps
 
 because <H, Z> cancels. Both inner problems are solved exactly (sort each row; sum of largest eigenvalues), so the right
-side is a proven bound for any (H, mu, G). ADMM between the two sets drives it up: H = rho U, its scaled multiplier,
-and G the slope of F at the present Z. Source: the semidefinite relaxations of graph equipartition (Donath, Hoffman
+side is a proven bound for any (H, mu, G). ADMM between the two sets drives it up (`dual`): H = rho U, its scaled
+multiplier, and G a slope of F. Source: the semidefinite relaxations of graph equipartition (Donath, Hoffman
 1973; Karisch, Rendl 1998), solved by ADMM (Wen, Goldfarb, Yin 2010), with the connectivity convexified expert by
 expert (`connectivity_slope`).
 
 Shape letters: E experts per layer, w layers side by side, n = w E, P parts, C capacity, U distinct k-sets.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -69,51 +68,7 @@ class Layout:
         return float(self.layers * self.capacity)
 
 
-def lower_bound(
-    layout: Layout, slope: Slope, *, iterations: int, smooth: float = 1.0, deadline: float = float("inf")
-) -> float:
-    """Proven lower bound on F over all layouts.
-
-    Args:
-        layout: the set of layouts.
-        slope: affine minorants of F.
-        iterations: ADMM steps; a few dozen come close to the relaxation's optimum.
-        smooth: weight of the proximal term for a curved F; 0 for a linear one.
-        deadline: reading of `time.monotonic` at which the iteration ends.
-    """
-    size = layout.size
-    start = (layout.capacity - 1) / max(layout.experts - 1, 1)
-    z = np.full((size, size), min(start, 1.0))
-    np.fill_diagonal(z, 1.0)
-    inflate = 1.0 + min(6.0 * layout.spare / layout.size, 1.0)  # further copies bring more partners than Z shows
-    constant, gain = slope(z)
-    rho = STEP * float(np.sqrt((gain**2).mean()))
-    best = _certify(layout, constant, gain, np.zeros_like(z), np.zeros(len(layout.loads)))
-    if not rho:
-        return best
-    u, mu = np.zeros_like(z), np.zeros(len(layout.loads))
-    for step in range(1, iterations + 1):
-        y = _to_spectrum(layout, z + u - _penalty(layout, mu / rho))
-        for index, (p, eps) in enumerate(layout.loads):
-            scale = float(p @ p)
-            mu[index] = max(mu[index] + 0.3 * rho / scale * ((p @ y @ p - eps) / scale), 0.0)
-        z = np.clip((y - u + smooth * z + gain / rho) / (1 + smooth), 0.0, 1.0)
-        np.fill_diagonal(z, 1.0)
-        u += z - y
-        constant, gain = slope(np.minimum(z * inflate, 1.0))
-        late = time.monotonic() > deadline
-        if late or step in (iterations // 2, 3 * iterations // 4, iterations):
-            best = max(best, *(_certify(layout, constant, gain, rho * u, mu * m) for m in _multiples(mu)))
-        if late:
-            break
-    return best
-
-
-def _multiples(mu: np.ndarray) -> tuple[float, ...]:
-    return (0.7, 1.0, 1.4) if mu.any() else (1.0,)
-
-
-def _penalty(layout: Layout, mu: np.ndarray) -> np.ndarray | float:
+def penalty(layout: Layout, mu: np.ndarray) -> np.ndarray | float:
     """sum of mu p p'."""
     return sum((m * np.outer(p, p) for m, (p, _) in zip(mu, layout.loads, strict=True) if m), 0.0)
 
@@ -131,7 +86,7 @@ def _layer_projector(layout: Layout) -> np.ndarray:
     return np.kron(np.eye(layout.layers), np.full((layout.experts, layout.experts), 1.0 / layout.experts))
 
 
-def _to_spectrum(layout: Layout, matrix: np.ndarray) -> np.ndarray:
+def to_spectrum(layout: Layout, matrix: np.ndarray) -> np.ndarray:
     """Nearest matrix with the spectrum of a layout (the convex hull of the possible spectra)."""
     matrix = (matrix + matrix.T) / 2
     if not layout.exact:
@@ -156,11 +111,11 @@ def _cap_to_sum(values: np.ndarray, top: float, total: float) -> np.ndarray:
     return np.clip(values - (low + high) / 2, 0.0, top)
 
 
-def _certify(layout: Layout, constant: float, gain: np.ndarray, h: np.ndarray, mu: np.ndarray) -> float:
+def certify(layout: Layout, constant: float, gain: np.ndarray, h: np.ndarray, mu: np.ndarray) -> float:
     """The bound of the module's docstring for one (H, mu, G)."""
     h = (h + h.T) / 2
     price = sum(m * eps for m, (_, eps) in zip(mu, layout.loads, strict=True))
-    inner = _least_rows(layout, h - gain) - _most_spectrum(layout, h - _penalty(layout, mu))
+    inner = _least_rows(layout, h - gain) - _most_spectrum(layout, h - penalty(layout, mu))
     return constant + inner - float(price) - _most_extra(layout, gain)
 
 

@@ -116,9 +116,16 @@ def check_figures(words: list[str], said: str) -> None:
     assert "nan" not in said.split()
 
 
+def check_verified(words: list[str], said: str) -> None:
+    """Nothing of what the file claims is refuted."""
+    assert "every claim that can be checked holds" in said
+    assert "REFUTED" not in said
+
+
 PROMISES: dict[str, Callable[[list[str], str], None]] = {
     "profile": check_trace, "import": check_trace, "stats": check_figures, "solve": check_solved,
-    "evaluate": check_figures, "compare": check_figures, "report": check_report, "serve": check_completions,
+    "evaluate": check_figures, "verify": check_verified,
+    "compare": check_figures, "report": check_report, "serve": check_completions,
     "export": check_export, "import-placement": check_way_back, "plan": check_plan,
 }  # fmt: skip
 

@@ -14,7 +14,8 @@ import numpy as np
 from moeplace.launch.benches.library.instance import Instance
 from moeplace.launch.benches.library.table import Entry, Table
 from moeplace.placement.problem import Problem
-from moeplace.placement.statement import state
+from moeplace.placement.statement import state, tokens_digest
+from moeplace.placement.verification.claims import proven
 from moeplace.placement.verification.legality import broken_caps, broken_rules, fetched, slots_of
 from moeplace.placement.verification.statement import Statement
 from moeplace.placement.verification.values import values_of
@@ -41,11 +42,22 @@ class Checker:
 
     def __init__(self, problem: Problem, objective: str, caps_L: np.ndarray | None) -> None:
         self._problem = problem
-        self._statement = Statement.from_document(state(problem, objective=objective, caps_L=caps_L))
+        stated = {**state(problem, objective=objective, caps_L=caps_L), "tokens_digest": tokens_digest(problem)}
+        self._statement = Statement.from_document(stated)
 
     @property
     def statement(self) -> Statement:
         return self._statement
+
+    def prove(self, proofs: list[Any]) -> float:
+        """The bound on the objective that certificates and closed forms prove.
+
+        Raises:
+            FormatError: a certificate cannot be read.
+        """
+        tokens = self._problem.trace if self._problem.trace is not None else self._problem.load_LE
+        slots_R = self._problem.layout.slots_of_rank
+        return proven(self._statement, tokens, slots_R, proofs)[self._statement.objective]
 
     def judge(self, slots_LS: np.ndarray, slots_R: np.ndarray) -> Judgement:
         """The objective of a placement, and what is wrong with it; infinite where it is no placement at all."""
@@ -71,6 +83,8 @@ class Checker:
 def check_entry(instance: Instance, entry: Entry, table: Table, traces: Path | None) -> list[str]:
     """What is wrong with an entry of the table, in sentences; none = all of it is confirmed.
 
+    A bound that a solver has by exhaustive search is the one figure that is only compared with the value.
+
     Raises:
         AbsentTraceError: the instance needs a recorded trace that is not here.
         MoeplaceError: its description or its solution cannot be read.
@@ -85,4 +99,8 @@ def check_entry(instance: Instance, entry: Entry, table: Table, traces: Path | N
         wrong.append(f"the placement's {entry.objective} is {judged.value:.12g}, the table says {entry.value:.12g}")
     if entry.bound > entry.value * (1 + 1e-9) + 1e-12:
         wrong.append(f"the bound {entry.bound:.12g} exceeds the value {entry.value:.12g}")
+    certificate = table.proofs(instance.name)
+    found = checker.prove(certificate.get("proofs", []))
+    if found < entry.bound * (1 - 1e-7) - 1e-12 and not certificate.get("by_search"):
+        wrong.append(f"the certificate proves {found:.12g}, the table says {entry.bound:.12g}")
     return wrong

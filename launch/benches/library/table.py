@@ -1,7 +1,8 @@
 """The table of a library: for each instance the best known value, the best proven bound, and what found them.
 
-`best_known.json` holds the figures, `solutions/NAME.json` a placement that has the value. A figure without its
-placement is no entry; what `checker` does not confirm is not written.
+`best_known.json` holds the figures, `solutions/NAME.json` a placement that has the value, `certificates/NAME.json` what
+proves the bound beside closed forms, where it needs that. A figure without its placement is no entry; what `checker`
+does not confirm is not written.
 
 Shape letters: L MoE layers, S slots.
 """
@@ -87,6 +88,25 @@ class Table:
 
     def solution_path(self, name: str) -> Path:
         return self.library / "solutions" / f"{name}.json"
+
+    def proofs(self, name: str) -> Any:
+        """The certificate of an instance's bound; an empty one where closed forms are enough."""
+        path = self._certificate_path(name)
+        return read_json(path) if path.exists() else {"by_search": False, "proofs": []}
+
+    def keep_bound(self, name: str, certificate: dict[str, Any], entry: Entry) -> None:
+        """Write a bound and what proves it."""
+        path = self._certificate_path(name)
+        if certificate.get("proofs") or certificate.get("by_search"):
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, certificate)
+        else:
+            path.unlink(missing_ok=True)
+        self.entries[name] = entry
+        self.save()
+
+    def _certificate_path(self, name: str) -> Path:
+        return self.library / "certificates" / f"{name}.json"
 
     def keep(self, name: str, placement: Placement, entry: Entry) -> None:
         """Write a placement and its figures."""

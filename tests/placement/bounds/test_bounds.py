@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeplace.placement.bounds.dual import solve_dual
 from moeplace.placement.bounds.layers import layer_bounds
 from moeplace.placement.bounds.load import busiest_without_replicas, slowest_with_replicas
 from moeplace.placement.bounds.problem import held_imbalance, problem_bounds
-from moeplace.placement.bounds.relaxation import Layout, connectivity_slope, linear_slope, lower_bound
+from moeplace.placement.bounds.relaxation import Layout, connectivity_slope, linear_slope
 from moeplace.placement.bounds.traffic import (
     ksets_of,
     psi,
@@ -110,8 +111,8 @@ def test_stay_bounds_and_relaxation_of_a_boundary(seed: int, skew: float) -> Non
     optimum = stayed_MM.max()
     rows, spectrum = stay_by_rows(weight_EE, 2), stay_by_spectrum(weight_EE, 3, 2)
     total = max(weight_EE.sum(), 1.0)
-    relaxed = -lower_bound(Layout(2, 6, 3, 2, True), linear_slope([weight_EE]), iterations=80, smooth=0.0)
-    any_sizes = -lower_bound(Layout(2, 6, 3, 2, False), linear_slope([weight_EE]), iterations=80, smooth=0.0)
+    relaxed = -solve_dual(Layout(2, 6, 3, 2, True), linear_slope([weight_EE]), iterations=80, curved=False).bound
+    any_sizes = -solve_dual(Layout(2, 6, 3, 2, False), linear_slope([weight_EE]), iterations=80, curved=False).bound
     assert optimum <= min(rows, spectrum, relaxed, any_sizes) + SLACK * total
     share_M = [held_MX.reshape(-1, 6, 3).transpose(0, 2, 1) @ weight_EE.sum(axis=axis) for axis in (1, 0)]
     for kappa in (1.05, 1.3, 2.0):
@@ -135,7 +136,7 @@ def test_connectivity_bounds_of_a_layer(seed: int, top_k: int, shape: tuple[int,
     load_E = np.bincount(ids_TK[ids_TK >= 0], minlength=experts).astype(float)
     imbalance_M = (on_MPE @ load_E).max(axis=1) / (load_E.sum() / parts)
     slope = connectivity_slope(sets_UK, share_U, experts, capacity)
-    relaxed = lower_bound(Layout(1, experts, parts, capacity, True), slope, iterations=60)
+    relaxed = solve_dual(Layout(1, experts, parts, capacity, True), slope, iterations=60).bound
     assert relaxed <= d_M.min() + SLACK
     for kappa in (None, 1.05, 1.4):
         allowed = d_M if kappa is None else d_M[imbalance_M <= kappa]

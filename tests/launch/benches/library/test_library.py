@@ -110,6 +110,7 @@ def test_the_checker_finds_lies(tmp_path: Path) -> None:
 
     assert "the table says" in says(replace(entry, value=entry.value * 0.99))
     assert "exceeds the value" in says(replace(entry, bound=entry.value * 1.01))
+    assert "the certificate proves" in says(replace(entry, bound=entry.bound * 1.001))
     assert "other tokens" in says(replace(entry, tokens_digest="sha256:0"))
     assert "held to" in says(replace(entry, caps=(1.0, 1.0)))
     path = table.solution_path("tiny")
