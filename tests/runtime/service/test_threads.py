@@ -1,11 +1,13 @@
 """The threads of a coordinator: none outlives it. One inside torch when the interpreter goes aborts the process."""
 
+import queue
 import threading
 import time
 
 import pytest
 
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
+from moeplace.runtime.service.coordinator.processes import MemberProcesses
 from moeplace.runtime.service.options import MemberJob
 from tests.shared_data import tiny_moe_path
 
@@ -18,14 +20,17 @@ class DumbMember:
     def __init__(self, member_id: int) -> None:
         self.member_id = member_id
         self.ended = threading.Event()
+        self.waits_for_room = self.refuses_to_end = False
 
     def is_alive(self) -> bool:
         return not self.ended.is_set()
 
     def has_started(self) -> bool:
-        return True
+        return not self.waits_for_room
 
     def kill(self) -> None:
+        if self.refuses_to_end:
+            raise OSError("it is not ours")
         self.ended.set()
 
     def wait(self, timeout: float) -> int | None:
@@ -66,6 +71,32 @@ def test_none_is_left_when_a_service_is_closed(before: set[threading.Thread]) ->
     service.close(drain=False)
     assert set(threading.enumerate()) <= before
     service.close()  # again: nothing happens
+
+
+def test_members_are_ended_by_their_number(caplog: pytest.LogCaptureFixture) -> None:
+    """One that is not there any more, or cannot be ended, is no error; each is told of once."""
+    died: queue.Queue[int] = queue.Queue()
+    spawner = DumbSpawner()
+    processes = MemberProcesses(spawner, job_of=lambda member: None, report=lambda report: died.put(report["member"]))  # type: ignore[arg-type, return-value]
+    for member in (3, 4, 5):
+        processes.start(member)
+    assert processes[4] is spawner.members[1]
+    assert processes.have_started()
+    spawner.members[2].waits_for_room = True
+    assert [processes.has_started(member) for member in (3, 5, 6)] == [True, False, True]
+    assert not processes.have_started()
+    processes.kill(4)
+    assert died.get(timeout=WAIT) == 4
+    processes.kill(4)
+    processes.wait(0.01)  # the others live on
+    assert [member.is_alive() for member in spawner.members] == [True, False, True]
+    assert not caplog.records
+    spawner.members[0].refuses_to_end = True
+    processes.kill(3)
+    assert "member 3 could not be killed" in caplog.text
+    spawner.members[0].refuses_to_end = False
+    processes.close(WAIT)
+    assert sorted(died.get_nowait() for _ in range(2)) == [3, 5]
 
 
 def test_members_are_watched_once_each(before: set[threading.Thread]) -> None:
