@@ -94,6 +94,8 @@ class Forming:
     group: RankGroup | None = None
     error: str = ""
     _thread: threading.Thread | None = field(default=None, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _is_abandoned: bool = field(default=False, repr=False)
 
     def start(self, store: ServiceStore, member: int, *, timeout: float, counters: Counters) -> None:
         """Connect; `store` must be a connection of its own, which the group keeps."""
@@ -103,7 +105,7 @@ class Forming:
                 group = self.generation.connect(store, member, timeout=timeout, counters=counters)
                 if group.size > 1:
                     group.background()  # here nobody waits for it
-                self.group = group
+                self._take(group)
             except PeerLostError as error:
                 self.error = str(error)
             number = self.generation.number
@@ -117,6 +119,23 @@ class Forming:
         assert self._thread is not None
         self._thread.join(seconds)
         return not self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """This member goes on without it. Others may be in its group already, and wait for what will not come: it is
+        closed, now or as soon as it is connected."""
+        with self._lock:
+            self._is_abandoned = True
+            group, self.group = self.group, None
+        if group is not None:
+            group.close()
+
+    def _take(self, group: RankGroup) -> None:
+        with self._lock:
+            if not self._is_abandoned:
+                self.group = group
+                return
+        self.error = "it was given up"
+        group.close()
 
 
 def slots_of(placement: Placement, rank: int) -> list[list[int]]:

@@ -177,7 +177,12 @@ class Generations:
         """A member's connections broke; whether those of all ranks have. Normally a rank has died, which is reported
         as well: there is some time for that."""
         newest, settled = self._succession.newest, self._succession.settled
-        if newest is None or number not in (newest.number, settled.number if settled else newest.number):
+        if newest is None:
+            return False
+        # Of the generation in force others still tell when the one that answers its loss is on its way: no news. It is
+        # news where the one on its way was planned.
+        in_force = settled if settled is not None and newest.delivered is None else newest
+        if number not in (newest.number, in_force.number):
             return False
         if not self._noticed:
             self._out.add(Remind(_GRACE, {"kind": "late", "generation": newest.number}))

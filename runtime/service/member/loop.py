@@ -83,6 +83,7 @@ class MemberLoop:
             sentence = str(error)  # nothing more is kept: a traceback would keep the group alive
         else:
             return self._follow(number, outcome)
+        forming.abandon()
         return self._follow_loss(number, sentence)
 
     def _serve(self, generation: Generation, group: RankGroup) -> Outcome:
@@ -131,6 +132,7 @@ class MemberLoop:
             forming = self._start_forming(self._read_generation(number))
             if self._store.read(f"open/{number}"):
                 return forming
+            forming.abandon()
 
     def _read_generation(self, number: int) -> Generation:
         return Generation.from_json(self._store.read(f"generation/{number}"))
@@ -164,9 +166,8 @@ class MemberLoop:
 
     def _drop_prepared(self) -> None:
         """A generation that was prepared and given up."""
-        if self._prepared is not None and self._prepared.group not in (None, self._group):
-            assert self._prepared.group is not None
-            self._prepared.group.close()
+        if self._prepared is not None and (self._group is None or self._prepared.group is not self._group):
+            self._prepared.abandon()
         self._prepared = None
 
     def _leave_broken_group(self, number: int, reason: str) -> None:

@@ -331,6 +331,40 @@ def test_keys_of_generations_that_are_over_are_deleted() -> None:
     assert world.dropped_groups >= set(range(1, min(numbers)))
 
 
+def test_late_words_of_a_loss_are_no_other_loss() -> None:
+    """The rank's end is told first; that the connections of the others broke comes afterwards, however late. The
+    generation that answers the loss stays the one that does."""
+    world = serving(3)
+    world.die(2)
+    while world.queue:
+        world.deliver(0)
+    opened = world.store["successor/1"]
+    for member in (0, 1):
+        world.handle({"kind": "lost", "member": member, "generation": 1, "error": "connection closed by peer"})
+        world.pass_time(1.5)
+    assert f"successor/{opened}" not in world.store
+    world.settle()
+    assert world.conductor.status().generation >= opened
+    assert notes(world).count("loss") == 1
+
+
+def test_broken_connections_of_the_generation_on_its_way_are_a_loss() -> None:
+    """Told of that one, by all or by one who is not followed by others in time."""
+    for tell in ((0, 1), (0,)):
+        world = serving(3)
+        world.die(2)
+        while world.queue:
+            world.deliver(0)
+        opened = world.store["successor/1"]
+        for member in tell:
+            world.handle({"kind": "lost", "member": member, "generation": opened, "error": "reset by peer"})
+        assert (f"successor/{opened}" in world.store) is (len(tell) == 2)
+        world.pass_time(1.5)
+        assert f"successor/{opened}" in world.store
+        world.settle()
+        assert world.conductor.status().serving
+
+
 def test_those_who_wait_for_readers_hear_of_a_loss() -> None:
     """A rank is lost, and another one before it has read what fell to it: who has read does not wait on for it. When
     all have read, all go on."""
