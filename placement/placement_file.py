@@ -4,14 +4,15 @@ Readers that know no tiers must not take such a file for one whose experts are a
 """
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moeplace.placement.placement import Placement
-from moeplace.profiling.errors import FormatError, InputError
+from moeplace.placement.placement import EMPTY_SLOT, Placement
+from moeplace.profiling.errors import FormatError, InputError, MoeplaceWarning
 from moeplace.profiling.files import atomic_write, read_json
 
 FORMAT = "moeplace.placement/1"
@@ -85,8 +86,13 @@ def save_placement(
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
-def load_placement_file(path: str | Path) -> PlacementFile:
+def load_placement_file(path: str | Path, *, running: bool = False) -> PlacementFile:
     """Read a placement file with its provenance.
+
+    Args:
+        path: the file.
+        running: it is what an engine runs, whose own balancer may have put an expert twice on a rank: the second slot
+            is then read as empty, free for another expert, and a warning says so. Elsewhere that is an error.
 
     Raises:
         InputError: there is no such file, or the placement breaks a rule.
@@ -109,9 +115,10 @@ def load_placement_file(path: str | Path) -> PlacementFile:
         layers = int(document["num_layers"])
         if rows.ndim != 2 or len(rows) != layers:
             raise ValueError(f"slot_to_expert must be {layers} rows of equal length")
+        twice = _held_twice(rows, slots) if running else np.zeros(rows.shape, bool)
         experts = document.get("experts_per_layer", document["num_experts"])
         placement = Placement(
-            slot_to_expert=rows,
+            slot_to_expert=np.where(twice, EMPTY_SLOT, rows) if twice.any() else rows,
             slots_of_rank=slots,
             node_of_rank=node,
             experts_per_layer=np.broadcast_to(np.asarray(experts, dtype=np.int64), (layers,)),
@@ -126,7 +133,13 @@ def load_placement_file(path: str | Path) -> PlacementFile:
         raise FormatError(f"{path} is not a placement file: it lacks the key {error}") from error
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise FormatError(f"{path} is not a placement file: {error}") from error
-    stated = document.get("digest")
+    if twice.any():
+        warnings.warn(
+            f"{path}: {int(twice.sum())} slots hold an expert that their rank holds already; they count as empty",
+            MoeplaceWarning,
+            stacklevel=2,
+        )
+    stated = None if twice.any() else document.get("digest")  # of what no placement can hold there is no digest
     if stated is not None and stated != placement.digest:
         raise FormatError(f"{path} was changed after it was written: its digest does not fit its content")
     solver, evidence = document.get("solver") or {}, document.get("evidence") or {}
@@ -135,9 +148,19 @@ def load_placement_file(path: str | Path) -> PlacementFile:
     return PlacementFile(placement, solver, evidence)
 
 
-def load_placement(path: str | Path) -> Placement:
-    """Read the placement of a placement file; raises as `load_placement_file`."""
-    return load_placement_file(path).placement
+def load_placement(path: str | Path, *, running: bool = False) -> Placement:
+    """Read the placement of a placement file; arguments and errors are those of `load_placement_file`."""
+    return load_placement_file(path, running=running).placement
+
+
+def _held_twice(rows_LS: np.ndarray, slots_R: np.ndarray) -> np.ndarray:
+    """(L, S) bool, slots whose expert is in an earlier slot of the same rank."""
+    rank_S, twice_LS = np.repeat(np.arange(len(slots_R)), slots_R), np.zeros(rows_LS.shape, bool)
+    for row_S, twice_S in zip(rows_LS, twice_LS, strict=True):
+        if len(row_S) == len(rank_S):  # else the placement says what is wrong
+            twice_S[:] = row_S >= 0
+            twice_S[np.unique(np.stack([rank_S, row_S]), axis=1, return_index=True)[1]] = False
+    return twice_LS
 
 
 def _scalar_if_equal(values: np.ndarray) -> int | list[int]:

@@ -218,7 +218,7 @@ def problem_options(args: argparse.Namespace, known: Any, cluster: Any) -> dict[
         "survive": args.survive,
         "replica_budget": args.replica_budget,
         "leave_empty": args.leave_empty,
-        "previous": load_placement(args.previous) if args.previous else None,
+        "previous": load_placement(args.previous, running=True) if args.previous else None,
         "max_moves": args.max_moves,
         "move_price": args.move_price,
         "shape": shape,

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from moeplace.placement.policy.answer import Answer, why_not
+from moeplace.placement.policy.engine_side import Asked, planned
 from moeplace.placement.policy.in_force import of_width
-from moeplace.placement.policy.planning import plan
 from moeplace.placement.policy.settings import FILE, POLICY_VARIABLE, Settings
 
 _log = logging.getLogger("moeplace.policy")
@@ -79,7 +79,9 @@ def rebalance_experts(
     try:
         load_TLE = tokens_per_expert.detach().cpu().numpy()
         before = _map_in_force(num_physical_experts)
-        answer = _answer(load_TLE, num_physical_experts, num_local_physical_experts, num_groups or 1, num_nodes, before)
+        ranks = num_physical_experts // num_local_physical_experts
+        asked = Asked(load_TLE, ranks, num_local_physical_experts, num_nodes, num_groups or 1, before, wait=True)
+        answer = planned(asked)
         if answer.reason is not None and (before is None or _unfit(answer, load_TLE, num_local_physical_experts)):
             _log.warning("moeplace leaves this map to SGLang's own balancer: %s", answer.reason)
             return by_engine()
@@ -87,25 +89,6 @@ def rebalance_experts(
     except Exception:
         _log.exception("moeplace leaves this map to SGLang's own balancer")
         return by_engine()
-
-
-def _answer(
-    load_TLE: np.ndarray, slots: int, slots_per_rank: int, groups: int, nodes: int, before: np.ndarray | None
-) -> Answer:
-    """What the policy of the environment would have."""
-    limits = Settings.of_environment().limits
-    if before is not None and (before < 0).any():  # ranks came: their slots must be filled, whatever moves
-        limits = {name: value for name, value in limits.items() if not name.startswith("max_moves")}
-    return plan(
-        load_TLE,
-        ranks=slots // slots_per_rank,
-        slots_per_rank=slots_per_rank,
-        nodes=nodes,
-        groups=groups,
-        previous=before,
-        wait=True,
-        **limits,
-    )
 
 
 def _unfit(answer: Answer, load_TLE: np.ndarray, slots_per_rank: int) -> bool:

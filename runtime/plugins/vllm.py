@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from moeplace.placement.policy.answer import Answer, keep, why_not
-from moeplace.placement.policy.in_force import of_file, of_width
-from moeplace.placement.policy.planning import plan
+from moeplace.placement.policy.engine_side import Asked, of_the_file, planned
+from moeplace.placement.policy.in_force import of_width
 from moeplace.placement.policy.settings import BALANCE, FILE, Settings
 
 _log = logging.getLogger("moeplace.policy")
@@ -25,6 +25,8 @@ _log = logging.getLogger("moeplace.policy")
 
 class Balance:
     """Plans from the loads of the window, near the map in force. The interface is vLLM's `AbstractEplbPolicy`."""
+
+    answer = staticmethod(planned)
 
     @classmethod
     def rebalance_experts(
@@ -46,18 +48,19 @@ class Balance:
             num_ranks: R, fewer or more than in the old map under elastic expert parallelism.
             old_global_expert_indices: (L, S) map in force, -1 = a slot of a rank that is new.
         """
-        load_LE = weight.detach().cpu().numpy()
-        slots_per_rank, old_LS = num_replicas // num_ranks, _array(old_global_expert_indices)
+        old_LS = _array(old_global_expert_indices)
         steady = old_LS is not None and old_LS.shape[1] == num_replicas and bool((old_LS >= 0).all())
         before = None if old_LS is None else of_width(old_LS, num_replicas)
+        load_LE = weight.detach().cpu().numpy()
+        asked = Asked(load_LE, num_ranks, num_replicas // num_ranks, num_nodes, num_groups, before, wait=not steady)
         shape = (*load_LE.shape, num_replicas)
         try:
-            answer = cls.answer(load_LE, num_ranks, slots_per_rank, num_nodes, num_groups, before, wait=not steady)
+            answer = cls.answer(asked)
         except Exception as error:  # other ranks wait in the all-reduce: go there, with nothing
             answer = keep(before, shape, str(error))
         if steady and not ranks_agree(answer):
             return torch.from_numpy(old_LS.astype(np.int64))  # type: ignore[union-attr]  # steady: there is one
-        wrong = answer.reason and why_not(answer.map, shape, slots_per_rank, twice=True)
+        wrong = answer.reason and why_not(answer.map, shape, asked.slots_per_rank, twice=True)
         if wrong or (answer.reason and before is None):
             _log.warning("moeplace leaves this map to vLLM's own policy: %s", answer.reason)
             return _own_policy().rebalance_experts(
@@ -65,63 +68,11 @@ class Balance:
             )
         return torch.from_numpy(answer.map.astype(np.int64))
 
-    @classmethod
-    def answer(  # one flat call from an engine
-        cls,
-        load_LE: np.ndarray,
-        ranks: int,
-        slots_per_rank: int,
-        nodes: int,
-        groups: int,
-        before: np.ndarray | None,
-        *,
-        wait: bool,
-    ) -> Answer:
-        """What this policy would have; `wait` where ranks cannot compare what they found."""
-        limits = Settings.of_environment().limits
-        if before is not None and (before < 0).any():  # ranks came: their slots must be filled, whatever moves
-            limits = {name: value for name, value in limits.items() if not name.startswith("max_moves")}
-        return plan(
-            load_LE,
-            ranks=ranks,
-            slots_per_rank=slots_per_rank,
-            nodes=nodes,
-            groups=groups,
-            previous=before,
-            wait=wait,
-            **limits,
-        )
-
 
 class FromFile(Balance):
     """Loads the placement of `MOEPLACE_PLACEMENT` as it is, at every re-arrangement: after the first nothing moves."""
 
-    @classmethod
-    def answer(  # as `Balance.answer`
-        cls,
-        load_LE: np.ndarray,
-        ranks: int,
-        slots_per_rank: int,
-        nodes: int,
-        groups: int,
-        before: np.ndarray | None,
-        *,
-        wait: bool,
-    ) -> Answer:
-        """The map of the file if it fits these layers, experts and ranks."""
-        path = Settings.of_environment().placement
-        layers, experts = load_LE.shape
-        answer = of_file(
-            path or "MOEPLACE_PLACEMENT, which is not set,",
-            layers=layers,
-            experts=experts,
-            ranks=ranks,
-            slots_per_rank=slots_per_rank,
-            previous=before,
-        )
-        if answer.reason is not None:
-            _log.warning("moeplace loads no placement: %s", answer.reason)
-        return answer
+    answer = staticmethod(of_the_file)
 
 
 POLICIES: dict[str, type[Balance]] = {BALANCE: Balance, FILE: FromFile}

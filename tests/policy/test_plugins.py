@@ -83,6 +83,26 @@ def test_ranks_come_and_go(ranks: int, seed: int, monkeypatch: pytest.MonkeyPatc
         assert all(set(row) == set(range(8)) for row in after.tolist())
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_groups_of_the_router_stay_on_their_nodes(seed: int) -> None:
+    """An expert that is fetched is fetched by the node that holds most of its group; without groups by any."""
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    home = np.repeat(rng.permutation(np.arange(4) % 2), 4)  # of 4 groups of 4 experts on 2 nodes of 2 ranks
+    old = np.stack(
+        [np.concatenate([rng.permutation(np.resize(np.flatnonzero(home == n), 10)) for n in (0, 1)]) for _ in range(3)]
+    )
+    load = torch.from_numpy(rng.zipf(1.4, (3, 16)).clip(0, 500))
+    node = np.repeat([0, 1], 10)
+    strayed = []
+    for groups in (4, 1):
+        after = vllm.Balance.rebalance_experts(load, 20, groups, 2, 4, torch.from_numpy(old)).numpy()
+        strayed.append(int((home[after] != node).sum()))
+        assert not np.array_equal(after, old)
+    assert strayed[0] == 0
+    assert strayed[1] > 0
+
+
 def test_a_file_is_loaded_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slot by slot; in another shape the map in force stays."""
     slots = np.array([[5, 1, 2, 3, 4, 0, 2, 3], [0, 4, 2, 3, 1, 5, 0, 2]], np.int32)
