@@ -23,6 +23,7 @@ from moeplace.profiling.traces.file import load_trace
 from moeplace.profiling.traces.trace import RoutingTrace, Split
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import TIERS
+from moeplace.runtime.kv.stream import default_pieces
 from moeplace.runtime.measure.calibration import calibrate
 from moeplace.runtime.measure.replay import RecordedSteps, Replay, ReplayShape, ReplayTensors
 from moeplace.runtime.measure.traffic import count_traffic, predict_seconds
@@ -225,7 +226,7 @@ class _Bench:
 
     @property
     def _kv_pieces(self) -> int:
-        return self.options.kv_pieces or -(-self.steps.num_layers // 2)
+        return self.options.kv_pieces or default_pieces(self.steps.num_layers)
 
     def _is_node_aware(self, name: RunName) -> bool:
         """Where the form is not fixed: index order sends one copy per rank, which is what dispatch-combine means; a

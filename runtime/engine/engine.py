@@ -229,7 +229,10 @@ class Engine:
                     told[sequence.request.request_id] = sequence.logprobs[sequence.num_added] = logprobs[index]
                 drawn.append((sequence.request.request_id, sequence.num_added, token))
                 sequence.token_ids.append(token)
-        return Stepped(self._finish(ordered), drawn, heard, phase, told)
+        finished = self._finish(ordered)
+        if not scheduler.running:
+            self.executor.settle()  # nobody knows when the next step comes
+        return Stepped(finished, drawn, heard, phase, told)
 
     def tell(self, note: int) -> int:
         """The number of rank 0, on every rank: a collective of its own."""

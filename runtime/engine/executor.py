@@ -4,17 +4,24 @@ Shape letters: M tokens of this rank, B sequences of a decode pass, D hidden siz
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from moeplace.placement.modes import Mode
+from moeplace.placement.placement import Placement
+from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.placed_experts import PlacedExperts, by_home
 from moeplace.runtime.engine.requests import RunningSequence
 from moeplace.runtime.exchange.dispatcher import Step, TokenRows
+from moeplace.runtime.exchange.factory import Dispatcher
 from moeplace.runtime.exchange.kv_ledger import KvLedger
+from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.kv.cache import KvCache
-from moeplace.runtime.kv.hand_over import KvPlaces, give_kv, hand_over, keep_shared
+from moeplace.runtime.kv.exchange import SharedKv
+from moeplace.runtime.kv.hand_over import KvPlaces, give_kv, hand_over, store_shared
+from moeplace.runtime.kv.stream import KvStream, default_pieces
 from moeplace.runtime.kv.views import DecodeView, PrefillView
 from moeplace.runtime.models.decoder import AttentionView, Decoder
 from moeplace.runtime.models.token_attention import rotation_of
@@ -29,6 +36,21 @@ class Executor(PlacedExperts[Decoder, KvCache]):
 
     rewinds = True
 
+    def __init__(
+        self,
+        decoder: Decoder,
+        experts: ExpertStore,
+        cache: KvCache,
+        group: RankGroup,
+        placement: Placement,
+        **options: Any,
+    ) -> None:
+        """See `PlacedExperts`."""
+        super().__init__(decoder, experts, cache, group, placement, **options)
+        self._stream: KvStream | None = None
+        self._places: dict[int, KvPlaces] = {}  # of the tokens of coherent steps, by number
+        self._unsettled: Sequence[RunningSequence] = ()  # whose last K/V are on their way
+
     @torch.inference_mode()
     def prefill(self, sequences: Sequence[RunningSequence], mode: Mode, *, lengths: Sequence[int]) -> TokenRows:
         """Run the first `lengths` tokens of new sequences, at their homes; fills the cache.
@@ -37,6 +59,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
             Last hidden states of the tokens whose home is this rank. Tokens are numbered through the sequences in
             the order of their homes (see `by_home`), position by position.
         """
+        self.settle()
         ordered = by_home(sequences)
         length_of = dict(zip(map(id, sequences), lengths, strict=True))
         tokens_of_rank = self.tokens_of_rank(ordered, [length_of[id(sequence)] for sequence in ordered])
@@ -48,7 +71,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         rows = self._start(ids, first)
         self._claim((sequence, length_of[id(sequence)]) for sequence in ordered)
         self.note_pass(ordered, [length_of[id(sequence)] for sequence in ordered])
-        rows = self._run(mode, rows, lambda token: view, Step(tokens_of_rank))
+        rows = self._run(mode, rows, lambda token, ledger: view, Step(tokens_of_rank))
         for sequence in ordered:
             sequence.cached = length_of[id(sequence)]
             sequence.replicated = sequence.cached if self.group.size == 1 else 0
@@ -63,27 +86,50 @@ class Executor(PlacedExperts[Decoder, KvCache]):
             in the order of `by_home`.
         """
         ordered = by_home(sequences)
-        self._claim((sequence, sequence.cached + 1) for sequence in ordered)
         coherent = mode == "coherent" and self.group.size > 1
         if coherent:
             self._hand_over(ordered)
+        else:
+            self.settle()
         tokens_of_rank = self.tokens_of_rank(ordered, [1] * len(ordered))
         first = sum(tokens_of_rank[: self.group.rank])
         mine = ordered[first : first + tokens_of_rank[self.group.rank]]
-        step = Step(tokens_of_rank, KvLedger() if coherent else None)
-        make_view = self._decode_views(ordered, step)
+        self._claim((sequence, sequence.cached + 1) for sequence in ordered)
         rows = self._start([sequence.token_ids[sequence.cached] for sequence in mine], first)
         self.note_pass(ordered, [1] * len(ordered))
-        rows = self._run(mode, rows, make_view, step)
-        if step.ledger is not None:
-            rows_B, positions_B = [s.row for s in ordered], [s.cached for s in ordered]
-            places = KvPlaces.of(rows_B, positions_B, self.decoder.device)
-            keep_shared(self.cache, self.group, places, step.ledger)
+        make_view = self._decode_views(ordered)
+        step = Step(tokens_of_rank)
+        rows = (
+            self._run_coherent(rows, make_view, step, ordered) if coherent else self._run(mode, rows, make_view, step)
+        )
         for sequence in ordered:
             sequence.cached += 1
             if coherent or self.group.size == 1:
                 sequence.replicated = sequence.cached
+        self._unsettled = ordered if coherent else []
         return rows
+
+    def settle(self) -> None:
+        """Wait for K/V of the last coherent step that are on their way: before anything but another such step.
+
+        Raises:
+            PeerLostError: a rank is gone.
+        """
+        if self._stream is not None:
+            self._stream.drain()
+        self._unsettled = []
+
+    def forget_unsettled(self) -> None:
+        """A rank is gone, and K/V on their way with it: what the last coherent step cached is not whole."""
+        for sequence in self._unsettled:
+            sequence.cached -= 1
+            sequence.replicated = min(sequence.replicated, sequence.cached)
+        self._unsettled, self._stream = [], None
+
+    def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:
+        """See `PlacedExperts.regroup`."""
+        self._stream, self._unsettled = None, []
+        super().regroup(group, placement, version=version)
 
     def _claim(self, ends: Iterable[tuple[RunningSequence, int]]) -> None:
         """Let rows of the cache on this rank be of use to sequences, up to positions."""
@@ -97,31 +143,76 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         return TokenRows(x, torch.arange(first, first + len(ids), device=device))
 
     def _run(
-        self, mode: Mode, rows: TokenRows, make_view: Callable[[torch.Tensor], AttentionView | None], step: Step
+        self, mode: Mode, rows: TokenRows, make_view: Callable[..., AttentionView | None], step: Step
     ) -> TokenRows:
-        """All decoder layers; the tokens of this rank may change at every MoE layer."""
-        decoder, dispatcher = self.decoder, self.dispatcher(mode)
-        view = make_view(rows.token)
-        for layer in range(decoder.num_layers):
+        """All decoder layers; the tokens of this rank stay."""
+        dispatcher, view = self.dispatcher(mode), make_view(rows.token, None)
+        for layer in range(self.decoder.num_layers):
             if view is not None:
-                rows = TokenRows(decoder.attend(layer, rows.x, view), rows.token)
-            elif step.ledger is not None:
-                step.ledger.add(layer, rows.token, rows.x.new_empty(0, self.cache.row_width))
-            moe_layer = decoder.moe_index.get(layer)
-            if moe_layer is None:
-                if len(rows):
-                    rows = TokenRows(decoder.feed_forward(layer, rows.x), rows.token)
-                continue
-            moved = dispatcher.forward(moe_layer, decoder.blocks[moe_layer], rows, step)
-            if moved.token is not rows.token:
-                view = make_view(moved.token)
-            rows = moved
+                rows = TokenRows(self.decoder.attend(layer, rows.x, view), rows.token)
+            rows = self._feed_forward(layer, dispatcher, rows, step)
         self.group.counters.steps += 1
         return rows
 
-    def _decode_views(
-        self, ordered: Sequence[RunningSequence], step: Step
-    ) -> Callable[[torch.Tensor], AttentionView | None]:
+    def _run_coherent(
+        self,
+        rows: TokenRows,
+        make_view: Callable[..., AttentionView | None],
+        step: Step,
+        ordered: Sequence[RunningSequence],
+    ) -> TokenRows:
+        """All decoder layers; tokens may change ranks at every MoE layer, and their K/V travel meanwhile."""
+        dispatcher, stream = self.dispatcher("coherent"), self._kv_stream()
+        number = self.group.counters.steps
+        places = KvPlaces.of([s.row for s in ordered], [s.cached for s in ordered], self.decoder.device)
+        self._places[number] = places
+        ledger: KvLedger | None = None
+        view: AttentionView | None = None
+        for layer in range(self.decoder.num_layers):
+            before, ledger = ledger, stream.ledger(number, layer, ledger)
+            if ledger is not before:
+                if stream.oldest in (None, number):
+                    self._unsettled = []  # the step before has arrived
+                view = make_view(rows.token, ledger)
+                step = replace(step, ledger=ledger)
+            if view is not None:
+                rows = TokenRows(self.decoder.attend(layer, rows.x, view), rows.token)
+            else:
+                ledger.add(layer, rows.token, rows.x.new_empty(0, self.cache.row_width))
+            moved = self._feed_forward(layer, dispatcher, rows, step)
+            if moved.token is not rows.token:
+                view = make_view(moved.token, ledger)
+            rows = moved
+        assert ledger is not None
+        stream.end_step(number, ledger)
+        self.group.counters.steps += 1
+        return rows
+
+    def _feed_forward(self, layer: int, dispatcher: Dispatcher, rows: TokenRows, step: Step) -> TokenRows:
+        """The second half of a decoder layer: experts, or a dense one where there are tokens."""
+        moe_layer = self.decoder.moe_index.get(layer)
+        if moe_layer is not None:
+            return dispatcher.forward(moe_layer, self.decoder.blocks[moe_layer], rows, step)
+        return TokenRows(self.decoder.feed_forward(layer, rows.x), rows.token) if len(rows) else rows
+
+    def _kv_stream(self) -> KvStream:
+        """Of the group in force; all ranks make it in the same step."""
+        if self._stream is None:
+            exchanging = sorted(self.decoder.moe_index)
+            pieces = default_pieces(len(exchanging))
+            layers = self.decoder.num_layers
+            self._places = {}
+            self._stream = KvStream(self.group, exchanging, num_layers=layers, pieces=pieces, keep=self._keep)
+        return self._stream
+
+    def _keep(self, number: int, shared: SharedKv) -> None:
+        """Store K/V of others, of a step whose tokens had places."""
+        store_shared(self.cache, self._places[number], shared)
+        for old in [known for known in self._places if known < number]:
+            del self._places[old]
+
+    def _decode_views(self, ordered: Sequence[RunningSequence]) -> Callable[..., AttentionView | None]:
+        """What makes the view of some of the tokens, with the ledger in which their K/V are noted."""
         device = self.decoder.device
         positions = [sequence.cached for sequence in ordered]
         row_B = torch.tensor([sequence.row for sequence in ordered], device=device)
@@ -131,7 +222,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         alone = self.group.size == 1  # then all tokens are here, in their order, in every layer
         longest, even = max(positions) + 1, min(positions) == max(positions)
 
-        def make_view(token: torch.Tensor) -> AttentionView | None:
+        def make_view(token: torch.Tensor, ledger: KvLedger | None) -> AttentionView | None:
             if not len(token):
                 return None
             return DecodeView(
@@ -143,8 +234,8 @@ class Executor(PlacedExperts[Decoder, KvCache]):
                 position_embeddings=embeddings if alone else _pick(embeddings, token),
                 rotation=rotation if alone or rotation is None else _pick(rotation, token),
                 token=token,
-                ledger=step.ledger,
-                all_layers=step.ledger is None,
+                ledger=ledger,
+                all_layers=ledger is None,
             )
 
         return make_view
@@ -167,6 +258,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
             replicated: of each, the first positions to give.
             receivers: who gets them.
         """
+        self.settle()
         pairs: list[tuple[list[int], list[int]]] = [([], []) for _ in range(self.group.size)]  # by home
         if self.group.rank in receivers:
             self._claim(zip(sequences, replicated, strict=True))

@@ -62,6 +62,12 @@ class WholeExecutor(PlacedExperts[WholeModel, SequenceStates]):
         ordered = by_home(sequences)
         return self._run(mode, ordered, [sequence.cached for sequence in ordered], [1] * len(ordered))
 
+    def settle(self) -> None:
+        """See `Executor.settle`: nothing is ever on its way."""
+
+    def forget_unsettled(self) -> None:
+        """See `Executor.forget_unsettled`."""
+
     def give_kv(
         self, sequences: Sequence[RunningSequence], replicated: Sequence[int], receivers: Sequence[int]
     ) -> None:

@@ -66,7 +66,7 @@ class Step:
 
     Attributes:
         tokens_of_rank: tokens whose home each rank is; they start there.
-        ledger: where K/V rows of this step are noted, if they are to be shared at its end.
+        ledger: where K/V rows of this step are noted, if they are to be shared.
     """
 
     tokens_of_rank: tuple[int, ...]

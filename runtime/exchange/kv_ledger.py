@@ -8,7 +8,7 @@ import torch
 
 @dataclass
 class KvLedger:
-    """K/V rows of one step that this rank computed, to be shared at its end.
+    """K/V rows of some layers of one step that this rank computed, to be shared.
 
     Attributes:
         tokens: (M,) int64 per decoder layer, which tokens.

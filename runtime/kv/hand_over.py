@@ -12,7 +12,7 @@ import torch
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.exchange.kv_ledger import KvLedger
 from moeplace.runtime.kv.cache import KvCache
-from moeplace.runtime.kv.exchange import share_kv
+from moeplace.runtime.kv.exchange import SharedKv, share_kv
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,11 @@ def keep_shared(cache: KvCache, group: RankGroup, places: KvPlaces, ledger: KvLe
     Args:
         places: of all tokens of the pass.
     """
-    shared = share_kv(group, ledger)
+    store_shared(cache, places, share_kv(group, ledger))
+
+
+def store_shared(cache: KvCache, places: KvPlaces, shared: SharedKv) -> None:
+    """Keep rows of others in the places of their tokens."""
     order = shared.layer.argsort(stable=True)
     counts = torch.bincount(shared.layer, minlength=cache.num_layers).tolist()
     for layer, index in enumerate(order.split(counts)):

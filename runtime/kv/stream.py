@@ -11,10 +11,11 @@ first layer, it must be there:
     piece 0                                   inside nodes
     piece 1                                         ====between nodes====
 
-Results are the same as with one exchange at the end of the step.
+Results are the same as with one exchange at the end of the step. What is on its way belongs to the step before: who
+reads the cache otherwise calls `drain` first, and who has lost a rank takes that step back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.comm.group import RankGroup
@@ -31,18 +32,30 @@ class KvStream:
     """
 
     def __init__(
-        self, group: RankGroup, num_layers: int, *, pieces: int, keep: Callable[[int, SharedKv], None]
+        self,
+        group: RankGroup,
+        exchanging: Sequence[int],
+        *,
+        num_layers: int,
+        pieces: int,
+        keep: Callable[[int, SharedKv], None],
     ) -> None:
         """`keep(step, shared)` stores K/V that came from others, with the number of the step they belong to.
 
+        Args:
+            exchanging: layers with an exchange of tokens, ascending: with one of them a piece ends.
+            num_layers: all layers with K/V.
+
         Raises:
-            InputError: there are fewer layers than pieces.
+            InputError: there are fewer of those layers than pieces.
         """
-        if not 1 <= pieces <= num_layers:
-            raise InputError(f"pieces ({pieces}) must lie in 1..{num_layers}, the number of layers")
+        count = len(exchanging)
+        if not 1 <= pieces <= count:
+            raise InputError(f"pieces ({pieces}) must lie in 1..{count}, the number of layers")
         self.pieces = pieces
-        self.starts = [piece * num_layers // pieces for piece in range(pieces)]
-        self._lasts = [start - 1 for start in [*self.starts[1:], num_layers]]
+        self._lasts = [exchanging[(piece + 1) * count // pieces - 1] for piece in range(pieces)]
+        self.starts = [0, *(last + 1 for last in self._lasts[:-1])]
+        self._has_end = self._lasts[-1] == num_layers - 1  # else layers follow that nobody announces
         self._group = group.background()
         self._keep = keep
         self._pending: dict[int, tuple[int, KvTransfer]] = {}
@@ -57,7 +70,7 @@ class KvStream:
                 self._pending[opposite][1].relay()
             current = KvLedger()
         assert current is not None
-        if layer in self._lasts:
+        if layer in self._lasts and (self._has_end or layer != self._lasts[-1]):
             piece, ledger = self._lasts.index(layer), current
 
             def set_out() -> None:
@@ -65,6 +78,16 @@ class KvStream:
 
             ledger.on_announced = set_out
         return current
+
+    def end_step(self, step: int, current: KvLedger) -> None:
+        """Let the last piece set out, where layers follow the last exchange."""
+        if not self._has_end:
+            self._pending[self.pieces - 1] = (step, KvTransfer(self._group, current))
+
+    @property
+    def oldest(self) -> int | None:
+        """The number of the first step that has not arrived as a whole; None = all have."""
+        return min((step for step, _ in self._pending.values()), default=None)
 
     def drain(self) -> None:
         """Wait for all pieces that are on their way."""
@@ -75,3 +98,8 @@ class KvStream:
         if piece in self._pending:
             step, transfer = self._pending.pop(piece)
             self._keep(step, transfer.finish())
+
+
+def default_pieces(exchanging: int) -> int:
+    """Pieces for so many layers with an exchange: one for every two, so that each has the time of two to travel."""
+    return -(-exchanging // 2)

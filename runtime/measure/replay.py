@@ -205,7 +205,13 @@ class Replay:
             self._kv_columns = torch.arange(shape.kv_dim, device=device) % shape.hidden
         self.cache = torch.zeros(steps.num_layers, shape.batch, shape.kv_dim, dtype=shape.dtype, device=device)
         self._stream = (
-            KvStream(group, steps.num_layers, pieces=self.kv_pieces, keep=self._keep)
+            KvStream(
+                group,
+                range(steps.num_layers),
+                num_layers=steps.num_layers,
+                pieces=self.kv_pieces,
+                keep=self._keep,
+            )
             if mode == "coherent" and group.size > 1 and self.kv_pieces
             else None
         )

@@ -100,6 +100,8 @@ class MemberLoop:
         while True:
             outcome = serving.run()
             if outcome is not None:
+                if outcome.kind == "switch":
+                    serving.settle()
                 serving.report_counters()
                 return outcome
 

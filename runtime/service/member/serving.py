@@ -129,6 +129,11 @@ class Serving:
     def drop_replacement(self) -> None:
         """A rank is gone, and so is what was on its way."""
         self._replacing.drop()
+        self.engine.executor.forget_unsettled()
+
+    def settle(self) -> None:
+        """Let what is on its way arrive, on all ranks together: they leave the generation in order."""
+        self.engine.executor.settle()
 
     def take_over(self, generation: int, *, applied: int, progress: int) -> None:
         """Begin a generation."""

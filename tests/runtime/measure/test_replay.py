@@ -213,7 +213,7 @@ def overlap_steps(context: RankContext) -> str:
     assert run.kv_pieces == steps.num_layers
     assert len(run.time_steps(0, 3)) == 3
     try:
-        KvStream(group, 2, pieces=3, keep=lambda step, shared: None)
+        KvStream(group, range(2), num_layers=2, pieces=3, keep=lambda step, shared: None)
     except InputError as error:
         return str(error)
     return ""
