@@ -6,8 +6,10 @@ import torch
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.counters import Counters
+from moeplace.runtime.experts import store as store_module
 from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.grouped import Groups, grouped_linear, looped_linear, suits_padding
+from moeplace.runtime.experts.row_contents import NOTHING, checksums
 from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.experts.weights import ExpertWeights, gated_silu
 
@@ -161,6 +163,65 @@ def test_commit_changes_slots_and_no_storage() -> None:
     assert store.row_of_slot.tolist() == [[0, 4, 2, 3], [0, 1, 2, 3]]
     store.commit(0, {1: 1})
     torch.testing.assert_close(store.read(0, 1)["down"], before)
+
+
+def make_known_store() -> tuple[ExpertStore, dict[tuple[int, int], dict[str, torch.Tensor]]]:
+    """A store with two staging rows of which each row holds an expert of its own, and what each has been given."""
+    layers = make_store(torch.float32, bias=True).weights
+    staging = layers[0].select_rows([0, 1], room=2)
+    store = ExpertStore(layers, slots=SLOTS, staging=staging)
+    given = {}
+    for expert, (layer, row) in enumerate((layer, row) for layer in range(LAYERS) for row in range(SLOTS + STAGING)):
+        given[layer, expert] = {part: torch.full_like(value, expert) for part, value in store.read(layer, 0).items()}
+        store.load(layer, row, expert, given[layer, expert])
+    return store, given
+
+
+def is_as_given(store: ExpertStore, layer: int, row: int, parts: dict[str, torch.Tensor]) -> bool:
+    """Whether a row has the bytes of an expert."""
+    wanted = [part.reshape(-1).view(torch.uint8) for part in parts.values()]
+    return all(torch.equal(*pair) for pair in zip(store.row_bytes(layer, row), wanted, strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize(("one", "other"), [(1, 3), (2, SLOTS + STAGING), (SLOTS + STAGING + 1, 0)])
+def test_experts_change_places(one: int, other: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bytes of both rows, in pieces of any size, staging among them; no other row, and no slot."""
+    monkeypatch.setattr(store_module, "_CHUNK", chunk)
+    store, given = make_known_store()
+    assert store.staging_rows == 2
+    for row, expert in ((SLOTS + STAGING, 6), (SLOTS + STAGING + 1, 7)):
+        given[1, expert + 10] = {part: torch.full_like(value, expert + 10) for part, value in given[1, 6].items()}
+        store.load(1, row, expert + 10, given[1, expert + 10])
+    table, experts = store.row_of_slot.clone(), list(store.contents.expert_of_row[1])
+    store.exchange(1, one, other)
+    experts[one], experts[other] = experts[other], experts[one]
+    assert store.contents.expert_of_row[1] == experts
+    assert torch.equal(store.row_of_slot, table)
+    for row, expert in enumerate(experts):
+        assert is_as_given(store, 1, row, given[1, expert])
+        assert store.contents.sums[1, row] == checksums(given[1, expert].values())
+        assert store.contents.row_of(1, expert) == row
+
+
+@pytest.mark.parametrize("slots", [1, 3, SLOTS, 6, 9])
+def test_more_or_fewer_slots(slots: int) -> None:
+    """What slots held they hold, whatever rows they used; new slots have room, and what was staged is forgotten."""
+    store, given = make_known_store()
+    store.commit(0, {1: 5, 3: 4})
+    held = [[store.contents.expert_of_row[layer][row] for row in store.row_of_slot[layer]] for layer in range(LAYERS)]
+    store.resize(slots)
+    rows = list(range(slots))
+    assert store.row_of_slot.tolist() == [rows] * LAYERS
+    assert [store.num_rows(layer) for layer in range(LAYERS)] == [slots] * LAYERS
+    for layer, experts in enumerate(held):
+        kept = experts[:slots]
+        assert store.rows_of(layer).tolist() == store.row_table(layer).tolist() == [*rows, slots]
+        assert store.contents.expert_of_row[layer] == kept + [NOTHING] * (slots + store.staging_rows - len(kept))
+        for row, expert in enumerate(kept):
+            assert is_as_given(store, layer, row, given[layer, expert])
+            assert store.contents.sums[layer, row] == checksums(given[layer, expert].values())
+    assert len(store.contents.sums) == LAYERS * min(slots, SLOTS)
 
 
 def test_misuse_is_refused() -> None:

@@ -26,8 +26,9 @@ from tests.runtime.forked_members import ForkingSpawner
 from tests.runtime.injector import EventInjector
 
 LIMITS = EngineLimits(max_sequences=12, max_length=64, staging_rows=1)
-START, CHANGE = 90.0, 60.0
-"""Seconds, on a loaded machine."""
+START, CHANGE = 180.0, 120.0
+"""Seconds, on a machine that others use too: a process may take a minute to start."""
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")

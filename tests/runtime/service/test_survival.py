@@ -26,8 +26,9 @@ from tests.runtime.checkpoints import save_checkpoint
 from tests.runtime.forked_members import ForkingSpawner
 
 LIMITS = EngineLimits(max_sequences=8, max_length=64, staging_rows=1)
-START, CHANGE = 90.0, 60.0
-"""Seconds, on a loaded machine."""
+START, CHANGE = 180.0, 120.0
+"""Seconds, on a machine that others use too: a process may take a minute to start."""
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +83,13 @@ def serve(checkpoint: Path, ranks: int, *, state: Path | None = None, **options:
 
 
 def test_slow_is_not_hung_and_all_ranks_may_be_lost(checkpoint: Path) -> None:
-    """A step three times as long as a hung rank is waited for costs nobody; then both ranks are killed at once, and one
+    """A step twice as long as a hung rank is waited for costs nobody; then both ranks are killed at once, and one
     of those that follow while it reads its experts."""
     faults = {
-        1: [{"phase": "step", "at": 4, "action": "sleep", "seconds": 6.0}],
+        1: [{"phase": "step", "at": 4, "action": "sleep", "seconds": 10.0}],
         3: [{"phase": "loading", "at": 1}],
     }
-    with serve(checkpoint, 2, timeout=2.0, keep_width=True, check_steps=True, faults=faults) as service:
+    with serve(checkpoint, 2, timeout=5.0, keep_width=True, check_steps=True, faults=faults) as service:
         service.wait_until_serving(timeout=START)
         client, requests = Client(), [make_request(number) for number in range(6)]
         for request in requests:
