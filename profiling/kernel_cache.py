@@ -126,7 +126,7 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(kernel: Callable[..., Any]) -> Any:
         dispatcher = compiled(kernel)
-        cache = dispatcher._cache  # numba has no public way to say what else machine code depends on
+        cache = getattr(dispatcher, "_cache", None)  # numba has no public way to say what else machine code depends on
         if isinstance(cache, FunctionCache):
             cache._cache_file = KernelFiles(cache.cache_path, cache._impl.filename_base, kernel_sources(HOME))
         return dispatcher
