@@ -10,6 +10,12 @@ from moeplace.profiling.kernel_cache import njit
 
 COOLING_STEPS = 120
 """Temperatures of one annealing run, falling geometrically."""
+FIRST_PULL = 5.0
+"""First price of a move where moves are limited, in first temperatures."""
+PULL_STEP = 1.1
+"""Factor by which that price rises or falls from one temperature to the next."""
+WALLED = 0.7
+"""Share of the temperatures after which moves above their cap are also priced like load above its limit."""
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -51,6 +57,16 @@ def more_moves(a: int, b: int, g: int, h: int, new_ER: np.ndarray) -> int:
     """Change of the number of moves when expert a on rank g and b on h change places; new_ER says which are moves."""
     more = np.int64(new_ER[a, h]) - np.int64(new_ER[a, g]) + np.int64(new_ER[b, g]) - np.int64(new_ER[b, h])
     return int(more)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def next_pull(pull: float, moves: int, most_moves: float) -> float:
+    """Price of a move at the next temperature: higher after too many of them, lower after few enough.
+
+    A price that finds its own height lets a search pass through arrangements above the cap on moves. Behind a wall at
+    the cap it would be stuck with its first moves, because most swaps need two.
+    """
+    return pull * PULL_STEP if moves > most_moves else pull / PULL_STEP
 
 
 def seed_state(rng: np.random.Generator) -> np.ndarray:

@@ -4,8 +4,8 @@
     s.t. C_r experts on rank r,  load of rank r <= cap of the layer,  experts off their old ranks <= most moves
 
 which is hypergraph connectivity with k-sets as nets. Search: simulated annealing over swaps of two experts, with load
-above the cap (and moves above theirs) priced rather than forbidden until the end, because swaps of equal load hardly
-exist under a cap of 1 %.
+above the cap priced rather than forbidden until the end, because swaps of equal load hardly exist under a cap of 1 %;
+moves have a price that rises or falls until there are as many as allowed.
 
 Shape letters: E experts, R ranks, N nodes, S slots.
 """
@@ -14,7 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeplace.placement.search.annealing import COOLING_STEPS, accepts, more_moves, overload_change, random_below
+from moeplace.placement.search.annealing import (
+    COOLING_STEPS,
+    FIRST_PULL,
+    WALLED,
+    accepts,
+    more_moves,
+    next_pull,
+    overload_change,
+    random_below,
+)
 from moeplace.placement.search.nets import LayerNets, level_of, swap_gain, swap_parts
 from moeplace.profiling.kernel_cache import njit
 
@@ -111,11 +120,15 @@ def _anneal(nets, ranks, nodes, limit_R, near, node_weight, run):  # type: ignor
     best_cost = cost if have_best else np.inf
     pairs = slots * (slots - 1) // 2
     steps = COOLING_STEPS if run.hot > 0 else 0
+    pull = FIRST_PULL * run.hot * mean_load if tied and near.most_moves < slots else 0.0
     for step in range(steps + 1):
         last = step == steps
+        pull = 0.0 if last else next_pull(pull, moves[0], near.most_moves)
         temperature = 0.0 if last else run.hot * mean_load * (0.03 ** (step / (steps - 1.0)))
         # Price of a token above the cap: lenient while hot, prohibitive at the end.
         price = 1e6 if last else (1.0 + node_weight) * 2.0 * (3.0 ** (step / (steps - 1.0)))
+        # The cap on moves can always be kept, so that at the end it goes before the load.
+        wall = price * mean_load * (1e3 * slots if last else 1.0 if step > WALLED * steps else 0.0)
         quiet = 0
         proposals = pairs * 40 if last else int(pairs * run.sweeps * 0.1) + 1
         for _ in range(proposals):
@@ -131,17 +144,16 @@ def _anneal(nets, ranks, nodes, limit_R, near, node_weight, run):  # type: ignor
             new_g, new_h = _risks_after(a, b, g, h, risk_EE, risk_ER, risk_R)
             delta += new_g**2 + new_h**2 - risk_R[g] ** 2 - risk_R[h] ** 2
             over = overload_change(load_R, limit_R, g, h, load_E[a] - load_E[b])
+            paid = price * over
             if tied:
                 delta += near.bias_ER[a, h] - near.bias_ER[a, g] + near.bias_ER[b, g] - near.bias_ER[b, h]
-                # The cap on moves can always be kept, so that at the end it goes before the load.
-                weight = 1e3 * mean_load * slots if last else mean_load
-                over += weight * _moves_above(a, b, g, h, near, moves[0])
-            if last and delta + price * over >= 0.0:
+                paid += pull * more_moves(a, b, g, h, near.new_ER) + wall * _moves_above(a, b, g, h, near, moves[0])
+            if last and delta + paid >= 0.0:
                 quiet += 1
                 if quiet > 6 * pairs:
                     break
                 continue
-            if not accepts(delta + price * over, temperature, state):
+            if not accepts(delta + paid, temperature, state):
                 continue
             quiet = 0
             _swap(a, b, g, h, nets, ranks, nodes, near, node_weight, held)

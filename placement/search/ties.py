@@ -27,17 +27,26 @@ class Ties:
         new_LER: (L, E, R) bool, whether expert e on rank r is a move.
         price_LE: (L, E) float64 objective units for each move of an expert.
         most_moves: of a layer; infinite without a cap.
+        stay_LS: (L, S) int32 the start before its layers were mended for a load cap, None = as `rows_LS`. Searches end
+            in other places from there, often better ones.
     """
 
     rows_LS: np.ndarray
     new_LER: np.ndarray
     price_LE: np.ndarray
     most_moves: float
+    stay_LS: np.ndarray | None = None
 
     @property
     def bind(self) -> bool:
         """Whether moves are limited or priced; else the start is only a start."""
         return bool(np.isfinite(self.most_moves) or self.price_LE.any())
+
+    def start(self, layer: int, number: int) -> np.ndarray:
+        """(S,) int32 where a run begins in a layer: even numbers at the mended row, odd ones at the row before that."""
+        rows_LS = self.rows_LS if self.stay_LS is None or number % 2 == 0 else self.stay_LS
+        row_S: np.ndarray = rows_LS[layer]
+        return row_S
 
     def near(self, layer: int, tokens_per_unit: float) -> Near:
         """The ties of one layer for the swap kernels.

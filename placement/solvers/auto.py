@@ -63,8 +63,6 @@ def solve_portfolio(problem: Problem, budget: Budget) -> Draft:
         return solve_viterbi(problem, budget)
     if problem.objective == "traffic":
         drafts, cut = search(problem, budget, problem.max_imbalance, 1.0, ties)
-        mixed = judge.combine(drafts)  # one layer that replicas cannot hold to its cap must not cost all others theirs
-        drafts = drafts if mixed is None else [*drafts, mixed]
         slots_LS, note = use_all_slots(problem, drafts, ties, judge, judge.best)
         return Draft(slots_LS, "time_limit" if cut else "feasible", notes=(note,) if note else ())
     return fastest(problem, budget, search, ties)
@@ -75,7 +73,7 @@ def _mended(problem: Problem, ties: Ties | None) -> Ties | None:
     if ties is None or problem.max_imbalance is None:
         return ties
     most = None if np.isinf(ties.most_moves) else int(ties.most_moves)
-    return replace(ties, rows_LS=rebalanced(problem, ties, most))
+    return replace(ties, rows_LS=rebalanced(problem, ties, most), stay_LS=ties.rows_LS)
 
 
 def search(
@@ -83,7 +81,9 @@ def search(
 ) -> tuple[list[np.ndarray], bool]:
     """(drafts (L, S), whether the clock cut it short) for one load cap with a share of the budget.
 
-    With spare slots there are two: that for all slots and that without replicas, which may well be better.
+    With spare slots there are two, that for all slots and that without replicas, which may well be better, and where
+    layers are independent a third that has each layer's better one: one layer that replicas cannot hold to its cap must
+    not cost all others theirs.
     """
     narrow = without_spare(problem)
     bound = ties is not None and ties.bind
@@ -91,12 +91,14 @@ def search(
         slots_LS, cut = _search(problem, budget, cap, share, ties)
         return [slots_LS], cut
     slots_LS, cut = _search(problem, budget, cap, share * (1 - _NARROW_SHARE), ties)
-    if cap is not None and problem.trace is not None:
-        caps_L = held_caps(problem.replace(max_imbalance=cap))
-        assert caps_L is not None
+    capped = problem.replace(objective="traffic", max_imbalance=cap)
+    caps_L = held_caps(capped)
+    if caps_L is not None:
         slots_LS = keep_caps(problem, slots_LS, caps_L, budget.rng(_MENDING), lambda: budget.expired)
     fewer_LS, also_cut = _search(narrow, budget, cap, share * _NARROW_SHARE, None)
-    return [slots_LS, widened(problem, narrow, fewer_LS)], cut or also_cut
+    drafts = [slots_LS, widened(problem, narrow, fewer_LS)]
+    mixed = Judge(capped, ties, caps_L, budget.time_limit).combine(drafts)
+    return drafts if mixed is None else [*drafts, mixed], cut or also_cut
 
 
 def _search(

@@ -25,6 +25,11 @@ COPY_HEDGE = 0.01
 FILL = 0.7
 """Share of the time limit that the planned work should take on two unshared cores."""
 FULL_SWEEPS = 300
+TIED_SWEEPS = 30
+"""Where moves are limited, runs from the placement in force end in many different places, long ones as well as short
+ones (16 runs of 30 sweeps reach less traffic than 2 of 300: top-6, 64 experts, 8 ranks, 20 moves)."""
+TIED_HOT = 0.03
+"""Their first temperature, as `Effort.hot`."""
 LEAST_FACTOR = 0.05
 """A run shortened below this share of its plan is not worth starting."""
 
@@ -69,7 +74,8 @@ class _Rounds:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.efforts = round_efforts(self.problem, self.seconds, len(self.layers))
+        bound = self.ties is not None and self.ties.bind
+        self.efforts = round_efforts(self.problem, self.seconds, len(self.layers), bound)
         if self.ties is None:
             start = {layer: pack_slots(self.problem, layer) for layer in self.layers}
         else:
@@ -125,8 +131,11 @@ def searches_within(problem: Problem, seconds: float) -> int:
     return max(int(seconds * workers() / (_SETUP_SECONDS * assignments * searches)), 1)
 
 
-def round_efforts(problem: Problem, seconds: float, layers: int) -> list[Effort]:
-    """A quick round, then as many full ones as fill `seconds`, by the rates measured below."""
+def round_efforts(problem: Problem, seconds: float, layers: int, bound: bool = False) -> list[Effort]:
+    """A quick round, then as many full ones as fill `seconds`, by the rates measured below.
+
+    Where moves are limited or priced (`bound`), more and shorter ones: see `TIED_SWEEPS`.
+    """
     assert problem.trace is not None
     per_layer = FILL * seconds * workers() / layers
     tokens = min(problem.trace.num_tokens, MOST_TOKENS)
@@ -136,6 +145,9 @@ def round_efforts(problem: Problem, seconds: float, layers: int) -> list[Effort]
     per_sweep = 12 * (slots * (slots - 1) / 2) * 15e-9 * levels
     accepted = 60.0 * slots * (2 * tokens * top_k / slots) * top_k * 3e-9 * levels
     full = FULL_SWEEPS * per_sweep + accepted
+    if bound and not (problem.redundant_slots > 0).any():
+        one = full * TIED_SWEEPS / FULL_SWEEPS
+        return [Effort(sweeps=TIED_SWEEPS, hot=TIED_HOT, seconds=one)] * max(int(per_layer / one), 1)
     quick_sweeps = int(np.clip(0.1 * per_layer / (per_sweep + accepted / FULL_SWEEPS), 4, 40))
     quick = Effort(sweeps=quick_sweeps, seconds=full * quick_sweeps / FULL_SWEEPS)
     if (problem.redundant_slots > 0).any():  # copies are searched long and once, after one quick round

@@ -25,6 +25,7 @@ from moeplace.placement.solvers.chain.search import (
     attraction,
     chain_value,
     descend_chain,
+    first_pull,
     untied,
 )
 from moeplace.profiling.parallel import workers
@@ -60,7 +61,9 @@ def search_chain(
     start_LS = packed_LS.copy()
     slots, ranks = problem.cluster.num_slots, problem.num_ranks
     descend_chain(start_LS, chain.transitions_LSS, chain.cost_RR, np.zeros((problem.num_layers, slots, ranks)))
-    old_LS = start_LS if ties is None else _old_ranks(problem, ties)
+    old_LS, stay_LS = start_LS, start_LS
+    if ties is not None:
+        old_LS, stay_LS = (_old_ranks(problem, ties, number) for number in range(2))
     hot = max(6.0 * problem.load_LE.sum() / (problem.num_layers * slots) / 15, 0.5)  # also where no token has an expert
     exact = cap is not None and problem.num_layers > 1 and (ties is None or not ties.bind)
     exact = exact and slots * ranks <= MOST_CHOICES
@@ -72,7 +75,9 @@ def search_chain(
 
     def one(run: int, stop: np.ndarray) -> tuple[float, np.ndarray, bool]:
         warm = ties is not None and run == 0
-        rank_LS = (old_LS if ties is not None and (warm or ties.bind) else start_LS).copy()
+        rank_LS = start_LS.copy()
+        if ties is not None and (warm or ties.bind):
+            rank_LS = (old_LS, stay_LS)[run % 2].copy()
         seconds_left = (deadline - budget.elapsed) / (ROUNDS - run // workers())
         first_hot = LUKEWARM * hot if warm else hot
         limits = loose if exact and run % 2 else chain
@@ -125,10 +130,10 @@ def _pack_overloaded(rank_LS: np.ndarray, packed_LS: np.ndarray, chain: Chain) -
             rank_LS[layer] = packed_LS[layer]
 
 
-def _old_ranks(problem: Problem, ties: Ties) -> np.ndarray:
-    """(L, S) ranks of the rows of `ties`, one slot per expert."""
+def _old_ranks(problem: Problem, ties: Ties, number: int) -> np.ndarray:
+    """(L, S) ranks of the start of that number, one slot per expert."""
     rank_of_slot, experts_L = problem.cluster.rank_of_slot, problem.experts_per_layer
-    return np.stack([first_ranks(r, rank_of_slot, int(e)) for r, e in zip(ties.rows_LS, experts_L, strict=True)])
+    return np.stack([first_ranks(ties.start(x, number), rank_of_slot, int(e)) for x, e in enumerate(experts_L)])
 
 
 def _chain_of(problem: Problem, starts: list[np.ndarray], cap: float | None, ties: Ties | None) -> Chain:
@@ -165,11 +170,11 @@ def _one_run(
     table_LSR = attraction(rank_LS, chain.transitions_LSS, chain.cost_RR)
     if len(chain.bias_LSR):
         table_LSR += chain.bias_LSR
-    begun, cut = budget.elapsed, False
+    begun, cut, pull_L = budget.elapsed, False, first_pull(chain, hot)
     ends = begun + seconds
     first, tries = 0, proposals
     while first <= COOLING_STEPS:
-        cooling = Cooling(hot, max(hot / 100, 0.5), first, min(first + _CHUNK, COOLING_STEPS + 1), tries)
+        cooling = Cooling(hot, max(hot / 100, 0.5), first, min(first + _CHUNK, COOLING_STEPS + 1), tries, pull_L)
         anneal_chain(rank_LS, chain, table_LSR, cooling, stop, state)
         first += _CHUNK
         # The closing descent tries a quarter of all proposals, as much as seven chunks. Cooler chunks are faster,

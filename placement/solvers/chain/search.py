@@ -24,11 +24,25 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from moeplace.placement.search.annealing import COOLING_STEPS, accepts, more_moves, overload_change, random_below
+from moeplace.placement.search.annealing import (
+    COOLING_STEPS,
+    FIRST_PULL,
+    WALLED,
+    accepts,
+    more_moves,
+    next_pull,
+    overload_change,
+    random_below,
+)
 from moeplace.profiling.kernel_cache import njit
 
 OVERLOAD = 1e3
 """Price of a token above the cap when runs are compared: any feasible run beats any other."""
+LAST_PRICE = 4.0
+"""The same at the last temperature, rising from 1 at the first one."""
+LAST_PRICE_TIED = 200.0
+"""The same where moves are limited: a rank above its limit may then need several moves at once, each worth a hundred
+tokens and more, and the closing descent makes one after another."""
 
 
 class Chain(NamedTuple):
@@ -62,6 +76,7 @@ class Cooling(NamedTuple):
         hot, end: temperature of the first and of the last cooling step, in tokens.
         first, until: the steps of this call, so that the caller can look at the clock in between.
         proposals: number of swaps that all steps together try.
+        pull_L: (L,) float64 price of a move in each layer, changed in place from step to step; see `first_pull`.
     """
 
     hot: float
@@ -69,6 +84,7 @@ class Cooling(NamedTuple):
     first: int
     until: int
     proposals: int
+    pull_L: np.ndarray
 
 
 class _Held(NamedTuple):
@@ -83,6 +99,13 @@ class _Held(NamedTuple):
 def untied(slots: int, ranks: int) -> tuple[np.ndarray, np.ndarray, float]:
     """`bias_LSR`, `new_LSR` and `most_moves` of a chain without ties to a placement in force."""
     return np.zeros((0, slots, ranks)), np.zeros((0, slots, ranks), np.uint8), np.inf
+
+
+def first_pull(chain: Chain, hot: float) -> np.ndarray:
+    """(L,) price of a move at the first temperature, zeros where moves are not limited."""
+    layers, slots = chain.load_LS.shape
+    limited = len(chain.new_LSR) > 0 and chain.most_moves < slots
+    return np.full(layers, FIRST_PULL * hot if limited else 0.0)
 
 
 def chain_value(rank_LS: np.ndarray, chain: Chain) -> float:
@@ -183,7 +206,12 @@ def anneal_chain(rank_LS, chain, table_LSR, cooling, stop, state):  # type: igno
         last = step == COOLING_STEPS
         share = step / (COOLING_STEPS - 1.0)
         temperature = 0.0 if last else cooling.hot * (cooling.end / cooling.hot) ** share
-        price = 1e6 if last else 4.0**share
+        price = 1e6 if last else (LAST_PRICE_TIED if counted else LAST_PRICE) ** share
+        # The cap on moves can always be kept, so that at the end it goes before the load.
+        wall = price * mean_load * (1e3 * slots if last else 1.0 if share > WALLED else 0.0)
+        for layer in range(layers):
+            pull = next_pull(cooling.pull_L[layer], moves_L[layer], most_moves)
+            cooling.pull_L[layer] = 0.0 if last else pull
         tries = cooling.proposals
         count = max(tries // 4, 40 * layers * slots) if last else tries * 3 // (4 * COOLING_STEPS)
         for _ in range(count):
@@ -198,14 +226,14 @@ def anneal_chain(rank_LS, chain, table_LSR, cooling, stop, state):  # type: igno
             new_g, new_h = _risks_after(layer, a, b, g, h, risk_LSS, risk_LSR, risk_LR)
             delta += new_g * new_g + new_h * new_h - risk_LR[layer, g] ** 2 - risk_LR[layer, h] ** 2
             amount = load_LS[layer, a] - load_LS[layer, b]
-            over, more = overload_change(load_LR[layer], limit_LR[layer], g, h, amount), 0
-            if counted:  # the cap on moves can always be kept, so that at the end it goes before the load
+            paid, more = price * overload_change(load_LR[layer], limit_LR[layer], g, h, amount), 0
+            if counted:
                 more = more_moves(a, b, g, h, new_LSR[layer])
                 above = max(moves_L[layer] + more - most_moves, 0.0) - max(moves_L[layer] - most_moves, 0.0)
-                over += above * (1e3 * mean_load * slots if last else mean_load)
-            if last and delta + price * over >= 0.0:
+                paid += cooling.pull_L[layer] * more + wall * above
+            if last and delta + paid >= 0.0:
                 continue
-            if not accepts(delta + price * over, temperature, state):
+            if not accepts(delta + paid, temperature, state):
                 continue
             risk_LR[layer, g], risk_LR[layer, h] = new_g, new_h
             for e in range(slots):

@@ -132,15 +132,16 @@ class LayerSearch:
 
     def _run_from_old(self, ties: Ties, effort: Effort, rng: np.random.Generator) -> tuple[float, np.ndarray]:
         """Both levels together from the ties' row, which the result is never worse than."""
-        row_S = ties.rows_LS[self._layer]
-        cluster = self._cluster
-        rank_S = first_ranks(row_S, cluster.rank_of_slot, self._experts)
-        start_S = rank_S.copy()
+        row_S, cluster = ties.rows_LS[self._layer], self._cluster
+        start_S = first_ranks(row_S, cluster.rank_of_slot, self._experts)
         hot = effort.hot * (LUKEWARM if effort.warm else 1.0)
         copies = self._problem.redundant_slots[self._layer] > 0
         if copies and ties.bind:
             seconds = max(effort.copy_seconds, 0.2 * effort.seconds)
-            return self._copy_search().run_tied(row_S, self._near, hot, seconds, rng)
+            starts = [ties.start(self._layer, number) for number in range(2)]
+            return self._copy_search().run_tied(starts, self._near, hot, seconds, rng)
+        begin_S = ties.start(self._layer, int(rng.integers(2)))
+        rank_S = first_ranks(begin_S, cluster.rank_of_slot, self._experts)
         anneal_layer(
             self._nets, rank_S, cluster.node_of_rank, self._limit_R, node_weight=self._problem.node_weight,
             sweeps=effort.sweeps, hot=hot, stop=self._stop, state=seed_state(rng), near=self._near,

@@ -10,10 +10,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeplace.placement.search.annealing import next_random, random_below
+from moeplace.placement.search.annealing import (
+    COOLING_STEPS,
+    FIRST_PULL,
+    WALLED,
+    next_pull,
+    next_random,
+    random_below,
+)
+from moeplace.placement.search.swaps import Near
 from moeplace.placement.solvers.replicas.bit_loads import bits_loads
 from moeplace.placement.solvers.replicas.exact_search import FINAL_SHARE, Schedule, overload
-from moeplace.placement.solvers.replicas.seats import Seats, all_risks, changed_risk, make_move, propose, take_back
+from moeplace.placement.solvers.replicas.seats import (
+    Seats,
+    all_risks,
+    changed_bias,
+    changed_risk,
+    count_moves,
+    further_moves,
+    make_move,
+    propose,
+    take_back,
+)
 from moeplace.placement.solvers.replicas.token_bits import (
     BitState,
     TokenBits,
@@ -27,6 +45,8 @@ from moeplace.profiling.kernel_cache import njit
 
 FINAL_PRICE = 50.0
 """Price of a token above a limit at the end, in ranks; higher than in the exact search, because counts are not."""
+ABOVE = 1e6
+"""Price of a move above their cap at the end, in mean experts above their limits."""
 DISMISSED = 0.03
 """Work of a move that a bound dismisses, in evaluations (measured: 64 experts, 40,000 tokens, 72 slots)."""
 LEAST_SHARE = 0.15
@@ -144,9 +164,9 @@ def _begin(bits, seats, state, alone_E, load_R):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def anneal_bits(  # type: ignore[no-untyped-def]
-    bits: TokenBits, seats: Seats, state: BitState, limit_R, risk_EE, schedule: Schedule, stop, random
+    bits: TokenBits, seats: Seats, state: BitState, limit_R, risk_EE, schedule: Schedule, near: Near, stop, random
 ):
-    """Improve the seats in place; returns (best cost with hedge, or with overload priced; loads).
+    """Improve the seats in place; returns (best cost with hedge and bias, or with overload priced; loads).
 
     One function, because its loop lives on a dozen scalars; what it calls is above and in `seats` and `token_bits`.
 
@@ -157,6 +177,7 @@ def anneal_bits(  # type: ignore[no-untyped-def]
         limit_R: (R,) most load of each rank.
         risk_EE: hedge, see `search.hedge`; a replicated expert counts with its share on each rank.
         schedule: temperatures and work, in moves that are evaluated; one that a bound dismisses counts DISMISSED.
+        near: ties to ranks. Seats within the cap on moves end within it.
         stop: (1,) uint8, set from outside when time is up.
         random: (1,) uint64 state.
     """
@@ -171,14 +192,19 @@ def anneal_bits(  # type: ignore[no-untyped-def]
         risk = all_risks(seats, risk_EE, risk_R)
     over = overload(load_R, limit_R)
     best_S, best_cost, best_R = slots_S.copy(), np.inf, load_R.copy()
-    if over <= 0.0:
+    moves, tied, bias, more = count_moves(slots_S, rank_S, near.new_ER), len(near.new_ER) > 0, 0.0, 0
+    if over <= 0.0 and moves <= near.most_moves:
         best_cost = cost + risk
+    pull, tempered = FIRST_PULL * schedule.hot if tied and near.most_moves < len(slots_S) else 0.0, 0.0
     done = 0.0
     while done < schedule.work and not stop[0]:
         share = done / schedule.work
         last = schedule.hot <= 0 or share > 1.0 - FINAL_SHARE
         cooled = share / (1.0 - FINAL_SHARE)
         price = (1.0 + weight) * (FINAL_PRICE if last else 2.0 * 3.0**cooled)
+        while tempered < cooled * COOLING_STEPS:
+            pull = next_pull(pull, moves, near.most_moves)
+            tempered += 1.0
         done += DISMISSED
         move = propose(slots_S, rank_S, count_E, held_ER, seats.num_real, 1, room_R, over, random)
         if move.x < 0:
@@ -186,11 +212,19 @@ def anneal_bits(  # type: ignore[no-untyped-def]
         swap, a, b = move.y >= 0, move.a, move.b
         if swap and (count_E[a] > 1 or (b >= 0 and count_E[b] > 1)) and random_below(random, 2):
             continue  # no bound dismisses most of these, and few are taken
-        allowed = -1e-9
+        allowed, own = -1e-9, 0.0
+        if tied:
+            more = further_moves(move, near.new_ER)
+            own = changed_bias(move, near.bias_ER)
         if not last:
             draw = float(next_random(random) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
             allowed = -schedule.hot * (schedule.end / schedule.hot) ** cooled * np.log(max(draw, 1e-300))
-        least = -(1.0 + weight) * alone_E[b] if b >= 0 else 0.0
+        pulled = own
+        if tied:
+            above = max(moves + more - near.most_moves, 0.0) - max(moves - near.most_moves, 0.0)
+            pulled += above * price * size_E.mean() * (ABOVE if last else 1.0 if cooled > WALLED else 0.0)
+            pulled += 0.0 if last else pull * more
+        least = (-(1.0 + weight) * alone_E[b] if b >= 0 else 0.0) + pulled
         if swap:
             least += _least_swap(move, size_E, count_E, alone_E, slots_S, start_R, together_EE, room_R, weight, price)
         elif count_E[a] == 2:
@@ -204,7 +238,7 @@ def anneal_bits(  # type: ignore[no-untyped-def]
         new_cost, new_risk, new_over = bits_traffic(bits, seats, state), risk, 0.0
         if hedged:
             new_risk += changed_risk(move, seats, risk_EE, risk_R, new_risk_R)
-        delta = new_cost - cost + new_risk - risk - price * over
+        delta = new_cost - cost + new_risk - risk + pulled - price * over
         if delta <= allowed:  # even if it ended all overload it would not be taken otherwise
             bits_loads(bits, seats, state, trial_R)
             new_over = overload(trial_R, limit_R)
@@ -214,17 +248,19 @@ def anneal_bits(  # type: ignore[no-untyped-def]
             _restore_rows(state, rooms)
             continue
         cost, risk, over = new_cost, new_risk, new_over
+        moves += more
+        bias += own
         load_R[:] = trial_R
         room_R[:] = limit_R - load_R
         risk_R[:] = new_risk_R
         for i in range(rooms.sizes[0]):
             count_alone(rooms.ranks[i], bits, seats, rooms.once_W, rooms.twice_W, alone_E)
         count_open(state, alone_E)
-        if over <= 0.0 and cost + risk < best_cost:
-            best_cost = cost + risk
+        if over <= 0.0 and moves <= near.most_moves and cost + risk + bias < best_cost:
+            best_cost = cost + risk + bias
             best_S[:] = slots_S
             best_R[:] = load_R
     if best_cost < np.inf:
         slots_S[:] = best_S
         return best_cost, best_R
-    return cost + risk + FINAL_PRICE * (1.0 + weight) * over, load_R
+    return cost + risk + bias + FINAL_PRICE * (1.0 + weight) * over, load_R

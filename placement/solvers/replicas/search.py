@@ -4,6 +4,7 @@ Shape letters: T tokens, E experts of a layer, R ranks, N nodes, S slots per lay
 """
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from moeplace.placement.solvers.replicas.bit_search import anneal_bits
 from moeplace.placement.solvers.replicas.exact_search import Schedule, anneal_replicas
 from moeplace.placement.solvers.replicas.filling import fill_with_replicas
 from moeplace.placement.solvers.replicas.rule import Rule, replay, rule_on, unserved
-from moeplace.placement.solvers.replicas.seats import Seats, find_holders, seat
+from moeplace.placement.solvers.replicas.seats import Seats, count_moves, find_holders, seat
 from moeplace.placement.solvers.replicas.token_bits import bit_state, token_bits
 
 OVERLOAD = 1e3
@@ -30,6 +31,8 @@ MOVE_SECONDS = 2e-6
 _COOLING = 0.04
 """Last temperature as a share of the first."""
 _REPAIRS = 4
+TIED_RUNS = 4
+"""Runs from a placement in force: they end in different places, and long ones are no better than short ones."""
 
 
 class ReplicaSearch:
@@ -103,26 +106,33 @@ class ReplicaSearch:
         return min((value, slots_S), (self.value(packed_S), packed_S), key=lambda pair: pair[0])
 
     def run_tied(
-        self, row_S: np.ndarray, near: Near, hot: float, seconds: float, rng: np.random.Generator
+        self, starts: Sequence[np.ndarray], near: Near, hot: float, seconds: float, rng: np.random.Generator
     ) -> tuple[float, np.ndarray]:
-        """(objective with hedge, bias and overload; (S,) slots) from a row within its cap on moves, never worse.
+        """(objective with hedge and bias, (S,) slots) from rows within the cap on moves; as good as the first.
 
         Args:
-            row_S: (S,) int32 slot -> expert.
+            starts: (S,) int32 slot -> expert each.
             near: ties to ranks.
             hot, seconds: as in `run`.
         """
-        slots_S, touches = row_S.copy(), seconds / TOUCH_SECONDS
-        hot *= float(self._nets.load_E.sum()) / self._problem.cluster.num_slots
-        self._exact_moves(slots_S, 3, hot, int(0.4 * touches), rng, near)
-        self._exact_moves(slots_S, 1, 0.25 * hot, int(0.6 * touches), rng, near)
+        cluster = self._problem.cluster
+        hot *= float(self._nets.load_E.sum()) / cluster.num_slots
+        redundant = int(self._problem.redundant_slots[self._layer])
+        work = 0.85 * seconds / (self._evaluation_seconds(redundant) * TIED_RUNS)
+        found = [starts[0]]
+        for number in range(TIED_RUNS):
+            slots_S = starts[number % len(starts)].copy()
+            self._anneal_bits(slots_S, self._limit_R, hot, work, rng, near)
+            if count_moves(slots_S, cluster.rank_of_slot, near.new_ER) <= near.most_moves:
+                self._exact_moves(slots_S, 1, 0.0, int(0.1 * seconds / TOUCH_SECONDS / TIED_RUNS), rng, near)
+                found.append(slots_S)
 
         def tied_value(some_S: np.ndarray) -> float:
             held = some_S >= 0
-            bias = near.bias_ER[some_S[held], self._problem.cluster.rank_of_slot[held]].sum()
+            bias = near.bias_ER[some_S[held], cluster.rank_of_slot[held]].sum()
             return self.value(some_S) + float(bias)
 
-        return min(((tied_value(each_S), each_S) for each_S in (row_S, slots_S)), key=lambda pair: pair[0])
+        return min(((tied_value(each_S), each_S) for each_S in found), key=lambda pair: pair[0])
 
     def value(self, slots_S: np.ndarray) -> float:
         """The objective of a layer as the search sees it: traffic and hedge by exact replay, overload priced."""
@@ -168,12 +178,14 @@ class ReplicaSearch:
         return seat(slots_S, self._problem.cluster.first_slots, len(self._nets.load_E), self._experts)
 
     def _anneal_bits(
-        self, slots_S: np.ndarray, limit_R: np.ndarray, hot: float, work: float, rng: np.random.Generator
-    ) -> None:
+        self, slots_S: np.ndarray, limit_R: np.ndarray, hot: float, work: float, rng: np.random.Generator,
+        near: Near | None = None,
+    ) -> None:  # fmt: skip
+        near = no_ties(self._problem.num_ranks) if near is None else near
         seats = self._seats(slots_S)
         state = bit_state(self._bits, seats, self._problem.cluster.node_of_rank, self._problem.node_weight)
         schedule = Schedule(float(hot), float(_COOLING * hot), float(work))
-        anneal_bits(self._bits, seats, state, limit_R, self._nets.risk_EE, schedule, self._stop, seed_state(rng))
+        anneal_bits(self._bits, seats, state, limit_R, self._nets.risk_EE, schedule, near, self._stop, seed_state(rng))
 
     def _exact_moves(
         self, slots_S: np.ndarray, thinned: int, hot: float, touches: int, rng: np.random.Generator,

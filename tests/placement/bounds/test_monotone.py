@@ -123,7 +123,7 @@ def endless(kernel: str, problem: Problem, flag: np.ndarray) -> np.ndarray:
     if kernel == "bits":
         bits, seats = token_bits(ids_TK, 12, 3), seat(row_S, cluster.first_slots, 12, 9)
         tables = bit_state(bits, seats, cluster.node_of_rank, 0.0)
-        anneal_bits(bits, seats, tables, free_R, none_SS, Schedule(5.0, 0.1, 1e18), flag, state)
+        anneal_bits(bits, seats, tables, free_R, none_SS, Schedule(5.0, 0.1, 1e18), no_ties(3), flag, state)
     elif kernel == "replicas":
         seats, rule = seat(row_S, cluster.first_slots, 12, 9), rule_on(nets.ids_TK, cluster.node_of_rank, 0.0)
         anneal_replicas(nets, rule, seats, unserved(rule), free_R, Schedule(5.0, 0.1, 1e18), no_ties(3), flag, state)
@@ -132,7 +132,7 @@ def endless(kernel: str, problem: Problem, flag: np.ndarray) -> np.ndarray:
         limit_LR, risk_LSS = np.full((2, 3), np.inf), np.zeros((2, 12, 12))
         chain = Chain(flow_LSS, cluster.cost_RR, np.ones((2, 12)), limit_LR, risk_LSS, *untied(12, 3))
         table_LSR = attraction(rank_LS, flow_LSS, cluster.cost_RR)
-        anneal_chain(rank_LS, chain, table_LSR, Cooling(5.0, 0.1, 0, 121, 10**18), flag, state)
+        anneal_chain(rank_LS, chain, table_LSR, Cooling(5.0, 0.1, 0, 121, 10**18, np.zeros(len(rank_LS))), flag, state)
         return rank_LS[0]
     return row_S
 

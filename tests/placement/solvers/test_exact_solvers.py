@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from moeplace.placement.bounds.problem import problem_bounds
 from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster
+from moeplace.placement.cost.calibration import ExpertTime
 from moeplace.placement.cost.evaluation import Evaluation
+from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
 from moeplace.placement.solvers.exact import moetuner
@@ -24,7 +27,7 @@ from moeplace.placement.solvers.exact.viterbi import count_states, enumerate_sta
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_problem, skewed_trace
-from tests.placement.oracles import best_traffic, traffic_of
+from tests.placement.oracles import all_placements, best_traffic, traffic_of
 
 CHAIN = {"mode": "coherent", "trace": {"top_k": 1, "layers": 3, "tokens": 60}}
 SOLVERS = (solve_exflow, solve_moetuner, solve_cpsat)
@@ -192,6 +195,30 @@ def test_cpsat_connectivity_equals_brute_force(options) -> None:  # type: ignore
     caps_L = None if problem.max_imbalance is None else caps_of(problem)
     assert draft.status == "optimal"
     assert traffic_of(problem, judge(problem, draft)) == pytest.approx(best_traffic(problem, caps_L))
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("copies_per_token", [0.2, 1.0, 4.0])
+def test_cpsat_weighs_balance_against_copies_as_seconds_do(copies_per_token: float, nodes: int) -> None:
+    """The busiest rank's token costs `per_token`, a copy its bytes there and back, shared by the ranks."""
+    problem = skewed_problem(
+        4, ranks=2, slots=4, objective="seconds", ranks_per_node=2 // nodes,
+        trace={"experts": 8, "layers": 1, "top_k": 2, "tokens": 60},
+    )  # fmt: skip
+    link = problem.calibration.inter if nodes > 1 else problem.calibration.intra
+    per_copy = 2 * problem.shape.hidden_size * problem.shape.dtype_bytes / link.bandwidth / problem.num_ranks
+    calibration = replace(problem.calibration, expert=ExpertTime(0.0, copies_per_token * per_copy, 0.0))
+    problem = problem.replace(calibration=calibration)
+
+    def seconds(placement: Placement) -> float:
+        evaluation = problem.evaluate(placement)
+        copies = 60 * (evaluation.ranks_per_token + problem.node_weight * evaluation.nodes_per_token)
+        return float(per_copy * (copies + copies_per_token * evaluation.load_LR.max()))
+
+    draft = solve_cpsat(problem, Budget(20.0))
+    assert draft.status == "optimal"
+    best = min(seconds(placement) for placement in all_placements(problem))
+    assert seconds(problem.placement(draft.slot_to_expert)) == pytest.approx(best, rel=0.002)
 
 
 def test_cpsat_load_with_replicas_reaches_the_bound() -> None:

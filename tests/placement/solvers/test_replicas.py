@@ -13,6 +13,7 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.layout import UNLIMITED
 from moeplace.placement.search.nets import layer_nets
+from moeplace.placement.search.swaps import no_ties
 from moeplace.placement.solve import solve
 from moeplace.placement.solvers.layer.search import Effort, LayerSearch
 from moeplace.placement.solvers.replicas.bit_search import anneal_bits
@@ -67,7 +68,8 @@ def test_bits_are_the_replay(seed, extra, nodes, top_k):
     seats = seat(slots_S, cluster.first_slots, cluster.num_slots, 10)
     cost, load_R = anneal_bits(
         bits, seats, bit_state(bits, seats, cluster.node_of_rank, weight), np.full(4, UNLIMITED),
-        np.zeros((cluster.num_slots,) * 2), Schedule(0.0, 0.0, 60.0), GO_ON, seed_state(np.random.default_rng(seed)),
+        np.zeros((cluster.num_slots,) * 2), Schedule(0.0, 0.0, 60.0), no_ties(4), GO_ON,
+        seed_state(np.random.default_rng(seed)),
     )  # fmt: skip
     after = problem.evaluate(problem.placement(slots_S[None]))
     before = problem.evaluate(placement)

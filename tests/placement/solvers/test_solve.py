@@ -76,7 +76,7 @@ def test_chain_keeps_exact_account(seed):
     limits, loads = np.full((4, 3), np.inf), problem.load_LE.copy()
     chain = Chain(flow, cost_RR, loads, limits, np.zeros((4, 6, 6)), *untied(6, 3))
     state = seed_state(np.random.default_rng(seed))
-    anneal_chain(rank_LS, chain, table, Cooling(5.0, 0.1, 0, 121, 3000), GO_ON, state)
+    anneal_chain(rank_LS, chain, table, Cooling(5.0, 0.1, 0, 121, 3000, np.zeros(len(rank_LS))), GO_ON, state)
     np.testing.assert_allclose(table, attraction(rank_LS, flow, cost_RR))
     assert (np.sort(rank_LS, axis=1) == np.repeat(np.arange(3), 2)).all()
 

@@ -16,6 +16,7 @@ from moeplace.placement.cluster import Cluster
 from moeplace.placement.placement import MODES
 from moeplace.placement.problem import Problem
 from moeplace.placement.solve import BoundError, solve
+from moeplace.placement.solvers.auto import search
 from tests.placement.instances import skewed_problem, skewed_trace
 
 WORK_PER_SECOND = 2e7
@@ -111,3 +112,18 @@ def test_a_limit_pays_for_what_is_replayed_when_solving_again(monkeypatch: pytes
     assert sum(count == trace.num_tokens for count in replayed) <= 3
     parts = np.sum([count for count in replayed if count < trace.num_tokens])
     assert parts * trace.num_layers * trace.top_k <= WORK_PER_SECOND * 0.1
+
+
+@pytest.mark.usefixtures("still_clock")
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("objective", ["traffic", "seconds"])
+def test_layers_choose_between_plans_with_replicas_and_without(objective: Any, seed: int) -> None:
+    """Whatever is minimised, one of the drafts has each layer's better row; where layers depend on each other none."""
+    cluster = Cluster.uniform(4, slots_per_rank=3)
+    trace = skewed_trace(seed, tokens=120, layers=3, experts=8, top_k=2)
+    problem = Problem.from_trace(trace, cluster, objective=objective)
+    drafts, _ = search(problem, Budget(0.04, seed), None, 1.0, None)
+    value_DL = np.array([problem.evaluate(problem.placement(draft)).ranks_per_token_L for draft in drafts])
+    assert value_DL[2].tolist() == pytest.approx(value_DL[:2].min(axis=0).tolist())
+    chained = problem.replace(mode="coherent")
+    assert len(search(chained, Budget(0.04, seed), None, 1.0, None)[0]) == 2
