@@ -229,3 +229,33 @@ def test_the_time_limit_is_kept() -> None:
     started = time.monotonic()
     assert problem_bounds(problem, time_limit=1.0)["traffic"] > 1
     assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize("capacity", [2, 3, 8])
+def test_slopes_touch_the_interpolated_inverse(capacity: int) -> None:
+    """sum over a token's experts of 1/n, interpolated between whole n: value where it was asked, below it elsewhere."""
+    rng = np.random.default_rng(capacity)
+    sets_UK = np.array([[0, 1, 2], [3, 0, -1], [4, -1, -1], [2, 4, 1]])
+    share_U = np.array([0.4, 0.3, 0.1, 0.2])
+    slope = connectivity_slope(sets_UK, share_U, 5, capacity)
+    most = max(min(3, capacity), 2)
+
+    def value(z: np.ndarray) -> float:
+        total = 0.0
+        for members, share in zip(sets_UK, share_U, strict=True):
+            held = [e for e in members if e >= 0]
+            for e in held:
+                together = 1.0 + sum(z[e, f] for f in held if f != e)
+                pieces = [(1 - (together - n) / (n + 1)) / n for n in range(1, most)]
+                total += share * max(pieces)
+        return total
+
+    def symmetric() -> np.ndarray:
+        z = rng.random((5, 5))
+        return (z + z.T) / 2
+
+    for _ in range(5):
+        z, other = symmetric(), symmetric()
+        constant, gain = slope(z)
+        assert constant - (gain * z).sum() == pytest.approx(value(z))
+        assert constant - (gain * other).sum() <= value(other) + 1e-12
