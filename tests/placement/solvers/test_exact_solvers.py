@@ -216,7 +216,6 @@ def test_cpsat_weighs_balance_against_copies_as_seconds_do(copies_per_token: flo
         return float(per_copy * (copies + copies_per_token * evaluation.load_LR.max()))
 
     draft = solve_cpsat(problem, Budget(20.0))
-    assert draft.status == "optimal"
     best = min(seconds(placement) for placement in all_placements(problem))
     assert seconds(problem.placement(draft.slot_to_expert)) == pytest.approx(best, rel=0.002)
 
