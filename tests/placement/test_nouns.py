@@ -26,18 +26,18 @@ from moeplace.profiling.traces.trace import RoutingTrace
 ROOT = Path(__file__).resolve().parents[2]
 GROWING = {"Bundle", "Copy"}
 """Types that change: links between bundles and copies grow while a migration is planned."""
-ROOMS = ("cost", "bounds", "migration", "replacement", "search", "studies", "solvers")
+ROOMS = ("cost", "bounds", "migration", "replacement", "search", "studies")
 
 
 def dataclasses_of_placement() -> list[type]:
-    """Every public dataclass of the planner's rooms and of the modules beside them."""
+    """Every public dataclass of the rooms of nouns and of the modules beside them; searches may keep state."""
     paths = [
         *(ROOT / "placement").glob("*.py"),
         *(p for room in ROOMS for p in (ROOT / "placement" / room).rglob("*.py")),
     ]
     found = []
     for path in sorted(paths):
-        if path.name == "__init__.py" or "@dataclass" not in path.read_text() or "exact" in path.parts:
+        if path.name == "__init__.py" or "@dataclass" not in path.read_text():
             continue
         module = importlib.import_module("moeplace." + ".".join(path.relative_to(ROOT).with_suffix("").parts))
         for name, kind in inspect.getmembers(module, dataclasses.is_dataclass):
