@@ -39,7 +39,7 @@ from moeplace.placement.solvers.spare import use_all_slots, widened, without_spa
 
 _MENDING = 77
 """Key of the random numbers with which layers above their caps are mended."""
-OWNERS_SHARE = 0.5
+OWNERS_SHARE = 0.2
 """Of the time, for sweeps that see where tokens are: what the search by layers gains in it is less (solvers.md)."""
 _NARROW_SHARE = 0.25
 """Share of the time for a search without replicas where slots are to spare: it needs less to settle."""

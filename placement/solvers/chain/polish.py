@@ -18,6 +18,8 @@ LOOSER = (1.02, 1.05, 1.1)
 """Factors on limits from which tightening begins."""
 MOST_CHOICES = 1024
 """Entries times ranks up to which steps are taken: beyond them one takes longer than it gains."""
+CLOSED_CHOICES = 256
+"""Entries times ranks up to which CP-SAT closes the gap of a step; at 64 x 8 a thousandth of the stay rate is left."""
 Expired = Callable[[], bool]
 
 
@@ -55,6 +57,7 @@ def polish(
         layers that are not proven to be at their best: 0 = nothing is left for exact steps to gain.
     """
     layers, entries = len(rank_LS), np.arange(rank_LS.shape[1])
+    close = rank_LS.shape[1] * len(chain.cost_RR) <= CLOSED_CHOICES
     waiting = dict.fromkeys(range(layers) if first is None else first)
     unproven: set[int] = set()
     while waiting and not expired():
@@ -62,7 +65,7 @@ def polish(
         del waiting[layer]
         costs_SR = layer_costs(rank_LS, chain, layer)
         limit_R = chain.limit_LR[layer] * looser
-        found = assign_capped(costs_SR, chain.load_LS[layer], limit_R, rank_LS[layer])
+        found = assign_capped(costs_SR, chain.load_LS[layer], limit_R, rank_LS[layer], close=close)
         (unproven.discard if found.proven else unproven.add)(layer)
         now = (_overload(rank_LS[layer], chain, layer, looser), float(costs_SR[entries, rank_LS[layer]].sum()))
         if (_overload(found.rank_S, chain, layer, looser), found.cost + 1e-6) < now:
