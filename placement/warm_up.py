@@ -11,10 +11,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from moeplace.placement.cluster import Cluster
+from moeplace.placement.cost.steps import StepShape
+from moeplace.placement.memory import HostTier, Memory
 from moeplace.placement.policy.warm_up import use_kernels
 from moeplace.placement.problem import Problem
 from moeplace.placement.rebalancing.plan import plan
 from moeplace.placement.solve import solve
+from moeplace.placement.tiers.evaluation import evaluate_tiers
+from moeplace.placement.tiers.joint import plan_tiers
+from moeplace.placement.tiers.policy import Policy, Predictor
 from moeplace.profiling.imports.canonical import ImportOptions
 from moeplace.profiling.imports.sources import import_from
 from moeplace.profiling.kernel_cache import NO_WARM_UP, POLICY_WARM_UP, mark_compiled
@@ -33,6 +38,7 @@ def warm_up() -> None:
     trace = RoutingTrace(ids, np.full(2, EXPERTS), sequence_ids=np.arange(240) // 20)
     _search(trace)
     _balance(trace)
+    _tiers(trace)
     use_kernels()
     _score(trace)
     _read(trace.topk_ids)
@@ -57,6 +63,16 @@ def _search(trace: RoutingTrace) -> None:
         )
         for _ in range(2):  # the first may spend its limit compiling, before it comes to its last kernels
             solve(problem, time_limit=0.2)
+
+
+def _tiers(trace: RoutingTrace) -> None:
+    """Experts that do not fit: search and walk."""
+    memory = Memory(HostTier(bandwidth=1e6), fast_slots=np.ones(4))
+    cluster = Cluster.uniform(4, slots_per_rank=2).replace(memory=memory)
+    start = solve(Problem.from_trace(trace, cluster), solver="index-order").placement
+    shape = StepShape(batch=8)
+    plan_tiers(trace, start, Policy("pinned"), cluster=cluster, shape=shape)
+    evaluate_tiers(trace, start, Policy("lookahead", Predictor(0.5)), cluster=cluster, shape=shape)
 
 
 def _balance(trace: RoutingTrace) -> None:

@@ -1,9 +1,10 @@
 """`moeplace evaluate`: what a placement costs on a trace."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.calibration import calibration_for
+from moeplace.launch.options.policy import add_policy_arguments, policy_of
 from moeplace.launch.options.problem import (
     SPLITS,
     add_kv_argument,
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--topology", metavar="GRAPHML", help="graph of GPUs, switches and links (GraphML)")
     group.add_argument("--calibration", metavar="C", help="measured links and expert time")
     add_replica_rule(parser)
+    add_policy_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures for machines")
 
 
@@ -67,9 +69,36 @@ def run(args: argparse.Namespace) -> int:
     )
     rows = [[key.replace("_", " "), base[key], ours[key]] for key in ours]
     print(format_table([f"{name} tokens", "index order", "placement"], rows))
+    figures = {"split": name, "digest": placement.digest, **ours, "index_order": base}
+    if cluster.memory is not None:
+        figures["tiers"] = _evaluate_tiers(args, side, placement, cluster, shape, f"{name} tokens")
+    elif placement.tier is not None:
+        print("(as if every expert were in fast memory: name the tiers with --cluster)")
     if args.json:
-        write_json(args.json, {"split": name, "digest": placement.digest, **ours, "index_order": base})
+        write_json(args.json, figures)
     return 0
+
+
+def _evaluate_tiers(
+    args: argparse.Namespace, side: Any, placement: "Placement", cluster: Any, shape: Any, title: str
+) -> Any:
+    """Print what the placement costs where experts do not fit; the figures."""
+    from moeplace.launch.options.problem import load_calibration
+    from moeplace.launch.solving.tiers import tier_table
+    from moeplace.placement.cost.replica_rule import get_rule
+    from moeplace.placement.tiers.evaluation import evaluate_tiers
+
+    judged = evaluate_tiers(
+        side, placement, policy_of(args), cluster=cluster, mode=args.mode, shape=shape,
+        calibration=load_calibration(args), rule=get_rule(args.replica_rule),
+    )  # fmt: skip
+    assert judged.belady_hit_rate is not None
+    print("\n" + tier_table({"placement": judged}, title))
+    print(
+        f"everything in fast memory: {judged.resident_seconds * 1e3:.4g} ms/step; without foresight no cache hits more "
+        f"than {judged.belady_hit_rate:.3g}"
+    )
+    return judged.summary()
 
 
 def _evaluate_loads(args: argparse.Namespace, loads: "LoadStats", placement: "Placement") -> int:

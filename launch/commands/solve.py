@@ -4,6 +4,7 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from moeplace.launch.options.policy import add_policy_arguments, policy_of
 from moeplace.launch.options.problem import (
     add_cluster_arguments,
     add_problem_arguments,
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", default="auto", help="one of the solvers that `moeplace compare` lists")
     add_cluster_arguments(parser)
     add_problem_arguments(parser)
+    add_policy_arguments(parser)
     parser.set_defaults(argv=())  # the words of the command line, for the placement file
 
 
@@ -63,8 +65,31 @@ def run(args: argparse.Namespace) -> int:
     evidence = {"split": sides.name, **held_out_figures(held_out), "index_order": held_out_figures(baseline)}
     if result.placement.has_replicas:
         evidence["by_replica_rule"] = figures_by_rule(problem, result.placement, sides.test)
+    if problem.cluster.memory is not None:
+        result, evidence["tiers"] = _plan_tiers(args, problem, result, sides)
     _write(args, problem, result, evidence)
     return 0
+
+
+def _plan_tiers(args: argparse.Namespace, problem: Any, result: Any, sides: Any) -> tuple[Any, Any]:
+    """Ranks and residency together, beginning with what was found; the result with tiers and its evidence."""
+    from dataclasses import replace
+
+    from moeplace.launch.solving.tiers import describe, solve_tiers
+
+    with progress("planning memory tiers") as report:
+        outcome = solve_tiers(problem, result.placement, policy_of(args), sides.test, seed=args.seed, report=report)
+    print("\n" + describe(outcome, sides.name))
+    plan = outcome.plan
+    bound, seconds = plan.lower_bound, plan.evaluation.seconds
+    if bound is None:  # fast memory for everything is no slower, unless hosts compute beside their devices
+        alone = problem.cluster.memory.host.compute is None and result.objective_name == "seconds"
+        bound = result.lower_bound if alone else 0.0
+    tiered = replace(
+        result, placement=plan.placement, objective_name="seconds", objective=seconds, lower_bound=bound,
+        gap=1 - bound / seconds, status="feasible", seconds=result.seconds + plan.seconds, bounds={}, values={},
+    )  # fmt: skip
+    return tiered, outcome.evidence()
 
 
 def _solve_modes(args: argparse.Namespace, sides: Any) -> "list[ModeOutcome]":
@@ -155,7 +180,9 @@ def _write(args: argparse.Namespace, problem: Any, result: Any, evidence: dict[s
         return
     fitted = {"train": "test", "test": "train"}.get(evidence["split"], "all")
     fitting = {"tokens_digest": tokens_digest(problem), "split": fitted, "mix": args.mix, "seed": args.seed}
-    proof = {"problem": {**result.statement, **fitting}, "certificate": result.certificate}
+    proof: dict[str, Any] = {"problem": {**result.statement, **fitting}, "certificate": result.certificate}
+    if result.placement.tier is not None:  # the certificate is of the placement without tiers
+        proof = {}
     if args.out:
         save_placement(args.out, result.placement, solver=solver, evidence=evidence, **proof)
         print(f"wrote {args.out}")

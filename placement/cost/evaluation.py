@@ -4,7 +4,7 @@ Shape letters: L MoE layers, R ranks, B batch.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -131,6 +131,32 @@ def evaluate(
     Raises:
         InputError: the placement is for another model or another cluster.
     """
+    counted, terms = count(
+        trace, placement, mode=mode, cluster=cluster, shape=shape, calibration=calibration, rule=rule
+    )
+    return _evaluation(counted, *terms, rule)
+
+
+class Terms(NamedTuple):
+    """What counts are priced with."""
+
+    cluster: Cluster
+    """With calibrated links."""
+    shape: StepShape
+    calibration: Calibration
+
+
+def count(
+    trace: RoutingTrace,
+    placement: Placement,
+    *,
+    mode: Mode | None,
+    cluster: Cluster | None,
+    shape: StepShape | None,
+    calibration: Calibration | None,
+    rule: ReplicaRule,
+) -> tuple[Replay, Terms]:
+    """The counts of `evaluate`, and the terms that it prices them with; raises as it does."""
     mode = mode or placement.mode
     require_same_model(trace, placement)
     if not trace.num_tokens:
@@ -148,7 +174,7 @@ def evaluate(
         trace, placement, mode,
         batch=shape.batch, speed_R=cluster.speed_of_rank, expert=calibration.expert, rule=rule,
     )  # fmt: skip
-    return _evaluation(counted, cluster, shape, calibration, rule)
+    return counted, Terms(cluster, shape, calibration)
 
 
 def require_same_model(trace: RoutingTrace, placement: Placement) -> None:

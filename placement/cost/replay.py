@@ -13,7 +13,7 @@ token is before a layer and where its result must go:
 Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, N nodes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -58,6 +58,15 @@ class Replay:
     served_LN: np.ndarray
     travel_LRR: np.ndarray
     step_L4: np.ndarray
+
+    def without_traffic(self) -> "Replay":
+        """The same where no row crosses ranks and no second exchange is needed: for bounds."""
+        silent = np.zeros_like(self.first_LRR)
+        step_L4 = self.step_L4.copy()
+        step_L4[:, 3] = 0.0
+        return replace(
+            self, first_LRR=silent, second_LRR=silent, owned_LR=np.zeros_like(self.owned_LR), step_L4=step_L4
+        )
 
     @property
     def num_layers(self) -> int:

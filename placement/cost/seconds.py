@@ -29,18 +29,31 @@ def predict_step(counted: Replay, cluster: Cluster, shape: StepShape, calibratio
         shape: sizes of a step.
         calibration: times.
     """
+    outside_L = seconds_outside_experts(counted, cluster, shape, calibration)
+    experts_L = calibration.expert.fixed + counted.step_L4[:, 2]
+    return float((outside_L + experts_L).sum()) + kv_exchange_seconds(counted, cluster, shape)
+
+
+def seconds_outside_experts(
+    counted: Replay, cluster: Cluster, shape: StepShape, calibration: Calibration
+) -> np.ndarray:
+    """(L,) seconds of a step in each layer beside its experts: exchanges, attention, norms. See `predict_step`."""
     coherent = counted.mode == "coherent"
     hidden = shape.batch * shape.hidden_size * shape.dtype_bytes
-    latency, expert = collective_latency(cluster), calibration.expert
-    seconds = calibration.layer_overhead(counted.mode) * counted.num_layers
+    latency = collective_latency(cluster)
+    seconds_L = np.full(counted.num_layers, calibration.layer_overhead(counted.mode))
     for layer in range(counted.num_layers):
-        seconds += latency * (1.0 + (counted.step_L4[layer, 3] if coherent else 1.0))
+        seconds_L[layer] += latency * (1.0 + (counted.step_L4[layer, 3] if coherent else 1.0))
         for copies_LRR in (counted.first_LRR, counted.second_LRR):
-            seconds += transfer_seconds(copies_LRR[layer], cluster, hidden)
-        seconds += expert.fixed + counted.step_L4[layer, 2]
-    if coherent and cluster.num_ranks > 1:
-        seconds += latency + _kv_seconds(counted.owned_LR.sum(axis=0), cluster, shape)
-    return float(seconds)
+            seconds_L[layer] += transfer_seconds(copies_LRR[layer], cluster, hidden)
+    return seconds_L
+
+
+def kv_exchange_seconds(counted: Replay, cluster: Cluster, shape: StepShape) -> float:
+    """Seconds of a step's K/V exchange in `coherent` mode; 0 in others and on one rank."""
+    if counted.mode != "coherent" or cluster.num_ranks == 1:
+        return 0.0
+    return collective_latency(cluster) + _kv_seconds(counted.owned_LR.sum(axis=0), cluster, shape)
 
 
 def _kv_seconds(owned_R: np.ndarray, cluster: Cluster, shape: StepShape) -> float:

@@ -1,0 +1,92 @@
+"""What `solve` and `evaluate` say where experts do not fit in fast memory."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moeplace.launch.tables import Cell, format_table
+from moeplace.placement.placement import Placement
+from moeplace.placement.problem import Problem
+from moeplace.placement.tiers.evaluation import TierEvaluation, evaluate_tiers, mean_expert_bytes
+from moeplace.placement.tiers.joint import TierPlan, plan_tiers
+from moeplace.placement.tiers.policy import Policy
+from moeplace.placement.tiers.residency import RESIDENCIES, with_residency
+from moeplace.profiling.traces.trace import RoutingTrace
+
+
+@dataclass(frozen=True, eq=False)
+class TierOutcome:
+    """A plan with tiers beside what it is compared with.
+
+    Attributes:
+        plan: fitted.
+        held_out: of the plan, on the judging side.
+        residencies: by name, residency by one figure on the placement that the plan began with, same policy and side.
+    """
+
+    plan: TierPlan
+    held_out: TierEvaluation
+    residencies: dict[str, TierEvaluation]
+
+    def evidence(self) -> dict[str, Any]:
+        """For a placement file."""
+        others = {name: judged.summary() for name, judged in self.residencies.items()}
+        return {**self.held_out.summary(), "found_by": self.plan.found_by, "residency_by": others}
+
+
+def solve_tiers(
+    problem: Problem,
+    start: Placement,
+    policy: Policy,
+    test: RoutingTrace,
+    *,
+    seed: int,
+    report: Callable[[float], None] = lambda share: None,
+) -> TierOutcome:
+    """Plan ranks and residency on the problem's trace, judge them on `test`."""
+    trace, memory = problem.trace, problem.cluster.memory
+    assert trace is not None
+    assert memory is not None
+    terms: dict[str, Any] = {
+        "cluster": problem.cluster,
+        "mode": problem.mode,
+        "shape": problem.shape,
+        "calibration": problem.calibration,
+        "rule": problem.replica_rule,
+    }
+    plan = plan_tiers(trace, start, policy, seed=seed, report=report, **terms)
+    size = mean_expert_bytes(trace)
+    residencies = {}
+    for by in RESIDENCIES:
+        draft = with_residency(start, trace, memory, by=by, batch=problem.shape.batch, expert_bytes=size)
+        residencies[by] = evaluate_tiers(test, draft, policy, with_bound=False, **terms)
+    return TierOutcome(plan, evaluate_tiers(test, plan.placement, policy, **terms), residencies)
+
+
+def describe(outcome: TierOutcome, side: str) -> str:
+    """The outcome as a table and a sentence on the bound."""
+    judged = {f"residency by {name}": each for name, each in outcome.residencies.items()}
+    table = tier_table({**judged, f"plan ({outcome.plan.found_by})": outcome.held_out}, f"{side} tokens")
+    lines = [table, f"everything in fast memory: {outcome.held_out.resident_seconds * 1e3:.4g} ms/step"]
+    bound, fitted = outcome.plan.lower_bound, outcome.plan.evaluation.seconds
+    if bound is None:
+        lines.append(
+            "no bound: it is proven where residents are pinned, hosts compute nothing and nothing is predicted"
+        )
+    else:
+        lines.append(
+            f"on fitted tokens {fitted * 1e3:.4g} ms/step, proven >= {bound * 1e3:.4g} for any ranks and residency "
+            f"(gap {1 - bound / fitted:.1%})"
+        )
+    return "\n".join(lines)
+
+
+def tier_table(judged: Mapping[str, TierEvaluation], title: str) -> str:
+    """One row for each evaluation."""
+    shares = ("resident", "cached", "prefetched", "late", "host", "loaded")
+    rows: list[list[Cell]] = [
+        [name, each.policy, each.seconds * 1e3, each.hit_rate, *(each.shares[share] for share in shares),
+         each.link_bytes / 1e6, each.link_busy]
+        for name, each in judged.items()
+    ]  # fmt: skip
+    return format_table([title, "policy", "ms/step", "hit rate", *shares, "MB/step", "link busy"], rows)

@@ -1,0 +1,169 @@
+"""What is in the fast memory of every rank at a moment of a replay, and the link that fills it: compiled pieces.
+
+An expert is ABSENT, CACHED (in a row of its layer that may be given up), PINNED, or in TRANSIT (in a row of no layer,
+until its layer is done). One link per rank loads one expert after the other, in the order in which they are asked for.
+
+Shape letters: L MoE layers, R ranks, E experts per layer, W rows for transit, Q places of a queue.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moeplace.placement.tiers.policy import LFU, LRU
+from moeplace.profiling.kernel_cache import njit
+
+ABSENT, CACHED, PINNED, TRANSIT = 0, 1, 2, 3
+
+
+class Fast(NamedTuple):
+    """Contents of fast memory."""
+
+    state_LRE: np.ndarray
+    """int8: ABSENT, CACHED, PINNED or TRANSIT."""
+    ready_LRE: np.ndarray
+    """Moment from which the expert can be used."""
+    fresh_LRE: np.ndarray
+    """bool: fetched ahead and not used yet."""
+    value_LRE: np.ndarray
+    """What the policy thinks of it, as of `touched_LRE`."""
+    touched_LRE: np.ndarray
+    """Step of the last change of `value_LRE`."""
+    room_LR: np.ndarray
+    """int64 rows of the layer that are not pinned."""
+    used_LR: np.ndarray
+    """int64, those of them that hold something."""
+    transit_RW: np.ndarray
+    """Moment from which each row for transit is free; infinite while it holds what was fetched ahead."""
+    row_LRE: np.ndarray
+    """int64 row of an expert in TRANSIT."""
+
+
+class Link(NamedTuple):
+    """The link of every rank, and what waits for it."""
+
+    load_LRE: np.ndarray
+    """Seconds to load an expert."""
+    free_R: np.ndarray
+    """Moment from which it is idle."""
+    looked_R: np.ndarray
+    """Moment up to which its queue has been followed."""
+    layer_RQ: np.ndarray
+    expert_RQ: np.ndarray
+    since_RQ: np.ndarray
+    """Moment at which each waiting expert was named."""
+    length_R: np.ndarray
+    """int64 experts waiting."""
+    loads_LR: np.ndarray
+    """int64 loads so far."""
+    busy_R: np.ndarray
+    """Seconds of loads so far."""
+
+
+@njit(cache=True, nogil=True)
+def worth(value, touched, step, eviction, keep):  # type: ignore[no-untyped-def]
+    """What an expert is worth at a step: older is less by LRU, fewer is less by LFU, a score fades."""
+    if eviction == LRU:
+        return touched
+    if eviction == LFU:
+        return value
+    return value * keep ** (step - touched)
+
+
+@njit(cache=True, nogil=True)
+def least_worth(fast, layer, r, step, eviction, keep, needed_E):  # type: ignore[no-untyped-def]
+    """The cached expert to give up that is neither needed nor waiting for its first use; -1 = there is none."""
+    best, least, seen = -1, np.inf, np.inf
+    for e in range(fast.state_LRE.shape[2]):
+        if fast.state_LRE[layer, r, e] != CACHED or needed_E[e] or fast.fresh_LRE[layer, r, e]:
+            continue
+        value = worth(fast.value_LRE[layer, r, e], fast.touched_LRE[layer, r, e], step, eviction, keep)
+        if value < least or (value == least and fast.touched_LRE[layer, r, e] < seen):
+            best, least, seen = e, value, fast.touched_LRE[layer, r, e]
+    return best
+
+
+@njit(cache=True, nogil=True)
+def ask(link, layer, r, e, now):  # type: ignore[no-untyped-def]
+    """Queue an expert to be fetched ahead, unless it waits already or the queue is full."""
+    n = link.length_R[r]
+    if n == link.layer_RQ.shape[1]:
+        return
+    for i in range(n):
+        if link.layer_RQ[r, i] == layer and link.expert_RQ[r, i] == e:
+            return
+    link.layer_RQ[r, n], link.expert_RQ[r, n], link.since_RQ[r, n] = layer, e, now
+    link.length_R[r] = n + 1
+
+
+@njit(cache=True, nogil=True)
+def drop(link, layer, r):  # type: ignore[no-untyped-def]
+    """Forget what waits for layer `layer`: its router has spoken."""
+    kept = 0
+    for i in range(link.length_R[r]):
+        if link.layer_RQ[r, i] != layer:
+            link.layer_RQ[r, kept] = link.layer_RQ[r, i]
+            link.expert_RQ[r, kept] = link.expert_RQ[r, i]
+            link.since_RQ[r, kept] = link.since_RQ[r, i]
+            kept += 1
+    link.length_R[r] = kept
+
+
+@njit(cache=True, nogil=True)
+def follow(fast, link, r, until, step, eviction, keep, none_E):  # type: ignore[no-untyped-def]
+    """Let an idle link begin what waits, first come first served, up to a moment; it stops where there is no row."""
+    done = 0
+    while done < link.length_R[r]:
+        layer, e = link.layer_RQ[r, done], link.expert_RQ[r, done]
+        begin = max(link.free_R[r], link.since_RQ[r, done], link.looked_R[r])
+        if begin >= until:
+            break
+        if fast.state_LRE[layer, r, e] == ABSENT:
+            if not _make_room(fast, layer, r, e, begin, step, eviction, keep, none_E):
+                break
+            end = begin + link.load_LRE[layer, r, e]
+            link.free_R[r] = end
+            fast.ready_LRE[layer, r, e] = end
+            fast.fresh_LRE[layer, r, e] = True
+            count_load(link, layer, r, e)
+        done += 1
+    if done:
+        for i in range(done, link.length_R[r]):
+            link.layer_RQ[r, i - done] = link.layer_RQ[r, i]
+            link.expert_RQ[r, i - done] = link.expert_RQ[r, i]
+            link.since_RQ[r, i - done] = link.since_RQ[r, i]
+        link.length_R[r] -= done
+    link.looked_R[r] = max(link.looked_R[r], until)
+
+
+@njit(cache=True, nogil=True)
+def _make_room(fast, layer, r, e, begin, step, eviction, keep, none_E):  # type: ignore[no-untyped-def]
+    """A row for what is fetched ahead: of its layer, else of transit, where one is left for what is asked for."""
+    if fast.used_LR[layer, r] < fast.room_LR[layer, r]:
+        fast.used_LR[layer, r] += 1
+        fast.state_LRE[layer, r, e] = CACHED
+        return True
+    if fast.room_LR[layer, r] > 0:
+        victim = least_worth(fast, layer, r, step, eviction, keep, none_E)
+        if victim >= 0:
+            fast.state_LRE[layer, r, victim] = ABSENT
+            fast.state_LRE[layer, r, e] = CACHED
+            return True
+    held, found = 0, -1
+    for w in range(fast.transit_RW.shape[1]):
+        held += fast.transit_RW[r, w] == np.inf
+        if found < 0 and fast.transit_RW[r, w] <= begin:
+            found = w
+    if found < 0 or held + 1 >= fast.transit_RW.shape[1]:
+        return False
+    fast.transit_RW[r, found] = np.inf
+    fast.row_LRE[layer, r, e] = found
+    fast.state_LRE[layer, r, e] = TRANSIT
+    return True
+
+
+@njit(cache=True, nogil=True)
+def count_load(link, layer, r, e):  # type: ignore[no-untyped-def]
+    """Note that an expert is loaded."""
+    link.loads_LR[layer, r] += 1
+    link.busy_R[r] += link.load_LRE[layer, r, e]

@@ -1,0 +1,72 @@
+"""The commands where experts do not fit: solve writes a plan with tiers, evaluate walks it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeplace.launch.cli import main
+from moeplace.placement.placement_file import load_placement, load_placement_file
+from moeplace.profiling.traces.file import save_trace
+from tests.placement.instances import skewed_trace
+
+CLUSTER = """
+ranks_per_node = 2
+slots_per_rank = 4
+[fast]
+slots = 2
+transit = 2
+[host]
+latency = 1e-4
+bandwidth = 1e6
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    trace = skewed_trace(3, tokens=200, layers=3, experts=8, top_k=2)
+    fields = {"sequence_ids": np.arange(200) // 10, "expert_bytes": np.full((3, 8), 1000)}
+    save_trace(tmp_path / "t.trace", type(trace)(trace.topk_ids, trace.experts_per_layer, **fields))
+    (tmp_path / "c.toml").write_text(CLUSTER)
+    return tmp_path
+
+
+def run(folder: Path, *words: str) -> dict[str, Any]:
+    """What a command writes for machines."""
+    assert main([*words, "--cluster", str(folder / "c.toml"), "--batch", "4", "--json", str(folder / "out.json")]) == 0
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("policy", [("pinned",), ("lookahead", "--accuracy", "0.9", "--look-ahead", "2")])
+def test_solve_and_evaluate(folder: Path, capsys: pytest.CaptureFixture[str], policy: tuple[str, ...]) -> None:
+    """The plan keeps the budget; evaluate finds the figures of the evidence again; the bound stands beside pinned."""
+    trace, out = str(folder / "t.trace"), str(folder / "p.json")
+    flags = ["--policy", *policy]
+    solved = run(folder, "solve", trace, *flags, "--time-limit", "1", "--out", out)
+    placement = load_placement(out)
+    assert placement.tier is not None
+    assert ((placement.tier_LER == 0).sum(axis=(0, 1)) <= 2 * 3 - 2).all()
+    evidence = load_placement_file(out).evidence["tiers"]
+    assert set(evidence["residency_by"]) == {"load", "activation", "srp", "sch"}
+    evaluated = run(folder, "evaluate", trace, out, *flags)
+    assert evaluated["tiers"]["seconds"] == pytest.approx(evidence["seconds"])
+    assert sum(evaluated["tiers"]["shares"].values()) == pytest.approx(1)
+    assert evaluated["tiers"]["seconds"] >= evaluated["tiers"]["resident_seconds"]
+    solver = solved["solver"]
+    assert solver["lower_bound"] <= solver["objective"]
+    text = capsys.readouterr().out
+    assert ("proven >=" in text.split("residency by load")[1]) == (policy[0] == "pinned")
+
+
+def test_a_placement_with_tiers_without_a_cluster_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Figures that take everything for resident say so; a predictor that cannot be is one sentence."""
+    out = str(folder / "p.json")
+    run(folder, "solve", str(folder / "t.trace"), "--time-limit", "1", "--out", out)
+    assert main(["evaluate", str(folder / "t.trace"), out]) == 0
+    assert "as if every expert were in fast memory" in capsys.readouterr().out
+    words = ["evaluate", str(folder / "t.trace"), out, "--cluster", str(folder / "c.toml"), "--accuracy", "2"]
+    assert main(words) == 1
+    assert "accuracy of a predictor (2.0) must lie in 0..1" in capsys.readouterr().err
