@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moeplace.launch.benches import elastic
 from moeplace.launch.benches.elastic import require_undisturbed, seconds_to_token, step_figures
 from moeplace.launch.benches.elastic_load import ElasticJob, exchange_slots
 from moeplace.launch.cli import main
@@ -18,6 +19,7 @@ from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.files import read_json
 from moeplace.runtime.event import Event
+from tests.runtime.forked_members import ForkingSpawner
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5])
@@ -112,8 +114,11 @@ def test_seconds_to_token() -> None:
     assert seconds_to_token([4.0], events) == [math.inf]
 
 
-def test_ranks_come_go_and_die(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_come_go_and_die(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All tokens are those of the undisturbed process, everything asked for happened, and no byte too many moved."""
+    monkeypatch.setattr(elastic, "LocalSpawner", ForkingSpawner)  # eight starts without an import each
     out = tmp_path / "elastic.json"
     seed = date.today().toordinal()
     print(f"seed {seed}")
