@@ -37,7 +37,7 @@ from moeplace.placement.solvers.chain.search import (
 )
 from moeplace.placement.solvers.replicas.bit_search import anneal_bits
 from moeplace.placement.solvers.replicas.exact_search import Schedule, anneal_replicas
-from moeplace.placement.solvers.replicas.rule import rule_on, unserved
+from moeplace.placement.solvers.replicas.rule import gain_of_replicas, replay, rule_on, unserved
 from moeplace.placement.solvers.replicas.seats import count_moves, find_holders, seat
 from moeplace.placement.solvers.replicas.token_bits import bit_state, token_bits
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -337,6 +337,20 @@ def test_the_exact_kernel_keeps_every_expert_on_its_ranks_and_nodes(seed: int) -
     problem = type(problem).from_trace(trace, cluster, objective="traffic")
     evaluation = problem.evaluate(problem.placement(row_S[None]))
     assert cost == pytest.approx(60 * (evaluation.ranks_per_token + evaluation.nodes_per_token) + risk)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gains_of_replicas_are_what_a_replay_saves(seed: int) -> None:
+    """Every expert on every rank that lacks it, one replica at a time, on one node."""
+    trace = skewed_trace(seed % 1000, tokens=50, layers=1, experts=EXPERTS, top_k=3, ragged=0.2)
+    rule = rule_on(np.ascontiguousarray(trace.layer(0), np.int16), 0 * NODES, 0.0)
+    row_S, rank_S = np.array([0, 1, 2, 3, 4, 5]), np.repeat(np.arange(RANKS), 2)
+    holders, gain_ER = find_holders(row_S, rank_S, EXPERTS, RANKS), np.zeros((EXPERTS, RANKS))
+    before = replay(rule, holders, unserved(rule))
+    gain_of_replicas(rule, holders, gain_ER)
+    for expert, rank in zip(*np.nonzero(~holders.held_ER), strict=True):
+        more = find_holders(np.append(row_S, expert), np.append(rank_S, rank), EXPERTS, RANKS)
+        assert before - replay(rule, more, unserved(rule)) == pytest.approx(gain_ER[expert, rank])
 
 
 def test_holders_follow_slots() -> None:
