@@ -160,6 +160,21 @@ def _ids(chunk: Any, index: int) -> list[int]:
     return [token for choice in choices if choice["index"] == index for token in choice["token_ids"]]
 
 
+def test_who_only_looks_ends_nothing(service: ManualService) -> None:
+    """A client that asks again as a stream, and leaves: the request is not its own to cancel."""
+    with served(service) as front:
+        post(front, prompt="a", background=True)
+        service.give(request := service.next_request(), "x")
+        url = f"{front.url}/v1/requests/mine?stream=true"
+        with httpx.stream("GET", url, timeout=WAIT) as answer:
+            assert _pieces([next(events_of(answer))], 0) == ["x"]
+        while 'route="/v1/requests",status="499"} 1.0' not in httpx.get(f"{front.url}/metrics", timeout=WAIT).text:
+            pass  # the server has seen that it is gone
+        service.give(request, "y", "length")
+        assert ask(front, "mine").json()["status"] == "completed"
+    assert service.cancelled.empty()
+
+
 def test_ids_of_events_are_only_given_on_request(service: ManualService) -> None:
     """Load generators know no other line than data."""
     body = {"prompt": "a", "stream": True}

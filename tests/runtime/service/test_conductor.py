@@ -11,7 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.service.coordinator import actions
+from moeplace.runtime.service.coordinator.actions import CommandLog, Outbox
 from moeplace.runtime.service.coordinator.reports import FIELDS
+from moeplace.runtime.service.coordinator.requests import RequestDesk
 from tests.runtime.service.conductor_world import EXPERTS, NEW_TOKENS, World
 
 
@@ -329,6 +331,22 @@ def test_keys_of_generations_that_are_over_are_deleted() -> None:
     assert len(numbers) <= 6
     assert max(numbers) - min(numbers) <= 5
     assert world.dropped_groups >= set(range(1, min(numbers)))
+
+
+def test_a_token_clears_a_request() -> None:
+    """However often its ranks are lost: as long as it gets a token each time, it is not the reason."""
+    out = Outbox()
+    desk = RequestDesk(CommandLog(out), out)
+    ticket = desk.take(Request("a", (1,), 9))
+    for turn in range(8):
+        desk.begin_pass([ticket])
+        desk.blame()
+        assert not desk.entries[ticket].is_aside
+        desk.hear(ticket, turn, [5], None)
+    for _ in range(2):
+        desk.begin_pass([ticket])
+        desk.blame()
+    assert desk.entries[ticket].is_aside
 
 
 def test_late_words_of_a_loss_are_no_other_loss() -> None:
