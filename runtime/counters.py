@@ -27,6 +27,11 @@ class Counters:
         collectives_of_mode: mode -> collectives issued in those.
         single_exchange: coherent layer passes in which one exchange was enough.
         overflows: layer passes in which some pair exceeded its capacity and an extra round followed.
+        experts_found: how activated experts were found where fast memory does not hold them all (resident, cached,
+            prefetched, late, host, loaded).
+        experts_foreseen: activated experts of layers that an earlier gate was asked about ("asked"), those of them that
+            it had named ("named").
+        bytes_loaded: bytes of experts that were asked for from host or disk; what is fetched ahead is not among them.
         seconds: "exchange" -> seconds inside collectives, waiting for others included; "experts" -> inside the expert
             computation. By the host's clock: on a GPU, where both run on, that is the time to launch them.
     """
@@ -41,6 +46,9 @@ class Counters:
     collectives_of_mode: Counter[str] = field(default_factory=Counter)
     single_exchange: int = 0
     overflows: int = 0
+    experts_found: Counter[str] = field(default_factory=Counter)
+    experts_foreseen: Counter[str] = field(default_factory=Counter)
+    bytes_loaded: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def reset(self) -> None:
@@ -72,7 +80,14 @@ class Counters:
             "single_exchange": self.single_exchange,
             "overflows": self.overflows,
             "seconds": dict(self.seconds),
+            **self._tiers(),
         }
+
+    def _tiers(self) -> dict[str, Any]:
+        """What is told only where experts were in several memories."""
+        if not self.experts_found:
+            return {}
+        return {"experts_found": dict(self.experts_found), "bytes_loaded": self.bytes_loaded}
 
     def snapshot(self) -> dict[str, Any]:
         """The totals and the means that follow from them, ready for JSON."""
@@ -97,4 +112,5 @@ class Counters:
             "single_exchange_share": self.single_exchange / max(self.layer_passes["coherent"], 1),
             "overflows": self.overflows,
             "seconds": dict(self.seconds),
+            **self._tiers(),
         }

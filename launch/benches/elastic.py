@@ -16,7 +16,6 @@ from moeplace.launch.benches.elastic_load import ElasticJob
 from moeplace.launch.progress import progress
 from moeplace.profiling.errors import MoeplaceError
 from moeplace.runtime.engine.engine import Engine
-from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.event import Event
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
 from moeplace.runtime.service.options import ServiceOptions
@@ -39,7 +38,7 @@ def elastic_bench(job: ElasticJob, *, timeout: float) -> dict[str, Any]:
         MoeplaceError: the service ended, or took too long.
     """
     torch.set_num_threads(1)
-    engine = Engine(job.model, mode=job.mode, dtype=torch.float64, limits=_limits(job))
+    engine = Engine(job.model, mode=job.mode, dtype=torch.float64, limits=job.limits)
     driver = ElasticDriver(job, vocabulary=engine.executor.decoder.vocabulary, deadline=time.monotonic() + timeout)
     events = _serve(job, driver, timeout)
     expected = {
@@ -136,7 +135,7 @@ def _serve(job: ElasticJob, driver: ElasticDriver, timeout: float) -> list[Event
     options = ServiceOptions(
         mode=job.mode,
         dtype=NUMBER_TYPE,
-        limits=_limits(job),
+        limits=job.limits,
         bytes_per_step=job.bytes_per_step,
         probe_tokens=job.probe_tokens,
         timeout=job.timeout,
@@ -165,10 +164,6 @@ def _show_progress(driver: ElasticDriver, report: Callable[[float], None], ended
         report(driver.share_done)
 
 
-def _limits(job: ElasticJob) -> EngineLimits:
-    return EngineLimits(max_sequences=job.batch, max_length=job.max_length, staging_rows=job.staging_rows)
-
-
 def _conditions(job: ElasticJob) -> dict[str, Any]:
     return {
         "model": Path(job.model).resolve().name,
@@ -180,6 +175,7 @@ def _conditions(job: ElasticJob) -> dict[str, Any]:
         "bytes_per_step": job.bytes_per_step,
         "probe_tokens": job.probe_tokens,
         "staging_rows": job.staging_rows,
+        "fast_slots": job.fast_slots,
         "mode": job.mode,
         "seed": job.seed,
         "number_type": NUMBER_TYPE,

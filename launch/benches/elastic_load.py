@@ -12,8 +12,10 @@ import numpy as np
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import EMPTY_SLOT, Placement
 from moeplace.profiling.errors import InputError
+from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.sampling import GREEDY, SamplingParameters
+from moeplace.runtime.experts.tier_limits import TierLimits
 
 PROMPT_TOKENS, NEW_TOKENS = (4, 24), (16, 48)
 """Least and most per request."""
@@ -50,6 +52,7 @@ class ElasticJob:
         bytes_per_step: most bytes a rank sends between two steps, and most it receives.
         staging_rows: experts that a rank holds beyond its slots while they arrive.
         probe_tokens: whose logits are compared at every switch, 0 = none.
+        fast_slots: experts per layer and rank in fast memory, with foresight; None = all.
         mode: execution mode.
         seed: of requests, placements and moments.
         timeout: seconds after which a rank that does not answer counts as lost.
@@ -68,6 +71,7 @@ class ElasticJob:
     bytes_per_step: int = 1 << 16
     staging_rows: int = 1
     probe_tokens: int = 0
+    fast_slots: int | None = None
     mode: Mode = "dispatch-combine"
     seed: int = 0
     timeout: float = 60.0
@@ -102,6 +106,14 @@ class ElasticJob:
     def max_length(self) -> int:
         """Positions of the longest sequence."""
         return PROMPT_TOKENS[1] + NEW_TOKENS[1]
+
+    @property
+    def limits(self) -> EngineLimits:
+        """Of every engine: those of the service and the one that is not disturbed."""
+        tiers = None if self.fast_slots is None else TierLimits(self.fast_slots, policy="lookahead")
+        return EngineLimits(
+            max_sequences=self.batch, max_length=self.max_length, staging_rows=self.staging_rows, tiers=tiers
+        )
 
     def changes(self) -> list[Change]:
         """What happens, in order, at random steps; a rank leaves only where two others stay."""

@@ -24,7 +24,6 @@ import torch
 from moeplace.launch.benches.elastic_load import ElasticJob
 from moeplace.profiling.errors import MoeplaceError
 from moeplace.runtime.engine.engine import Engine
-from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.service.api import TokenEvent
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
 from moeplace.runtime.service.coordinator.journal import Journal
@@ -65,7 +64,7 @@ def restart_bench(job: ElasticJob, *, rounds: int, requests: int, timeout: float
         MoeplaceError: a coordinator failed, or took too long.
     """
     torch.set_num_threads(1)
-    engine = Engine(job.model, mode=job.mode, dtype=torch.float64, limits=_limits(job))
+    engine = Engine(job.model, mode=job.mode, dtype=torch.float64, limits=job.limits)
     vocabulary, rng = engine.executor.decoder.vocabulary, np.random.default_rng([job.seed, 4])
     wiped = killed = 0
     begun = time.monotonic()
@@ -123,10 +122,6 @@ def _started(task: Round) -> Iterator["subprocess.Popen[bytes]"]:
             yield process
         finally:
             process.kill()
-
-
-def _limits(job: ElasticJob) -> EngineLimits:
-    return EngineLimits(max_sequences=job.batch, max_length=job.max_length, staging_rows=job.staging_rows)
 
 
 class _Load:
@@ -188,7 +183,7 @@ def _say(word: str, count: int) -> None:
 def serve_round(task: Round) -> None:
     """Be a coordinator, until it is killed or all is done."""
     torch.set_num_threads(1)
-    options = ServiceOptions(mode=task.job.mode, dtype="float64", limits=_limits(task.job), keep_width=True)
+    options = ServiceOptions(mode=task.job.mode, dtype="float64", limits=task.job.limits, keep_width=True)
     with Coordinator(
         task.job.model, ranks=task.job.ranks, spawner=LocalSpawner(), options=options, state=task.state
     ) as service:

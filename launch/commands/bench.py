@@ -3,19 +3,15 @@
 import argparse
 import importlib
 
-HELP = "benchmarks: replay and elastic of the runtime, solve of the solvers"
+HELP = "benchmarks: replay, elastic and offload of the runtime, solve of the solvers"
 EXAMPLE = "moeplace bench elastic --ranks 4 --steps 200 --json elastic.json"
-BENCHMARKS = {
-    "replay": "bench_replay",
-    "elastic": "bench_elastic",
-    "solve": "bench_solve",
-}  # name -> module in moeplace.launch.commands
+BENCHMARKS = ("replay", "elastic", "offload", "solve")  # modules in moeplace.launch.commands.benchmarks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
-    for name, module_name in BENCHMARKS.items():
-        module = importlib.import_module(f"moeplace.launch.commands.{module_name}")
+    for name in BENCHMARKS:
+        module = importlib.import_module(f"moeplace.launch.commands.benchmarks.{name}")
         sub = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(sub)
         sub.set_defaults(run_benchmark=module.run)

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from moeplace.launch.commands.bench_replay import add_shape_arguments
+from moeplace.launch.commands.benchmarks.replay import add_shape_arguments
 
 if TYPE_CHECKING:
     from moeplace.placement.cost.calibration import Calibration
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     import warnings
 
     from moeplace.launch.benches.replay import calibrate_here, one_thread
-    from moeplace.launch.commands.bench_replay import shape_of
+    from moeplace.launch.commands.benchmarks.replay import shape_of
     from moeplace.profiling.errors import InputError, MoeplaceWarning
 
     one_thread()

@@ -4,6 +4,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
+from moeplace.launch.options.policy import tier_limits
 from moeplace.launch.options.replanning import add_replan_arguments, check_replan_arguments
 from moeplace.launch.serving.front_arguments import add_engine_arguments, add_front_arguments
 from moeplace.launch.settings import add_config_argument
@@ -137,7 +138,12 @@ def _make_engine(args: argparse.Namespace, group: "RankGroup", inputs: dict[str,
     from moeplace.runtime.engine.limits import EngineLimits
     from moeplace.runtime.engine.verification import needs_verification, verify_engine
 
-    limits = EngineLimits(max_sequences=args.max_sequences, max_length=args.max_length, kv_bytes=args.kv_bytes)
+    limits = EngineLimits(
+        max_sequences=args.max_sequences,
+        max_length=args.max_length,
+        kv_bytes=args.kv_bytes,
+        tiers=tier_limits(args),
+    )
     engine = Engine(
         args.model,
         mode=args.mode,

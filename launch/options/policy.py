@@ -32,3 +32,28 @@ def policy_of(args: argparse.Namespace) -> Any:
     if accuracy is None and args.policy == "lookahead":
         accuracy = FATE_ACCURACY
     return Policy(args.policy, None if accuracy is None else Predictor(accuracy, args.look_ahead))
+
+
+def add_tier_arguments(parser: Any) -> None:
+    """--fast-slots and what belongs to it, for what serves."""
+    parser.add_argument(
+        "--fast-slots", type=int, metavar="N", help="experts per layer in the fast memory of a rank, the others are "
+        "fetched from host memory when they are needed (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--host-slots", type=int, metavar="N", help="with it: experts per layer in host memory, the others are read "
+        "from the checkpoint (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fast-policy", choices=POLICY_NAMES, default="lookahead", help="with it: what stays, what is fetched ahead "
+        "(default: %(default)s)",
+    )  # fmt: skip
+
+
+def tier_limits(args: argparse.Namespace) -> Any:
+    """`TierLimits` of the arguments of `add_tier_arguments`; None = everything is in fast memory."""
+    from moeplace.runtime.experts.tier_limits import TierLimits
+
+    if args.fast_slots is None:
+        return None
+    return TierLimits(args.fast_slots, host_slots=args.host_slots, policy=args.fast_policy)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeplace.launch.options.policy import tier_limits
 from moeplace.launch.options.replanning import replan_window
 
 if TYPE_CHECKING:
@@ -232,6 +233,7 @@ def _service_options(args: argparse.Namespace) -> "ServiceOptions":
             max_sequences=args.max_sequences,
             max_length=args.max_length,
             kv_bytes=args.kv_bytes,
+            tiers=tier_limits(args),
             staging_rows=1,
             recent_ids=replan_window(args),
         ),

@@ -2,6 +2,7 @@
 
 import argparse
 
+from moeplace.launch.options.policy import add_tier_arguments
 from moeplace.placement.modes import MODES
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -24,6 +25,7 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
     parser.add_argument("--max-sequences", type=int, default=64, metavar="N", help="sequences in flight at once")
     parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence, completion included")
     parser.add_argument("--kv-bytes", type=int, metavar="B", help="K/V memory of a rank")
+    add_tier_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the checkpoint's)")
     parser.add_argument(
         "--verify",

@@ -126,9 +126,7 @@ class Engine:
 
     def _make_executor(self, parts: EngineParts) -> Executor | WholeExecutor:
         placement, model = parts.placement, parts.decoder
-        experts = load_experts(
-            parts.checkpoint, placement, self.group.rank, self.limits.staging_rows, model.dtype, model.device
-        )
+        experts = load_experts(parts.checkpoint, placement, self.group.rank, self.limits, model.dtype, model.device)
         options: dict[str, Any] = {
             "activation": parts.checkpoint.family.forms[0].activation,
             "window": LoadWindow(parts.checkpoint.num_layers, placement.num_experts, keep=self.limits.recent_ids),

@@ -47,6 +47,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
     ) -> None:
         """See `PlacedExperts`."""
         super().__init__(decoder, experts, cache, group, placement, **options)
+        self.look_ahead_with(decoder.blocks)
         self._stream: KvStream | None = None
         self._places: dict[int, KvPlaces] = {}  # of the tokens of coherent steps, by number
         self._unsettled: Sequence[RunningSequence] = ()  # whose last K/V are on their way

@@ -1,8 +1,10 @@
 """EngineLimits: how much an engine holds at once."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moeplace.profiling.errors import InputError
+from moeplace.runtime.experts.tier_limits import TierLimits
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class EngineLimits:
         recent_ids: tokens of all ranks whose routed ids are kept, beside the loads (`window.recent`).
         rank_sequences: sequences in flight per rank, where the number of ranks may change; None = a share of
             `max_sequences` (all of them where K/V are on every rank).
+        tiers: how much of the experts is in fast memory; None = all.
     """
 
     max_sequences: int = 64
@@ -27,8 +30,11 @@ class EngineLimits:
     staging_rows: int = 0
     recent_ids: int = 0
     rank_sequences: int | None = None
+    tiers: TierLimits | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.tiers, Mapping):  # as it was written into a document
+            object.__setattr__(self, "tiers", TierLimits.of(self.tiers))
         for name in ("max_sequences", "max_prefill_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} ({getattr(self, name)}) must be at least 1")

@@ -8,17 +8,20 @@ from typing import Generic, TypeVar
 from zlib import crc32
 
 import numpy as np
+import torch
 
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.engine.requests import RunningSequence
-from moeplace.runtime.exchange.dispatcher import MoeRuntime
+from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime
 from moeplace.runtime.exchange.factory import Dispatcher, make_dispatcher
 from moeplace.runtime.exchange.slot_tables import SlotTables
 from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.store import ExpertStore
+from moeplace.runtime.experts.tiered_computation import TieredComputation
+from moeplace.runtime.experts.tiered_store import TieredStore
 from moeplace.runtime.experts.weights import Activation
 
 ModelT = TypeVar("ModelT")
@@ -52,7 +55,8 @@ class PlacedExperts(Generic[ModelT, CacheT]):
     ) -> None:
         self.decoder, self.cache, self.group = decoder, cache, group
         self._node_aware, self.window, self._experts = node_aware, window, experts
-        self._computation = ExpertComputation(experts, counters=group.counters, activation=activation)
+        make = TieredComputation if isinstance(experts, TieredStore) else ExpertComputation
+        self._computation: ExpertComputation = make(experts, counters=group.counters, activation=activation)  # type: ignore[arg-type]
         self.version = 0
         self.install(placement, version=0)
 
@@ -64,6 +68,7 @@ class PlacedExperts(Generic[ModelT, CacheT]):
         """
         self.placement = placement
         self.version = self.version + 1 if version is None else version
+        self._experts.placed(placement, self.group.rank)
         tables = SlotTables.from_placement(placement, rank=self.group.rank, device=self.group.device)
         self.runtime = MoeRuntime(tables, self._experts, self._computation, self.group.counters, self.window)
         self._dispatchers: dict[Mode, Dispatcher] = {}
@@ -85,6 +90,17 @@ class PlacedExperts(Generic[ModelT, CacheT]):
         for sequence, length in zip(ordered, lengths, strict=True):
             counts[sequence.home] += length
         return tuple(counts)
+
+    def look_ahead_with(self, blocks: Sequence[MoeBlock]) -> None:
+        """Let gates of later layers say, from an earlier layer's input, which experts are to be fetched (Fate)."""
+        computation = self._computation
+        if not isinstance(computation, TieredComputation) or not computation.looks_ahead:
+            return
+
+        def foresee(layer: int, x: torch.Tensor) -> torch.Tensor:
+            return blocks[layer].route(x, torch.arange(len(x), device=x.device))[0]
+
+        computation.foresee = foresee
 
     def note_pass(self, ordered: Sequence[RunningSequence], lengths: Sequence[int]) -> None:
         """Tell the window whose tokens a pass serves, in their order."""

@@ -9,7 +9,7 @@ import torch
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.experts.grouped import Groups
 from moeplace.runtime.experts.store import ExpertStore
-from moeplace.runtime.experts.weights import Activation, gated_silu
+from moeplace.runtime.experts.weights import Activation, LayerWeights, gated_silu
 
 
 class ExpertComputation:
@@ -66,7 +66,7 @@ class ExpertComputation:
         """On the CPU, where sizes are free to read: only the assignments that exist are touched. What is reckoned with
         slots is numpy's, which takes a fraction of the calls of small tensors."""
         rows, top_k = slots_NK.shape
-        weights = self._store.weights[layer]
+        weights = self._weights(layer)
         storage_A = self._store.row_table(layer)[slots_NK.reshape(-1)]  # A = N * K, row after row
         groups = Groups.of(storage_A, weights.rows)
         if not groups.present:
@@ -92,7 +92,7 @@ class ExpertComputation:
     def _apply_padded(self, layer: int, x_ND: torch.Tensor, top_k: int, groups: Groups) -> torch.Tensor:
         """(A, D) of each assignment by two batched products, of as many rows for every expert; absent ones have those
         of another."""
-        weights, (source, place) = self._store.weights[layer], groups.padding()
+        weights, (source, place) = self._weights(layer), groups.padding()
         x = x_ND.index_select(0, torch.from_numpy(source // top_k)).view(weights.rows, -1, x_ND.shape[1])
         out = weights.padded("down", self._activation(weights.padded("gate_up", x)))
         return out.flatten(0, 1).index_select(0, torch.from_numpy(place))
@@ -120,6 +120,11 @@ class ExpertComputation:
         self, layer: int, x_MD: torch.Tensor, storage_M: torch.Tensor, groups: torch.Tensor | np.ndarray
     ) -> torch.Tensor:
         """`groups`: sizes on the host, or ends on the device."""
-        weights = self._store.weights[layer]
+        weights = self._weights(layer)
         hidden = weights.linear("gate_up", x_MD, storage_M, groups)
         return weights.linear("down", self._activation(hidden), storage_M, groups)
+
+    def _weights(self, layer: int) -> LayerWeights:
+        weights = self._store.serving(layer)
+        assert weights is not None, "experts in several memories are computed one by one"
+        return weights

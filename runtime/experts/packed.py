@@ -117,6 +117,16 @@ class PackedWeights:
         """See `LayerWeights`."""
         return PackedWeights(self.layout, select_rows(self.tensors, rows, room=room))
 
+    def like(self, tensors: Mapping[str, torch.Tensor]) -> "PackedWeights":
+        """See `LayerWeights`."""
+        return PackedWeights(self.layout, tensors)
+
+    def matrix(self, matrix: Matrix, row: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `LayerWeights`; made now."""
+        bias = self.tensors.get(f"{matrix}_bias")
+        weight = self.layout.make(matrix, {name: tensor[row] for name, tensor in self.tensors.items()}, dtype)
+        return weight, None if bias is None else bias[row]
+
     def linear(self, matrix: Matrix, x: torch.Tensor, storage: torch.Tensor, groups: GroupSizes) -> torch.Tensor:
         """See `LayerWeights`; on a GPU this waits for the counts, to unpack no expert that has no rows."""
         sizes = np.diff(groups.cpu().numpy(), prepend=0) if isinstance(groups, torch.Tensor) else groups

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.experts.row_contents import RowContents, checksums
 from moeplace.runtime.experts.weights import LayerWeights
@@ -35,16 +36,13 @@ class ExpertStore:
     """
 
     def __init__(self, weights: Sequence[LayerWeights], *, slots: int, staging: LayerWeights | None = None) -> None:
-        for layer, layer_weights in enumerate(weights):
-            if layer_weights.rows < slots:
-                raise InputError(
-                    f"MoE layer {layer} has {layer_weights.rows} expert rows, which must be at least its {slots} slots"
-                )
         self.weights = list(weights)
+        rows_of_layer = [self.num_rows(layer) for layer in range(len(weights))]
+        for layer, rows in enumerate(rows_of_layer):
+            if rows < slots:
+                raise InputError(f"MoE layer {layer} has {rows} expert rows, which must be at least its {slots} slots")
         self.staging = weights[0].select_rows([], room=0) if staging is None else staging
-        self.contents = RowContents(
-            [layer_weights.rows + self.staging_rows for layer_weights in weights], tuple(weights[0].parts())
-        )
+        self.contents = RowContents([rows + self.staging_rows for rows in rows_of_layer], tuple(weights[0].parts()))
         self.is_migrating = False
         device = weights[0].device
         self._install_rows(torch.arange(slots, device=device).repeat(len(weights), 1))
@@ -132,11 +130,18 @@ class ExpertStore:
     def _install_rows(self, row_of_slot: torch.Tensor) -> None:
         """Derive the tables that `rows_of` and `row_table` give."""
         self.row_of_slot = row_of_slot
-        beyond = [layer_weights.rows for layer_weights in self.weights]
+        beyond = [self.num_rows(layer) for layer in range(len(self.weights))]
         self._rows = [
             torch.cat([table, table.new_tensor([row])]) for table, row in zip(row_of_slot, beyond, strict=True)
         ]
         self._tables = [rows.cpu().numpy() for rows in self._rows]
+
+    def placed(self, placement: Placement, rank: int) -> None:
+        """What the slots of this rank hold from now on, for stores that keep experts in several memories."""
+
+    def serving(self, layer: int) -> LayerWeights | None:
+        """The weights that experts of a layer are computed with, by storage row; None = they are in several places."""
+        return self.weights[layer]
 
     def resize(self, slots: int) -> None:
         """Hold more or fewer slots per layer, layer by layer; what is beyond the new number, or staged, is dropped.

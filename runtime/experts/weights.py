@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +51,12 @@ class LayerWeights(Protocol):
     def select_rows(self, rows: list[int], *, room: int) -> "LayerWeights":
         """New room for `room` experts, the first of which are those of `rows`."""
 
+    def like(self, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Experts of the same form in other tensors, (rows, ...) by the names of `parts`."""
+
+    def matrix(self, matrix: Matrix, row: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(out, in) matrix of one expert, and its bias."""
+
     def linear(self, matrix: Matrix, x: torch.Tensor, storage: torch.Tensor, groups: GroupSizes) -> torch.Tensor:
         """Product of an expert's matrix with each token row, bias included.
 
@@ -70,9 +76,24 @@ class LayerWeights(Protocol):
         """`linear` of as many rows for every expert: (rows, n, in) -> (rows, n, out)."""
 
 
+WeightsT = TypeVar("WeightsT", bound=LayerWeights)
+
+
 def bytes_of_row(tensors: Mapping[str, torch.Tensor]) -> int:
     """Bytes of one expert, of tensors (rows, ...)."""
     return sum(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in tensors.values())
+
+
+def rows_between(weights: WeightsT, start: int, stop: int) -> WeightsT:
+    """A view of some of the experts."""
+    return weights.like({name: tensor[start:stop] for name, tensor in weights.parts().items()})
+
+
+def pinned_for(weights: WeightsT, device: torch.device) -> WeightsT:
+    """The same in memory that a GPU copies from by itself; unchanged where there is none."""
+    if device.type != "cuda":
+        return weights
+    return weights.like({name: tensor.pin_memory() for name, tensor in weights.parts().items()})
 
 
 def select_rows(tensors: Mapping[str, torch.Tensor], rows: list[int], *, room: int) -> dict[str, torch.Tensor]:
@@ -157,6 +178,15 @@ class ExpertWeights:
     def select_rows(self, rows: list[int], *, room: int) -> "ExpertWeights":
         """See `LayerWeights`."""
         return ExpertWeights(**select_rows(self.parts(), rows, room=room))
+
+    def like(self, tensors: Mapping[str, torch.Tensor]) -> "ExpertWeights":
+        """See `LayerWeights`."""
+        return ExpertWeights(**tensors)
+
+    def matrix(self, matrix: Matrix, row: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `LayerWeights`."""
+        weight, bias = self._matrix(matrix)
+        return weight[row], None if bias is None else bias[row]
 
     def linear(self, matrix: Matrix, x: torch.Tensor, storage: torch.Tensor, groups: GroupSizes) -> torch.Tensor:
         """See `LayerWeights`."""

@@ -9,9 +9,14 @@ import numpy as np
 
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.evaluation import evaluate
+from moeplace.placement.cost.steps import StepShape
+from moeplace.placement.memory import DiskTier, HostCompute, HostTier, Memory
 from moeplace.placement.policy.planning import plan
 from moeplace.placement.problem import Problem
 from moeplace.placement.solve import solve
+from moeplace.placement.tiers.evaluation import evaluate_tiers
+from moeplace.placement.tiers.joint import plan_tiers
+from moeplace.placement.tiers.policy import POLICIES, Policy, Predictor
 from moeplace.profiling.scores.drift import measure_drift
 from moeplace.profiling.scores.summary import summarize
 from moeplace.profiling.traces.file import load_trace, save_trace
@@ -80,9 +85,29 @@ def use_policy(seed: int) -> None:
             plan(load, ranks=4, slots_per_rank=4, nodes=2, groups=4, previous=previous, max_moves=5, wait=True)
 
 
+def use_tiers(seed: int) -> None:
+    """Plans and walks of experts that do not fit: every policy, with and without foresight, hosts, disks, weights."""
+    rng = np.random.default_rng(seed)
+    compute = HostCompute(1e-5, 1e-6)
+    for mode, policy in itertools.product(("dispatch-combine", "coherent", "allgather"), POLICIES):
+        trace = random_trace(rng, top_k=1 if mode == "coherent" else 3)
+        memory = Memory(
+            HostTier(1e9, compute=compute if rng.random() < 0.5 else None),
+            disk=DiskTier(1e8) if rng.random() < 0.5 else None,
+            fast_slots=np.full(4, 2) if rng.random() < 0.5 else np.full(4, 2.0), transit=2,
+        )  # fmt: skip
+        cluster = Cluster.uniform(4, slots_per_rank=3).replace(memory=memory)
+        start = solve(Problem.from_trace(trace, cluster, mode=mode), solver="lpt").placement
+        chosen = Policy(policy, Predictor(0.8, 2) if policy == "lookahead" or rng.random() < 0.5 else None)
+        terms = {"cluster": cluster, "mode": mode, "shape": StepShape(batch=int(rng.integers(1, 9)))}
+        plan_tiers(trace, start, chosen, seed=seed, **terms)
+        evaluate_tiers(trace, start, chosen, **terms)
+
+
 USES: dict[str, Callable[[int], None]] = {
     "searches": use_searches,
     "loads": use_loads,
     "scores": use_scores,
     "policy": use_policy,
+    "tiers": use_tiers,
 }

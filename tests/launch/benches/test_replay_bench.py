@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moeplace.launch.benches.replay import RunName
-from moeplace.launch.commands.bench_replay import format_report
+from moeplace.launch.commands.benchmarks.replay import format_report
 from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.placement import index_order
 from moeplace.placement.placement_file import save_placement

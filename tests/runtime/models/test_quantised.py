@@ -19,6 +19,8 @@ from moeplace.profiling.traces.file import load_trace
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.verification import verify_engine
+from moeplace.runtime.experts.tier_limits import TierLimits
+from moeplace.runtime.experts.tiered_store import TieredStore
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.opening import open_model
 from tests.family_matrix import PUBLISHED_FORMS
@@ -67,6 +69,30 @@ def test_forms_are_served_exactly_and_stay_packed(tmp_path: Path, family: str, f
     assert store.expert_bytes(0) == checkpoint.expert_bytes(torch.float64) == store.weights[0].row_size
     if form in (*PUBLISHED_FORMS, "fp4"):  # with scales of the published types
         assert read_model_facts(packed).expert_bytes == on_disk
+
+
+@pytest.mark.parametrize(("family", "form"), [("qwen3_moe", "fp8"), ("qwen3_moe", "awq"), ("gpt_oss", "mxfp4")])
+def test_packed_experts_work_in_several_memories(tmp_path: Path, family: str, form: str, dated_seed: int) -> None:
+    """Logits of the plain model, whatever fits; what is loaded are the bytes on disk, without and with biases."""
+    packed, plain = save(tmp_path, family, form, seed=dated_seed)
+    checkpoint, expected = Checkpoint(packed), plain_logits(plain, SEQUENCES)
+    for tiers in (
+        TierLimits(1, policy="lru", transit=1),
+        TierLimits(2, policy="lookahead", host_slots=1, host_computes=True),
+        TierLimits(3, policy="score", host_slots=0),
+        TierLimits(9, policy="pinned", transit=1),
+    ):
+        limits = EngineLimits(max_length=16, tiers=tiers)
+        engine = Engine(checkpoint, mode="dispatch-combine", dtype=torch.float64, limits=limits)
+        store = engine.executor.runtime.experts
+        assert isinstance(store, TieredStore)
+        assert store.expert_bytes(0) == checkpoint.expert_bytes(torch.float64) == store.pool.row_size
+        for ours, theirs in zip(engine.score(SEQUENCES, prompt_lengths=[5, 1, 2]), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        found = engine.counters().get("experts_found", {})
+        assert bool(found) == (tiers.fast_slots < 9), "with room for all of them nothing is looked for"
+        if tiers.policy == "lru":
+            assert engine.counters()["bytes_loaded"] == found["loaded"] * store.expert_bytes(0)
 
 
 def bytes_of_expert(folder: Path, expert: int) -> int:

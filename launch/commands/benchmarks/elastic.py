@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bytes-per-step", type=int, default=1 << 16, metavar="N", help="that a rank sends between steps (65536)"
     )
+    parser.add_argument(
+        "--fast-slots",
+        type=int,
+        metavar="N",
+        help="experts per layer that fast memory holds; the rest is fetched (all)",
+    )
     parser.add_argument("--staging-rows", type=int, default=1, metavar="N", help="experts a rank can stage (1)")
     parser.add_argument(
         "--probe-tokens", type=int, default=0, metavar="N", help="whose logits are compared at every switch (0)"
@@ -64,6 +70,7 @@ def _job(args: argparse.Namespace) -> Any:
         batch=args.batch,
         bytes_per_step=args.bytes_per_step,
         staging_rows=args.staging_rows,
+        fast_slots=args.fast_slots,
         probe_tokens=args.probe_tokens,
         mode=args.mode,
         seed=args.seed,

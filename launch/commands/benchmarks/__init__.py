@@ -1,0 +1,1 @@
+"""The benchmarks of `moeplace bench`, one module each."""

@@ -1,0 +1,116 @@
+"""`moeplace bench offload`: a checkpoint served with less fast memory than its experts take."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from moeplace.launch.progress import progress
+from moeplace.placement.modes import MODES
+
+HELP = "serve with less fast memory than the experts take: budgets and policies side by side, measured and predicted"
+POLICY_NAMES = ("pinned", "lru", "lfu", "score", "lookahead")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="checkpoint folder (default: the one that ships with moeplace)"
+    )
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="texts for prompts (default: those that ship)")
+    parser.add_argument(
+        "--budgets", default="50", metavar="P,Q,...", help="fast memory in percent of a rank's experts (50)"
+    )
+    parser.add_argument(
+        "--policies", default="pinned,lru,score,lookahead", metavar="A,B,...",
+        help=f"of {', '.join(POLICY_NAMES)} (default: %(default)s); the first run is the baseline",
+    )  # fmt: skip
+    parser.add_argument("--placement", metavar="P", help="placement file (default: index order)")
+    parser.add_argument("--mode", choices=MODES, default="allgather", help="execution mode (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences side by side (1)")
+    parser.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens of a prompt (32)")
+    parser.add_argument("--steps", type=int, default=48, metavar="N", help="decode steps that are timed (48)")
+    parser.add_argument("--look-ahead", type=int, default=1, metavar="N", help="layers that lookahead looks ahead (1)")
+    parser.add_argument("--transit", type=int, default=2, metavar="N", help="rows for what is on its way (2)")
+    parser.add_argument(
+        "--host-computes", action="store_true", help="let the host compute what it ends before a load would"
+    )
+    parser.add_argument(
+        "--latency", type=float, default=2e-3, metavar="S", help="seconds of every load on the emulated link (0.002)"
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, metavar="B/S", help="bytes per second of that link (default: not limited)"
+    )
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for another rank")
+    parser.add_argument("--json", metavar="F", help="write conditions and figures to F")
+
+
+def run(args: argparse.Namespace) -> int:
+    from moeplace.launch.benches.offload import OffloadOptions, budgets_of, offload_bench
+    from moeplace.launch.quickstart.run import shipped, shipped_texts
+    from moeplace.placement.placement_file import load_placement
+    from moeplace.profiling.errors import InputError
+    from moeplace.profiling.files import require_folder_of, write_json
+
+    require_folder_of(args.json)
+    policies = tuple(word.strip() for word in args.policies.split(","))
+    unknown = [name for name in policies if name not in POLICY_NAMES]
+    if unknown:
+        raise InputError(f"policy {unknown[0]!r} must be one of {', '.join(POLICY_NAMES)}")
+    for name, least in (("batch", 1), ("prompt", 8), ("steps", 2)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} ({getattr(args, name)}) must be at least {least}")
+    model = Path(args.model) if args.model else shipped("tiny-moe")
+    prompts = _prompts(model, args.text or [str(path) for path in shipped_texts()], args)
+    options = OffloadOptions(
+        model=model, prompts=prompts[: args.batch], other_prompts=prompts[args.batch :],
+        budgets=budgets_of(args.budgets), policies=policies, look_ahead=args.look_ahead,  # type: ignore[arg-type]
+        transit=args.transit, host_computes=args.host_computes, latency=args.latency, bandwidth=args.bandwidth,
+        mode=args.mode, steps=args.steps, timeout=args.timeout,
+        placement=load_placement(args.placement) if args.placement else None,
+    )  # fmt: skip
+    with progress("serving") as report:
+        document = offload_bench(options, report=report)
+    if document is not None:  # rank 0 speaks for the group
+        if args.json:
+            write_json(args.json, document)
+        print(format_report(document))
+    return 0
+
+
+def _prompts(model: Path, texts: list[str], args: argparse.Namespace) -> tuple[tuple[int, ...], ...]:
+    """Two batches of prompts, from all texts in turn."""
+    from itertools import chain, islice
+
+    import transformers
+
+    from moeplace.profiling.errors import InputError
+    from moeplace.profiling.recording.corpus import token_sequences
+
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    streams = [token_sequences(path, encode, length=args.prompt) for path in texts]
+    found = tuple(tuple(ids) for ids in islice(chain.from_iterable(zip(*streams, strict=False)), 2 * args.batch))
+    if len(found) < 2 * args.batch:
+        raise InputError(f"the texts hold {len(found)} prompts of {args.prompt} tokens, {2 * args.batch} are needed")
+    return found
+
+
+def format_report(document: dict[str, Any]) -> str:
+    """The figures as a table."""
+    from moeplace.launch.tables import format_table
+
+    header = ("budget", "policy", "ms/step", "predicted", "error", "hit rate", "predicted", "late", "host", "KB/step",
+              "predicted", "logits")  # fmt: skip
+    rows = [
+        (
+            f"{run['budget']:.0%}", run["policy"], run["seconds_per_step"] * 1e3, run["predicted_seconds"] * 1e3,
+            f"{run['prediction_error']:+.1%}", run["hit_rate"], run["predicted_hit_rate"], run["found"]["late"],
+            run["found"]["host"], run["bytes_loaded"] / 1e3, run["predicted_bytes"] / 1e3,
+            f"{run['logits_difference']:.1e}",
+        )
+        for run in document["runs"]
+    ]  # fmt: skip
+    whole, base = document["everything_resident"], document["without_tiers"]
+    return (
+        f"{format_table(header, rows)}\nwithout tiers {base['seconds_per_step'] * 1e3:.3g} ms/step; everything in fast "
+        f"memory {whole['seconds_per_step'] * 1e3:.3g} ms/step ({whole['overhead']:+.1%})"
+    )

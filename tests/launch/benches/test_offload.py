@@ -1,0 +1,40 @@
+"""`moeplace bench offload` on the shipped checkpoint: every run is exact, counted and predicted."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moeplace.launch.benches.offload import budgets_of
+from moeplace.launch.cli import main
+from moeplace.profiling.errors import InputError
+
+
+def test_budgets_and_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each; logits are the plain model's; shares add up; nothing is loaded where everything is resident."""
+    out = tmp_path / "f.json"
+    words = "--budgets 25,100 --policies pinned,lookahead --steps 4 --prompt 8 --latency 1e-4"
+    assert main(["bench", "offload", *words.split(), "--json", str(out)]) == 0
+    document = json.loads(out.read_text())
+    assert [(run["budget"], run["policy"]) for run in document["runs"]] == [
+        (0.25, "pinned"), (0.25, "lookahead"), (1.0, "pinned"), (1.0, "lookahead"),
+    ]  # fmt: skip
+    for run in document["runs"]:
+        assert run["logits_difference"] < 1e-4
+        assert run["predicted_seconds"] > 0
+        assert sum(run["found"].values()) == pytest.approx(1)
+        assert 0 <= run["hit_rate"] <= 1
+        assert (run["accuracy"] is not None) == (run["policy"] == "lookahead")
+        assert run["residents"] <= run["fast_slots"] * 6 - 2
+    assert document["without_tiers"]["logits_difference"] < 1e-4
+    text = capsys.readouterr().out
+    assert "lookahead" in text
+    assert "everything in fast memory" in text
+
+
+def test_wrong_budgets_are_named() -> None:
+    """A percentage above 0 and up to 100."""
+    assert budgets_of("25, 100%") == (0.25, 1.0)
+    for text in ("0", "101", "x", "50,-1"):
+        with pytest.raises(InputError, match="must be a percentage above 0"):
+            budgets_of(text)
