@@ -62,7 +62,10 @@ def _search(trace: RoutingTrace) -> None:
             tokens, cluster, mode=mode, objective="traffic", max_imbalance=1.5, survive=survive
         )
         for _ in range(2):  # the first may spend its limit compiling, before it comes to its last kernels
-            solve(problem, time_limit=0.2)
+            found = solve(problem, time_limit=0.2)
+        if mode != "allgather":
+            near = problem.replace(previous=found.placement, max_moves=2)
+            solve(near.replace(max_imbalance=None, survive=0), time_limit=0.2)
 
 
 def _tiers(trace: RoutingTrace) -> None:

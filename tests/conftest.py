@@ -28,6 +28,7 @@ _WITH_PROCESSES = ("benches", "docs", "http_front", "on_ray", "quickstart", "ser
 """Rooms of `tests/launch` (and `tests/docs`) whose tests start processes or servers."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where two workers share the suite: one has the pool of ranks, one starts the other processes, both the rest.
 

@@ -65,7 +65,8 @@ def submit_job(
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = "here" if address is None else f"at {address}"
             reason = " ".join(str(error).split())[:200]
-            raise MoeplaceError(f"no Ray cluster {where} takes jobs (its dashboard must run): {reason}") from error
+            needed = "its dashboard must run, and the port of its dashboard agent, 52365 by default, must be free"
+            raise MoeplaceError(f"no Ray cluster {where} takes jobs ({needed}): {reason}") from error
     print(f"submitted {job}: {entrypoint}", file=sys.stderr, flush=True)
     if not wait:
         print(job)

@@ -29,9 +29,12 @@ def test_profile_then_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     texts = text_paths()[:2]
     assert run("profile", tiny_moe_path(), "--text", *texts, "--out", tmp_path / "t", "--max-tokens", 1500) == 0
     printed = capsys.readouterr().out
+    config = json.loads((Path(tiny_moe_path()) / "config.json").read_text())
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_dim = 2 * config["num_key_value_heads"] * (config.get("head_dim") or width // heads)
     for part in (
         f"{tmp_path / 't'}: 3000 tokens of 2 texts x 6 layers x 16 experts, top-1 (", "decoder layers 0-5 of 6\n",
-        "model tiny-moe: hidden size 128, 256 K/V elements", f"moeplace stats {tmp_path / 't'} --ranks 8",
+        f": hidden size {width}, {kv_dim} K/V elements", f"moeplace stats {tmp_path / 't'} --ranks 8",
     ):  # fmt: skip
         assert part in printed
     assert "not in the trace" not in printed

@@ -11,6 +11,7 @@ import pytest
 import moeplace.placement.budget as budget_module
 import moeplace.placement.problem as problem_module
 import moeplace.placement.solve as solve_module
+from moeplace.placement.bounds.problem import Proven
 from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.placement import MODES
@@ -30,7 +31,7 @@ def still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(monotonic=lambda: 0.0)
     for module in (budget_module, solve_module):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(solve_module, "problem_bounds", lambda *_, **__: {})  # their work is not what is tested
+    monkeypatch.setattr(solve_module, "prove", lambda *_, **__: Proven({}, []))  # their work is not what is tested
     monkeypatch.setattr(Budget, "alarm", lambda self, seconds: nullcontext(np.zeros(1, np.uint8)))
 
 
@@ -63,7 +64,8 @@ def test_a_bound_above_its_value_is_an_internal_error(monkeypatch: pytest.Monkey
     problem = skewed_problem(0, trace={"layers": 2})
     value = solve(problem, time_limit=0.3).values
     for name in ("traffic", "imbalance"):
-        monkeypatch.setattr(solve_module, "problem_bounds", lambda *_, name=name, **__: {name: value[name] * 1.01})
+        too_much = Proven({name: value[name] * 1.01}, [])
+        monkeypatch.setattr(solve_module, "prove", lambda *_, proven=too_much, **__: proven)
         with pytest.raises(BoundError, match=f"bound on {name}"):
             solve(problem, time_limit=0.3)
 

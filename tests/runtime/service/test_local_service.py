@@ -127,7 +127,7 @@ def test_close_without_drain_cancels(service: LocalService) -> None:
 
 def test_a_failing_engine_fails_its_requests(service: LocalService, monkeypatch: pytest.MonkeyPatch) -> None:
     """They hear one sentence, and so does whoever asks for the status."""
-    monkeypatch.setattr(service._engine, "step", _break)
+    monkeypatch.setattr(service._engine, "step_with_note", _break)
     service.submit(long_request("a"), listener := Listener())
     assert listener.wait() == ((), "failed")
     assert listener.events[-1].error == "internal error: out of cheese"
@@ -136,7 +136,7 @@ def test_a_failing_engine_fails_its_requests(service: LocalService, monkeypatch:
     assert [event.kind for event in service.events()] == ["started", "failed"]
 
 
-def _break() -> None:
+def _break(_: int) -> None:
     raise RuntimeError("out of\n cheese")
 
 

@@ -54,6 +54,7 @@ class Load:
         tokens: per request id.
         ended: request id -> finish reason.
         logprobs: per request id, of those tokens that came with them.
+        logprob_error: by how much a log-probability may differ from that of one process.
     """
 
     service: Coordinator
@@ -61,6 +62,7 @@ class Load:
     logprobs: dict[str, list[TokenLogprob | None]] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     is_over: bool = False
+    logprob_error: float = 1e-9
     _asked: int = 0
 
     def begin(self) -> None:
@@ -89,7 +91,7 @@ class Load:
             for found, own in zip(self.logprobs[completion.request_id], completion.logprobs, strict=True):
                 assert found is not None
                 assert own is not None
-                assert found.value == pytest.approx(own.value, abs=1e-9)
+                assert found.value == pytest.approx(own.value, abs=self.logprob_error)
                 assert [token for token, _ in found.top] == [token for token, _ in own.top]
 
 
