@@ -8,10 +8,10 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +72,15 @@ class _Measured:
     load: float
 
 
+class _Served(NamedTuple):
+    """Decode steps: their seconds, their routing, how experts were found, how many were loaded."""
+
+    seconds: list[float]
+    trace: RoutingTrace
+    found: dict[str, int]
+    loads: int
+
+
 def offload_bench(
     options: OffloadOptions, *, report: Callable[[float], None] = lambda share: None
 ) -> dict[str, Any] | None:
@@ -108,7 +117,7 @@ class _Bench:
         self.base = self._engine(None, options.placement)
         self.start = self.base.placement
         self._check_logits_of_plain_model()
-        self.other = self._serve(self.base, options.other_prompts)[1]
+        self.other = self._serve(self.base, options.other_prompts).trace
         self.slots = int(self.start.slots_of_rank.max())
         whole = self._engine(self._limits(self.slots + 1, "pinned"), self.start)
         self.base_seconds, self.whole_seconds = self._alternate(self.base, whole)
@@ -126,13 +135,10 @@ class _Bench:
         )
         engine = self._engine(limits, placement)
         difference = self._difference(engine)
-        store = _store(engine)
-        loads, named = store.loader.loads, dict(self.group.counters.experts_foreseen)
-        seconds, trace, found = self._serve(engine, options.prompts)
-        loads = store.loader.loads - loads
-        accuracy = _accuracy(named, self.group.counters.experts_foreseen)
-        predicted = self._predict(limits, placement, trace, accuracy)
-        everyone = self._gather([float(loads), *(float(found.get(kind, 0)) for kind in _KINDS)])
+        served = self._serve(engine, options.prompts)
+        seconds, accuracy = served.seconds, _accuracy(self.group.counters.experts_foreseen)
+        predicted = self._predict(limits, placement, served.trace, accuracy)
+        everyone = self._gather([float(served.loads), *(float(served.found.get(kind, 0)) for kind in _KINDS)])
         shares = dict(zip(_KINDS, everyone[1:] / max(everyone[1:].sum(), 1), strict=True))
         measured = statistics.fmean(seconds)
         return {
@@ -205,12 +211,10 @@ class _Bench:
         ours = engine.score(self.sequences, prompt_lengths=self.lengths)
         return max(float((a.cpu() - b).abs().max() / b.abs().max()) for a, b in zip(ours, self.plain, strict=True))
 
-    def _serve(
-        self, engine: Engine, prompts: Sequence[Sequence[int]]
-    ) -> tuple[list[float], RoutingTrace, dict[str, int]]:
-        """Decode all prompts side by side: seconds of the steps, their routing, how experts were found."""
+    def _serve(self, engine: Engine, prompts: Sequence[Sequence[int]]) -> "_Served":
+        """Decode all prompts side by side."""
         self._begin(engine, prompts)
-        seconds = []
+        loads, seconds = _loads(engine), []
         while not engine.scheduler.is_idle:
             began = time.perf_counter()
             engine.step()
@@ -220,7 +224,7 @@ class _Bench:
         content = engine.window.recent.snapshot().to_bytes()
         parts = [RoutedRows.from_bytes(each) for each in self.group.all_gather_bytes(content, kind="routing")]
         trace = join_rows(parts, self.checkpoint.experts_per_layer, layer_ids=self.checkpoint.layer_ids)
-        return seconds, trace, found
+        return _Served(seconds, trace, found, _loads(engine) - loads)
 
     def _begin(self, engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
         """Prefill, and the first step; from then on counts and routing are of decode steps alone."""
@@ -231,6 +235,7 @@ class _Bench:
         assert engine.window.recent is not None
         engine.window.recent.restart()
         self.group.counters.experts_found.clear()
+        self.group.counters.experts_foreseen.clear()
 
     def _alternate(self, one: Engine, other: Engine) -> tuple[list[float], list[float]]:
         """Seconds of the steps of two engines, in turn: what disturbs the machine disturbs both."""
@@ -249,7 +254,7 @@ class _Bench:
         engine = self._engine(self._limits(self.slots + 1, "pinned"), self.start)
         store = _store(engine)
         store.take_apart()
-        seconds, trace, _ = self._serve(engine, self.options.prompts)
+        served = self._serve(engine, self.options.prompts)
         computation = engine.executor.runtime.computation
         assert isinstance(computation, TieredComputation)
         expert = float(self._gather([computation.device_seconds])[0]) / self.group.size
@@ -257,10 +262,10 @@ class _Bench:
         alone = self._terms(_Measured(0.0, expert, 0.0), None)
         memory = Memory(HostTier(1.0), fast_slots=np.full(self.group.size, self.slots + 1), transit=1)
         computing = evaluate_tiers(
-            trace, self.start, Policy(), cluster=alone[0].replace(memory=memory), mode=self.options.mode, shape=shape,
-            calibration=alone[1],
+            served.trace, self.start, Policy(), cluster=alone[0].replace(memory=memory), mode=self.options.mode,
+            shape=shape, calibration=alone[1],
         ).seconds  # fmt: skip
-        outside = max(statistics.median(seconds) - computing, 0.0) / layers
+        outside = max(statistics.median(served.seconds) - computing, 0.0) / layers
         took = statistics.median(_seconds_of_a_load(store) for _ in range(_LOADS))
         return _Measured(outside, expert, float(self._gather([took])[0]) / self.group.size)
 
@@ -316,10 +321,15 @@ def _seconds_of_a_load(store: TieredStore) -> float:
     return time.perf_counter() - began
 
 
-def _accuracy(before: dict[str, int], after: dict[str, int]) -> float | None:
+def _loads(engine: Engine) -> int:
+    """Experts that an engine has loaded so far."""
+    store = engine.executor.runtime.experts
+    return store.loader.loads if isinstance(store, TieredStore) else 0
+
+
+def _accuracy(foreseen: Mapping[str, int]) -> float | None:
     """Share of activated experts that gates of earlier layers had named; None = nobody was asked."""
-    asked, named = (after.get(key, 0) - before.get(key, 0) for key in ("asked", "named"))
-    return named / asked if asked else None
+    return foreseen["named"] / foreseen["asked"] if foreseen.get("asked") else None
 
 
 def budgets_of(text: str) -> tuple[float, ...]:

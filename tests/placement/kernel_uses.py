@@ -50,7 +50,7 @@ def use_searches(seed: int) -> None:
         found = solve(problem, time_limit=SECONDS, seed=seed).placement
         evaluate(trace, found)
         if rng.random() < 0.3:
-            solve(problem.replace(previous=found), time_limit=SECONDS)
+            solve(problem.replace(previous=found, max_moves=rng.choice((None, 3))), time_limit=SECONDS)
 
 
 def use_loads(seed: int) -> None:

@@ -26,6 +26,10 @@ def test_budgets_and_policies_side_by_side(tmp_path: Path, capsys: pytest.Captur
         assert 0 <= run["hit_rate"] <= 1
         assert (run["accuracy"] is not None) == (run["policy"] == "lookahead")
         assert run["residents"] <= run["fast_slots"] * 6 - 2
+        if run["policy"] == "pinned":  # of decode steps alone, one expert per layer; nothing is loaded but on demand
+            asked = 6 * document["conditions"]["expert_bytes"]
+            assert run["bytes_loaded"] == pytest.approx(run["found"]["loaded"] * asked)
+            assert run["predicted_bytes"] == pytest.approx(run["bytes_loaded"])
     assert document["without_tiers"]["logits_difference"] < 1e-4
     text = capsys.readouterr().out
     assert "lookahead" in text
