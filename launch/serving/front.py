@@ -12,6 +12,7 @@ from moeplace.launch.options.policy import tier_limits
 from moeplace.launch.options.replanning import replan_window
 
 if TYPE_CHECKING:
+    from moeplace.launch.http_front.settings import FrontSettings
     from moeplace.runtime.service.api import Service
     from moeplace.runtime.service.coordinator.coordinator import Coordinator
     from moeplace.runtime.service.options import ServiceOptions, Spawner
@@ -36,35 +37,12 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
     try:
         from moeplace.launch.http_front.administration import Permit
         from moeplace.launch.http_front.application import HttpFront
-        from moeplace.launch.http_front.keys import ADMIN_KEY_VARIABLE, read_api_key, read_client_keys
         from moeplace.launch.http_front.loading import answering_while_loading
         from moeplace.launch.http_front.server import address_of, bind, run_front
-        from moeplace.launch.http_front.settings import FrontSettings, parse_address
+        from moeplace.launch.http_front.settings import parse_address
     except ModuleNotFoundError as error:
         raise missing_package("moeplace serve --http", error) or error from error
-    settings = FrontSettings(
-        model=args.model_name or Path(args.model).resolve().name,
-        api_key=read_api_key(args.api_key_file),
-        client_keys=read_client_keys(args.client_keys),
-        admin_key=read_api_key(args.admin_key_file, ADMIN_KEY_VARIABLE),
-        admin=args.admin,
-        dashboard=args.dashboard,
-        max_body_bytes=args.max_body_bytes,
-        max_prompt_tokens=args.max_prompt_tokens,
-        max_tokens=args.max_tokens,
-        max_concurrent=args.max_concurrent,
-        max_queue=args.max_queue,
-        queue_timeout=args.queue_timeout,
-        request_timeout=args.request_timeout,
-        max_ranks=args.max_ranks,
-        stall_timeout=args.stall_timeout,
-        drain_grace=args.drain_grace,
-        drain_timeout=args.drain_timeout,
-        tls_certificate=args.tls_certificate,
-        tls_key=args.tls_key,
-        seed=args.seed,
-        keeps_requests=bool(args.state),
-    )
+    settings = _settings(args)
     replan_options = _replan_options(args) if args.replan else {}
     set_up_logs(args.log_format, access=args.access_log)
     with bind(*parse_address(args.http), settings) as listener:
@@ -89,6 +67,36 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
             service.close(drain=False, timeout=args.timeout)
     print("stopped")
     return 0
+
+
+def _settings(args: argparse.Namespace) -> "FrontSettings":
+    """What the front is told by its flags; keys come from files and the environment."""
+    from moeplace.launch.http_front.keys import ADMIN_KEY_VARIABLE, read_api_key, read_client_keys
+    from moeplace.launch.http_front.settings import FrontSettings
+
+    return FrontSettings(
+        model=args.model_name or Path(args.model).resolve().name,
+        api_key=read_api_key(args.api_key_file),
+        client_keys=read_client_keys(args.client_keys),
+        admin_key=read_api_key(args.admin_key_file, ADMIN_KEY_VARIABLE),
+        admin=args.admin,
+        dashboard=args.dashboard,
+        max_body_bytes=args.max_body_bytes,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_tokens=args.max_tokens,
+        max_concurrent=args.max_concurrent,
+        max_queue=args.max_queue,
+        queue_timeout=args.queue_timeout,
+        request_timeout=args.request_timeout,
+        max_ranks=args.max_ranks,
+        stall_timeout=args.stall_timeout,
+        drain_grace=args.drain_grace,
+        drain_timeout=args.drain_timeout,
+        tls_certificate=args.tls_certificate,
+        tls_key=args.tls_key,
+        seed=args.seed,
+        keeps_requests=bool(args.state),
+    )
 
 
 def require_log_folder(path: str | None) -> Path | None:

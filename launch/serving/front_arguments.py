@@ -65,6 +65,13 @@ def add_front_arguments(group: "argparse._ActionsContainer") -> None:
         help="folder in which requests outlive this process: started again with it, it takes them up again",
     )
     group.add_argument("--max-ranks", type=int, metavar="N", help="most ranks that clients may ask for, with --admin")
+    _add_access(group)
+    _add_limits(group)
+    _add_ending(group)
+
+
+def _add_access(group: "argparse._ActionsContainer") -> None:
+    """Who may ask for what, and how that is kept secret and noted."""
     group.add_argument(
         "--admin", action="store_true", help="routes that change ranks and the placement, behind a token"
     )
@@ -79,6 +86,16 @@ def add_front_arguments(group: "argparse._ActionsContainer") -> None:
     group.add_argument(
         "--dashboard", action="store_true", help="a live page at /dashboard; its data needs the same bearer token"
     )
+    group.add_argument("--tls-certificate", metavar="F", help="PEM file: answer by HTTPS, with --tls-key")
+    group.add_argument("--tls-key", metavar="F", help="PEM file of the certificate's key")
+    group.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="of what is logged to standard error"
+    )
+    group.add_argument("--access-log", action="store_true", help="log a line for every answer")
+
+
+def _add_limits(group: "argparse._ActionsContainer") -> None:
+    """How much, and how long."""
     group.add_argument("--max-body-bytes", type=int, default=1 << 20, metavar="B", help="of a request")
     group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of a prompt (default: what fits)")
     group.add_argument("--max-tokens", type=int, metavar="N", help="most that may be asked for (default: what fits)")
@@ -93,6 +110,10 @@ def add_front_arguments(group: "argparse._ActionsContainer") -> None:
     group.add_argument(
         "--stall-timeout", type=float, default=60.0, metavar="S", help="seconds without a byte taken by a client"
     )
+
+
+def _add_ending(group: "argparse._ActionsContainer") -> None:
+    """What happens after SIGTERM."""
     group.add_argument(
         "--drain-grace",
         type=float,
@@ -103,9 +124,3 @@ def add_front_arguments(group: "argparse._ActionsContainer") -> None:
     group.add_argument(
         "--drain-timeout", type=float, default=30.0, metavar="S", help="seconds to finish what runs after that"
     )
-    group.add_argument("--tls-certificate", metavar="F", help="PEM file: answer by HTTPS, with --tls-key")
-    group.add_argument("--tls-key", metavar="F", help="PEM file of the certificate's key")
-    group.add_argument(
-        "--log-format", choices=("text", "json"), default="text", help="of what is logged to standard error"
-    )
-    group.add_argument("--access-log", action="store_true", help="log a line for every answer")
