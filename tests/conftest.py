@@ -7,6 +7,7 @@ ones all day. `pytest --seed N` (or MOEPLACE_SEED=N) repeats a day's run; a fail
 import datetime
 import os
 import zlib
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -28,18 +29,28 @@ _WITH_PROCESSES = ("benches", "docs", "http_front", "on_ray", "quickstart", "ser
 """Rooms of `tests/launch` (and `tests/docs`) whose tests start processes or servers."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def group_of(nodeid: str) -> str:
+    """What stays on one worker with the test of that id: the pool of ranks, other processes, or nothing else."""
+    rooms = nodeid.split("::")[0].split("/")
+    if rooms[:2] == ["tests", "runtime"]:
+        return "ranks"
+    return "processes" if set(rooms) & set(_WITH_PROCESSES) else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where two workers share the suite: one has the pool of ranks, one starts the other processes, both the rest.
 
-    What shares a fixture of the session stays on one worker, and no more than two sets of processes compete for cores.
+    What shares a fixture of the session stays on one worker, and no more than two sets of processes compete for cores
+    and for ports. Not by xdist's marks for groups: since pytest 9.2 its names of tests no longer show them.
     """
-    for item in items:
-        rooms = item.path.relative_to(item.config.rootpath).parts
-        if rooms[:2] == ("tests", "runtime"):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-        elif set(rooms) & set(_WITH_PROCESSES):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRoom(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByRoom(config, log)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
