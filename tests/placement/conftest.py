@@ -1,0 +1,13 @@
+"""Kernels are loaded before the clock of any test here runs: a search of half a second could be over by then."""
+
+import numba
+import pytest
+
+from moeplace.placement.warm_up import warm_up
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_loaded() -> None:
+    """Each worker loads them once (4 s); without compilation there is nothing to load."""
+    if not numba.config.DISABLE_JIT:
+        warm_up()
