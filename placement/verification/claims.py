@@ -74,6 +74,8 @@ def check_claims(document: Any, tokens: RoutingTrace | np.ndarray) -> list[Claim
         return claims
     solver = document["solver"]
     values = values_of(statement, tokens, slots_LS, slots_R)
+    if statement.objective not in values.by_name:
+        raise FormatError(f"the objective {statement.objective!r} cannot be computed from loads")
     over = broken_caps(statement, values.imbalance_L)
     if statement.caps_L is not None:
         claims.append(Claim("load caps", "kept", over[0] if over else "kept", not over))
@@ -82,16 +84,16 @@ def check_claims(document: Any, tokens: RoutingTrace | np.ndarray) -> list[Claim
         claims.append(Claim("load caps", "not kept, as a note says" if said else "not stated", "-", said or None))
     name = statement.objective
     claims.append(_same(f"objective ({name})", solver.get("objective"), values.by_name[name]))
-    for other, stated in dict(solver.get("values", {})).items():
+    for other, stated in _table(solver, "values", dict).items():
         if other in values.by_name:
             claims.append(_same(other, stated, values.by_name[other]))
     return claims + _bounds(document, statement, tokens, slots_R)
 
 
 def _bounds(document: Any, statement: Statement, tokens: RoutingTrace | np.ndarray, slots_R: np.ndarray) -> list[Claim]:
-    solver, certificate = document["solver"], document.get("certificate") or {}
-    found = proven(statement, tokens, slots_R, certificate.get("proofs", []))
-    listed = [(name, stated) for name, stated in dict(solver.get("bounds", {})).items() if name in found]
+    solver, certificate = document["solver"], _table(document, "certificate", dict)
+    found = proven(statement, tokens, slots_R, _table(certificate, "proofs", list))
+    listed = [(name, stated) for name, stated in _table(solver, "bounds", dict).items() if name in found]
     claims = [_at_most(f"bound on {name}", stated, found[name]) for name, stated in listed]
     stated, bound = solver.get("lower_bound"), found.get(statement.objective, 0.0)
     claim = _at_most("lower bound", stated, bound)
@@ -137,6 +139,18 @@ def tokens_digest(tokens: RoutingTrace | np.ndarray) -> str:
     for start in range(0, len(content), 4096):
         digest.update(content[start : start + 4096].astype(dtype).tobytes())
     return "sha256:" + digest.hexdigest()
+
+
+def _table(document: dict[str, Any], name: str, kind: type) -> Any:
+    """An entry that is a table or a list; an empty one where there is none.
+
+    Raises:
+        FormatError: it is something else.
+    """
+    found = document.get(name)
+    if not isinstance(found, kind | None):
+        raise FormatError(f"the entry {name!r} must be a {'table' if kind is dict else 'list'}")
+    return kind() if found is None else found
 
 
 def _same(about: str, stated: Any, found: float) -> Claim:

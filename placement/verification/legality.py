@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplace.placement.verification.statement import Statement
+from moeplace.placement.verification.statement import UNREADABLE, Statement, what_is_wrong
 from moeplace.profiling.errors import FormatError
 
 ROUNDING = 1e-6
@@ -24,8 +24,8 @@ def slots_of(document: Any) -> tuple[np.ndarray, np.ndarray]:
         slots_R = np.array(np.broadcast_to(np.asarray(document["slots_per_rank"], dtype=np.int64), (ranks,)))
         if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer) or rows.shape[1] != slots_R.sum():
             raise ValueError(f"slot_to_expert must be integers (layers, {int(slots_R.sum())})")
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"the placement cannot be read: {type(error).__name__} {error}") from error
+    except UNREADABLE as error:
+        raise FormatError(f"the placement cannot be read: {what_is_wrong(error)}") from error
     return rows.astype(np.int64), slots_R
 
 

@@ -19,7 +19,7 @@ from moeplace.placement.verification.relaxed import (
     stay_pieces,
     unpack,
 )
-from moeplace.placement.verification.statement import Statement
+from moeplace.placement.verification.statement import UNREADABLE, Statement, what_is_wrong
 from moeplace.profiling.errors import FormatError
 from moeplace.profiling.traces.trace import RoutingTrace
 
@@ -86,6 +86,8 @@ class Prover:
                 for x, ids in enumerate(self.ids)
             ])  # fmt: skip
         for document in proofs:
+            if not isinstance(document, dict):
+                raise FormatError("a certificate must be a table")
             if bool(document.get("nodes")) == nodes:
                 self._apply(document, parts, d_L, stay_L)
         return Parted(d_L, stay_L)
@@ -118,8 +120,8 @@ class Prover:
             first, width, kind = int(document["first"]), int(document["layers"]), str(document["kind"])
             if first < 0 or width < 1 or first + width > self.layers or (kind == "connectivity") == (width > 1):
                 raise ValueError(f"layers {first} to {first + width - 1}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"a certificate cannot be read: {error}") from error
+        except UNREADABLE as error:
+            raise FormatError(f"a certificate cannot be read: {what_is_wrong(error)}") from error
         span = slice(first, first + width)
         experts = int(self.statement.experts_L[first])
         if (self.statement.experts_L[span] != experts).any():
@@ -144,8 +146,8 @@ class Prover:
             matrices = [(unpack(text, experts, "u1") + 1 / 64) / 255.0 for text in document["z"]]
             if not matrices:
                 raise ValueError("no matrix picks a minorant")
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"a certificate cannot be read: {error}") from error
+        except UNREADABLE as error:
+            raise FormatError(f"a certificate cannot be read: {what_is_wrong(error)}") from error
         rows_UK, count_U = np.unique(np.sort(self.ids[layer], axis=1), axis=0, return_counts=True)
         share_U = count_U / self.trace.num_tokens
         pieces = [connectivity_pieces(rows_UK, share_U, z, parts.capacity) for z in matrices]

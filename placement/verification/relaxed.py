@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from moeplace.placement.verification.closed_forms import SAFETY, Parts
+from moeplace.placement.verification.statement import UNREADABLE, what_is_wrong
 from moeplace.profiling.errors import FormatError
 
 
@@ -86,9 +87,9 @@ def certified(document: Any, frame: Frame, pieces: tuple[float, np.ndarray]) -> 
         h = unpack(document["h"], size, "<i2") * scale
         mu = [float(value) for value in document.get("mu", [])]
         triangles = _triangles(document.get("triangles"), size)
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"a certificate cannot be read: {type(error).__name__} {error}") from error
-    if len(mu) != len(frame.loads) or min(mu, default=0.0) < 0:
+    except UNREADABLE as error:
+        raise FormatError(f"a certificate cannot be read: {what_is_wrong(error)}") from error
+    if len(mu) != len(frame.loads) or not all(0 <= value < np.inf for value in mu):
         raise FormatError("a certificate has a multiplier below 0, or not one for each load")
     constant, gain = pieces
     cost, paid = h - gain, 0.0
@@ -101,6 +102,8 @@ def certified(document: Any, frame: Frame, pieces: tuple[float, np.ndarray]) -> 
     for value, (p, eps) in zip(mu, frame.loads, strict=True):
         pulled -= value * np.outer(p, p)
         paid += value * eps
+    if not (np.isfinite(pulled).all() and np.isfinite(cost).all() and np.isfinite(paid)):
+        raise FormatError("a certificate has a number beyond all bounds")
     return constant - paid + _rows(frame, cost) - _spectrum(frame, pulled) - _copies(frame, gain) - SAFETY
 
 

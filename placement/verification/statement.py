@@ -11,6 +11,16 @@ import numpy as np
 from moeplace.profiling.errors import FormatError
 
 RULES = ("moeplace", "nearest-static", "random", "hash")
+MODES = ("dispatch-combine", "coherent", "allgather")
+OBJECTIVES = ("seconds", "traffic", "imbalance")
+SPLITS = ("train", "test", "all")
+UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+"""What a value of another kind in a file's JSON raises."""
+
+
+def what_is_wrong(error: Exception) -> str:
+    """One of these errors for people."""
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
 
 
 @dataclass(frozen=True)
@@ -77,12 +87,45 @@ class Statement:
         """Read the entry `problem` of a placement file.
 
         Raises:
-            FormatError: it lacks a key, or a value is of another kind.
+            FormatError: it lacks a key, or a value is of another kind or breaks a rule.
         """
         try:
             return cls(**_fields(document))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(f"the entry 'problem' cannot be read: {type(error).__name__} {error}") from error
+        except UNREADABLE as error:
+            raise FormatError(f"the entry 'problem' cannot be read: {what_is_wrong(error)}") from error
+
+    def __post_init__(self) -> None:
+        """Refuse what no problem is.
+
+        Raises:
+            ValueError: a value breaks a rule.
+        """
+        for name, value, known in (
+            ("mode", self.mode, MODES), ("objective", self.objective, OBJECTIVES),
+            ("replica rule", self.rule, RULES), ("split", self.split, SPLITS),
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
+        if not isinstance(self.mix, str | None):
+            raise ValueError(f"mix {self.mix!r} is no text")
+        ranks, layers = (len(self.node_R),), (self.experts_L.size,)
+        for name, array, shape, least in (
+            ("experts_per_layer", self.experts_L, layers, 1), ("slots_of_rank", self.slots_R, ranks, 0),
+            ("speed_of_rank", self.speed_R, ranks, 1e-12), ("caps", self.caps_L, layers, 1 - 1e-9),
+            ("distance", self.distance_RR, ranks * 2, 0),
+        ):  # fmt: skip
+            if array is not None and not (
+                0 not in array.shape == shape and least <= array.min() and array.max() < np.inf
+            ):
+                raise ValueError(f"{name} must be at least {least:g} and of shape {shape}")
+        for name, value, least in (
+            ("survive", self.survive, 0), ("batch", self.batch, 1), ("hidden bytes", self.hidden_bytes, 0),
+            ("K/V bytes", self.kv_bytes, 0), ("seed", self.seed, 0), ("max_moves", self.max_moves or 0, 0),
+        ):  # fmt: skip
+            if not least <= value < 2**62:
+                raise ValueError(f"{name} ({value}) must be at least {least}")
+        if not all(0 <= seconds < np.inf for seconds in (*self.expert, self.overhead)):
+            raise ValueError("times must be finite and not negative")
 
     @property
     def num_ranks(self) -> int:
@@ -96,9 +139,9 @@ class Statement:
 def _fields(document: Any) -> dict[str, Any]:
     cluster, shape, times = document["cluster"], document["shape"], document["calibration"]
     mode, rule = str(document["mode"]), str(document.get("replica_rule", "moeplace"))
-    if rule not in RULES:
-        raise ValueError(f"replica rule {rule!r}")
     speed_R = np.asarray(cluster["speed_of_rank"], dtype=float)
+    if not (speed_R.min() > 0 and speed_R.max() < np.inf):
+        raise ValueError("speed_of_rank must be positive and finite")
     caps, distance = document.get("caps"), cluster.get("distance")
     overhead = times.get("mode_seconds_per_layer", {}).get(mode, times.get("other_seconds_per_layer", 0.0))
     most, cap = document.get("max_moves"), document.get("max_imbalance")
@@ -106,7 +149,7 @@ def _fields(document: Any) -> dict[str, Any]:
         "mode": mode,
         "objective": str(document["objective"]),
         "experts_L": np.asarray(document["experts_per_layer"], dtype=np.int64),
-        "node_R": np.asarray(cluster["node_of_rank"], dtype=np.int64),
+        "node_R": _nodes(cluster["node_of_rank"]),
         "slots_R": np.asarray(cluster["slots_of_rank"], dtype=np.int64),
         "speed_R": speed_R / speed_R.mean(),
         "distance_RR": None if distance is None else np.asarray(distance, dtype=float),
@@ -130,6 +173,18 @@ def _fields(document: Any) -> dict[str, Any]:
     }
 
 
+def _nodes(value: Any) -> np.ndarray:
+    """(R,) node of each rank: 0, 1, ... in order, none left out."""
+    node_R = np.asarray(value, dtype=np.int64)
+    steps = np.diff(node_R, prepend=0) if node_R.ndim == 1 else np.array([2])
+    if not len(node_R) or ((steps < 0) | (steps > 1)).any():
+        raise ValueError("node_of_rank must count nodes from 0 in order")
+    return node_R
+
+
 def _link(document: Any) -> Link:
-    shared = document.get("node_bandwidth")
-    return Link(float(document["latency"]), float(document["bandwidth"]), np.inf if shared is None else float(shared))
+    latency, shared = float(document["latency"]), document.get("node_bandwidth")
+    bandwidth, of_node = float(document["bandwidth"]), np.inf if shared is None else float(shared)
+    if not (0 <= latency < np.inf and 0 < bandwidth < np.inf and of_node > 0):
+        raise ValueError("a link must have a finite latency and a positive bandwidth")
+    return Link(latency, bandwidth, of_node)

@@ -1,7 +1,11 @@
 """A placement file's claims: what `solve` writes is confirmed, what is changed afterwards is refuted."""
 
 import copy
+import functools
+import itertools
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from moeplace.placement.placement_file import save_placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.solvers import get_solver
 from moeplace.placement.statement import state, tokens_digest
-from moeplace.placement.verification.claims import check_claims, proven
+from moeplace.placement.verification.claims import check_claims, proven, statement_of
 from moeplace.placement.verification.statement import Statement
 from moeplace.profiling.errors import FormatError
 from moeplace.profiling.synthetic.traces import topics
@@ -165,6 +169,48 @@ def test_a_certificate_proves_whatever_it_says(seed: int, solved: tuple[Path, Pa
                               "weights": rng.uniform(0, 0.1, 9).tolist()}  # fmt: skip
         found = proven(statement, tokens, statement.slots_R, [proof])
         assert found["traffic"] <= document["solver"]["objective"] + 1e-9
+
+
+ODD = (None, "x", -1, 0, [], {}, True, float("nan"), float("inf"), 10**30, [["a"]])
+"""Values of another kind, or beyond any range."""
+
+
+def test_odd_values_are_refused_in_a_sentence(solved: tuple[Path, Path], dated_seed: int) -> None:
+    """Any entry of a file replaced or left out: claims that do not hold, or one sentence; no claim gets true by it."""
+    document = json.loads(solved[0].read_text())
+    trace = load_trace(solved[1]).split("train")
+    places = [path for path in _paths(document) if path]
+    rng, said = np.random.default_rng(dated_seed), []
+    for place, odd in itertools.islice(itertools.product(rng.permutation(len(places)), (*ODD, "gone")), 600):
+        changed = copy.deepcopy(document)
+        *way, last = places[place]
+        entry = functools.reduce(lambda inner, key: inner[key], way, changed)
+        if odd == "gone":
+            entry.pop(last)
+        else:
+            entry[last] = odd
+        try:
+            with warnings.catch_warnings(action="error"):
+                claims = check_claims(changed, trace) if statement_of(changed) else []
+        except FormatError as error:
+            said.append(str(error))
+            continue
+        confirmed = [claim for claim in claims if claim.holds and isinstance(claim.stated, float)]
+        assert all(claim.stated == claim.stated for claim in confirmed), (places[place], odd)
+    assert said
+    assert not [sentence for sentence in said if "Error" in sentence or "\n" in sentence]
+
+
+def _paths(document: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Of all entries, and of the first two of each list."""
+    yield before
+    pairs = (
+        document.items()
+        if isinstance(document, dict)
+        else enumerate(document[:2] if isinstance(document, list) else [])
+    )
+    for key, value in pairs:
+        yield from _paths(value, (*before, key))
 
 
 def test_a_file_without_its_problem_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str],
