@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.calibration import calibration_for
-from moeplace.launch.options.policy import add_policy_arguments, policy_of
+from moeplace.launch.options.policy import add_policy_arguments, policy_of, require_tiers
 from moeplace.launch.options.problem import (
     SPLITS,
     add_kv_argument,
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     placement = load_placement(args.placement)
     loads = load_if_load(args.trace)
     if loads is not None:
+        require_tiers(args, None)
         return _evaluate_loads(args, loads, placement)
     trace = load_trace(args.trace)
     side, name = one_side(trace, args.split)
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     args.ranks, args.slots_per_rank = None, None
     named = bool(args.cluster or args.topology)
     cluster = build_cluster(args, trace.num_experts) if named else cluster_of(placement)
+    require_tiers(args, cluster.memory)
     rule, calibration = get_rule(args.replica_rule), calibration_for(args, trace, shape, placement.num_ranks)
     ours, base = (
         evaluate(side, p, mode=args.mode, cluster=cluster, shape=shape, calibration=calibration, rule=rule).summary()

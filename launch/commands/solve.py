@@ -4,7 +4,7 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from moeplace.launch.options.policy import add_policy_arguments, policy_of
+from moeplace.launch.options.policy import add_policy_arguments, policy_of, require_tiers
 from moeplace.launch.options.problem import (
     add_cluster_arguments,
     add_problem_arguments,
@@ -110,6 +110,7 @@ def _solve_side(args: argparse.Namespace, train: Any, mode: str, seconds: float,
     from moeplace.placement.solve import solve
 
     cluster = build_cluster(args, train.num_experts)
+    require_tiers(args, cluster.memory)
     problem = Problem.from_trace(train, cluster, mode=mode, **problem_options(args, train, cluster))
     return problem, solve(problem, solver=args.solver, time_limit=seconds, seed=args.seed, report=report)
 

@@ -11,27 +11,42 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """--policy, --accuracy, --look-ahead."""
     group = parser.add_argument_group("memory tiers", "where the cluster file has the tables [fast] and [host]")
     group.add_argument(
-        "--policy", choices=POLICY_NAMES, default="pinned",
+        "--policy", choices=POLICY_NAMES,
         help="pinned: what is resident stays; lru, lfu, score: caches; lookahead: pinned, and predicted experts are "
-        "fetched early (default: %(default)s)",
+        "fetched early (default: pinned)",
     )  # fmt: skip
     group.add_argument(
         "--accuracy", type=float, metavar="A", help="share of the next layer's experts that a predictor names, "
         "with any policy (`moeplace profile` measures it; lookahead: 0.85 where nothing is said)",
     )  # fmt: skip
-    group.add_argument(
-        "--look-ahead", type=int, default=1, metavar="N", help="layers that it looks ahead (default: %(default)s)"
-    )
+    group.add_argument("--look-ahead", type=int, metavar="N", help="layers that it looks ahead (default: 1)")
+
+
+def require_tiers(args: argparse.Namespace, memory: Any) -> None:
+    """Refuse these flags for a cluster without memory tiers, before long work.
+
+    Raises:
+        InputError: one is given, and `memory` is None.
+    """
+    from moeplace.profiling.errors import InputError
+
+    for flag in ("policy", "accuracy", "look_ahead"):
+        value = getattr(args, flag)
+        if memory is None and value is not None:
+            raise InputError(
+                f"--{flag.replace('_', '-')} ({value}) needs memory tiers: a cluster file (--cluster) with the tables "
+                "[fast] and [host]"
+            )
 
 
 def policy_of(args: argparse.Namespace) -> Any:
     """The `Policy` that the flags name."""
     from moeplace.placement.tiers.policy import FATE_ACCURACY, Policy, Predictor
 
-    accuracy = args.accuracy
+    accuracy, layers = args.accuracy, 1 if args.look_ahead is None else args.look_ahead
     if accuracy is None and args.policy == "lookahead":
         accuracy = FATE_ACCURACY
-    return Policy(args.policy, None if accuracy is None else Predictor(accuracy, args.look_ahead))
+    return Policy(args.policy or "pinned", None if accuracy is None else Predictor(accuracy, layers))
 
 
 def add_tier_arguments(parser: Any) -> None:
@@ -45,15 +60,22 @@ def add_tier_arguments(parser: Any) -> None:
         "from the checkpoint (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--fast-policy", choices=POLICY_NAMES, default="lookahead", help="with it: what stays, what is fetched ahead "
-        "(default: %(default)s)",
+        "--fast-policy", choices=POLICY_NAMES, help="with it: what stays, what is fetched ahead (default: lookahead)",
     )  # fmt: skip
 
 
 def tier_limits(args: argparse.Namespace) -> Any:
-    """`TierLimits` of the arguments of `add_tier_arguments`; None = everything is in fast memory."""
+    """`TierLimits` of the arguments of `add_tier_arguments`; None = everything is in fast memory.
+
+    Raises:
+        InputError: a number is out of range, or another of these flags comes without --fast-slots.
+    """
+    from moeplace.profiling.errors import InputError
     from moeplace.runtime.experts.tier_limits import TierLimits
 
     if args.fast_slots is None:
+        for flag in ("host_slots", "fast_policy"):
+            if getattr(args, flag) is not None:
+                raise InputError(f"--{flag.replace('_', '-')} ({getattr(args, flag)}) needs --fast-slots")
         return None
-    return TierLimits(args.fast_slots, host_slots=args.host_slots, policy=args.fast_policy)
+    return TierLimits(args.fast_slots, host_slots=args.host_slots, policy=args.fast_policy or "lookahead")

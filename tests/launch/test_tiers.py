@@ -11,6 +11,7 @@ from moeplace.launch.cli import main
 from moeplace.placement.placement_file import load_placement, load_placement_file
 from moeplace.profiling.traces.file import save_trace
 from tests.placement.instances import skewed_trace
+from tests.shared_data import tiny_moe_path
 
 CLUSTER = """
 ranks_per_node = 2
@@ -70,3 +71,34 @@ def test_a_placement_with_tiers_without_a_cluster_is_said(folder: Path, capsys: 
     words = ["evaluate", str(folder / "t.trace"), out, "--cluster", str(folder / "c.toml"), "--accuracy", "2"]
     assert main(words) == 1
     assert "accuracy of a predictor (2.0) must lie in 0..1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--policy", "pinned"], ["--accuracy", "0.9"], ["--look-ahead", "1"]])
+@pytest.mark.parametrize("has_file", [True, False])
+def test_flags_of_tiers_need_tiers(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: list[str], has_file: bool
+) -> None:
+    """None is dropped in silence; nothing is written."""
+    trace, out = str(folder / "t.trace"), folder / "p.json"
+    (folder / "flat.toml").write_text("ranks_per_node = 2\nslots_per_rank = 4\n")
+    cluster = ["--cluster", str(folder / "flat.toml")] if has_file else ["--ranks", "4"]
+    assert main(["solve", trace, *cluster, *flags, "--time-limit", "1", "--out", str(out)]) == 1
+    assert f"{flags[0]} ({flags[1]}) needs memory tiers" in capsys.readouterr().err
+    assert not out.exists()
+    assert (
+        main(["solve", trace, "--ranks", "2", "--solver", "index-order", "--time-limit", "1", "--out", str(out)]) == 0
+    )
+    assert main(["evaluate", trace, str(out), *flags]) == 1
+    assert f"{flags[0]} ({flags[1]}) needs memory tiers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--host-slots", "2"], ["--fast-policy", "lru"]])
+def test_flags_of_fast_memory_need_its_size(
+    flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Before any rank starts."""
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "a"}\n')
+    words = ["serve", str(tiny_moe_path()), "--requests", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out")]
+    assert main([*words, *flags]) == 1
+    assert f"{flags[0]} ({flags[1]}) needs --fast-slots" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -51,10 +51,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _traces(args: argparse.Namespace) -> "Path | None":
+    """The folder of recorded traces, None where none is named.
+
+    Raises:
+        InputError: there is no such folder.
+    """
     import os
     from pathlib import Path
 
+    from moeplace.profiling.errors import InputError
+
     folder = args.traces or os.environ.get("MOEPLACE_TRACES")
+    if folder and not Path(folder).is_dir():
+        raise InputError(f"no such folder of traces: {folder}")
     return Path(folder) if folder else None
 
 

@@ -183,3 +183,12 @@ def test_the_command_prints_gaps_and_writes_json(tmp_path: Path, capsys: pytest.
     assert document["summary"]["index-order"]["gap_to_best_known"] == pytest.approx(0.4, rel=1e-3)
     assert main(["bench", "solve", "--library", str(library), "--only", "five"]) == 1
     assert "not in the suite" in capsys.readouterr().err
+
+
+def test_traces_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that is named must exist, before anything is solved."""
+    words = ["bench", "solve", "--solvers", "index-order", "--json", str(tmp_path / "f.json")]
+    for more in ([], ["--check"]):
+        assert main([*words, "--traces", str(tmp_path / "none"), *more]) == 1
+        assert f"no such folder of traces: {tmp_path / 'none'}" in capsys.readouterr().err
+    assert not (tmp_path / "f.json").exists()
