@@ -48,8 +48,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         """See `PlacedExperts`."""
         super().__init__(decoder, experts, cache, group, placement, **options)
         self.look_ahead_with(decoder.blocks)
-        self._stream: KvStream | None = None
-        self._places: dict[int, KvPlaces] = {}  # of the tokens of coherent steps, by number
+        self._stream: KvStream[KvPlaces] | None = None
         self._unsettled: Sequence[RunningSequence] = ()  # whose last K/V are on their way
 
     @torch.inference_mode()
@@ -164,15 +163,13 @@ class Executor(PlacedExperts[Decoder, KvCache]):
     ) -> TokenRows:
         """All decoder layers; tokens may change ranks at every MoE layer, and their K/V travel meanwhile."""
         dispatcher, stream = self.dispatcher("coherent"), self._kv_stream()
-        number = self.group.counters.steps
         places = KvPlaces.of([s.row for s in ordered], [s.cached for s in ordered], self.decoder.device)
-        self._places[number] = places
         ledger: KvLedger | None = None
         view: AttentionView | None = None
         for layer in range(self.decoder.num_layers):
-            before, ledger = ledger, stream.ledger(number, layer, ledger)
+            before, ledger = ledger, stream.ledger(places, layer, ledger)
             if ledger is not before:
-                if stream.oldest in (None, number):
+                if stream.holds_only(places):
                     self._unsettled = []  # the step before has arrived
                 view = make_view(rows.token, ledger)
                 step = replace(step, ledger=ledger)
@@ -185,7 +182,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
                 view = make_view(moved.token, ledger)
             rows = moved
         assert ledger is not None
-        stream.end_step(number, ledger)
+        stream.end_step(places, ledger)
         self.group.counters.steps += 1
         return rows
 
@@ -196,21 +193,18 @@ class Executor(PlacedExperts[Decoder, KvCache]):
             return dispatcher.forward(moe_layer, self.decoder.blocks[moe_layer], rows, step)
         return TokenRows(self.decoder.feed_forward(layer, rows.x), rows.token) if len(rows) else rows
 
-    def _kv_stream(self) -> KvStream:
+    def _kv_stream(self) -> KvStream[KvPlaces]:
         """Of the group in force; all ranks make it in the same step."""
         if self._stream is None:
             exchanging = sorted(self.decoder.moe_index)
             pieces = default_pieces(len(exchanging))
             layers = self.decoder.num_layers
-            self._places = {}
             self._stream = KvStream(self.group, exchanging, num_layers=layers, pieces=pieces, keep=self._keep)
         return self._stream
 
-    def _keep(self, number: int, shared: SharedKv) -> None:
-        """Store K/V of others, of a step whose tokens had places."""
-        store_shared(self.cache, self._places[number], shared)
-        for old in [known for known in self._places if known < number]:
-            del self._places[old]
+    def _keep(self, places: KvPlaces, shared: SharedKv) -> None:
+        """Store K/V of others, of the tokens of a step at their places."""
+        store_shared(self.cache, places, shared)
 
     def _decode_views(self, ordered: Sequence[RunningSequence]) -> Callable[..., AttentionView | None]:
         """What makes the view of some of the tokens, with the ledger in which their K/V are noted."""

@@ -16,15 +16,21 @@ reads the cache otherwise calls `drain` first, and who has lost a rank takes tha
 """
 
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.exchange.kv_ledger import KvLedger
 from moeplace.runtime.kv.exchange import KvTransfer, SharedKv
 
+StepT = TypeVar("StepT")
 
-class KvStream:
+
+class KvStream(Generic[StepT]):
     """Ledgers and exchanges of a sequence of steps.
+
+    A step is whatever its owner needs to store what comes from others: it travels along with the exchange, so it need
+    not be found again by a number.
 
     Attributes:
         starts: first layer of each piece.
@@ -38,9 +44,9 @@ class KvStream:
         *,
         num_layers: int,
         pieces: int,
-        keep: Callable[[int, SharedKv], None],
+        keep: Callable[[StepT, SharedKv], None],
     ) -> None:
-        """`keep(step, shared)` stores K/V that came from others, with the number of the step they belong to.
+        """`keep(step, shared)` stores K/V that came from others, with the step they belong to.
 
         Args:
             exchanging: layers with an exchange of tokens, ascending: with one of them a piece ends.
@@ -58,9 +64,9 @@ class KvStream:
         self._has_end = self._lasts[-1] == num_layers - 1  # else layers follow that nobody announces
         self._group = group.background()
         self._keep = keep
-        self._pending: dict[int, tuple[int, KvTransfer]] = {}
+        self._pending: dict[int, tuple[StepT, KvTransfer]] = {}
 
-    def ledger(self, step: int, layer: int, current: KvLedger | None) -> KvLedger:
+    def ledger(self, step: StepT, layer: int, current: KvLedger | None) -> KvLedger:
         """The ledger of a layer: a new one where a piece begins, after that piece of the step before has arrived."""
         if layer in self.starts:
             piece = self.starts.index(layer)
@@ -79,19 +85,18 @@ class KvStream:
             ledger.on_announced = set_out
         return current
 
-    def end_step(self, step: int, current: KvLedger) -> None:
+    def end_step(self, step: StepT, current: KvLedger) -> None:
         """Let the last piece set out, where layers follow the last exchange."""
         if not self._has_end:
             self._pending[self.pieces - 1] = (step, KvTransfer(self._group, current))
 
-    @property
-    def oldest(self) -> int | None:
-        """The number of the first step that has not arrived as a whole; None = all have."""
-        return min((step for step, _ in self._pending.values()), default=None)
+    def holds_only(self, step: StepT) -> bool:
+        """Whether everything of other steps has arrived."""
+        return all(pending is step for pending, _ in self._pending.values())
 
     def drain(self) -> None:
-        """Wait for all pieces that are on their way."""
-        for piece in sorted(self._pending, key=lambda piece: (self._pending[piece][0], piece)):
+        """Wait for all pieces that are on their way, in the order in which they set out."""
+        for piece in list(self._pending):
             self._finish(piece)
 
     def _finish(self, piece: int) -> None:

@@ -140,6 +140,35 @@ def test_modes_may_change_in_every_pass(pool: RankPool, tmp_path: Path) -> None:
         assert completions == oracle.completions
 
 
+def serve_in_turn(context: RankContext, path: Path, requests: list[Request]) -> list[dict[str, tuple[int, ...]]]:
+    """Tokens of two coherent engines on one group that step in turn, with counters set back whenever it pleases."""
+    checkpoint, group = Checkpoint(path), context.group()
+    limits = EngineLimits(max_sequences=len(requests), max_length=20, max_prefill_tokens=12)
+    engines = [
+        Engine(checkpoint, None, mode=mode, group=group, dtype=torch.float64, limits=limits)
+        for mode in ("coherent", "coherent", "dispatch-combine")
+    ]
+    done: list[dict[str, tuple[int, ...]]] = [{} for _ in engines]
+    for engine in engines:
+        for request in requests:
+            engine.add_request(request)
+    while not all(engine.scheduler.is_idle for engine in engines):
+        for engine, found in zip(engines, done, strict=True):
+            found.update({completion.request_id: completion.token_ids for completion in engine.step()})
+        group.counters.reset()
+    return done
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_engines_of_one_group_do_not_meet(pool: RankPool, tmp_path: Path, size: int) -> None:
+    """What is on its way belongs to its engine and step, whatever else the group does, whatever is counted."""
+    oracle = make_oracle("olmoe", tmp_path)
+    expected = {request.request_id: tokens for request, tokens in zip(oracle.requests, oracle.completions, strict=True)}
+    assert len(set(expected.values())) > 1
+    for done in pool.run(serve_in_turn, oracle.path, oracle.requests, size=size):
+        assert done == [expected] * 3
+
+
 def test_auto_follows_predictions_or_the_placement(tmp_path: Path) -> None:
     """With recorded routing the least predicted time wins and the reason lists all; without, the placement's mode."""
     save_checkpoint("olmoe", tmp_path)
