@@ -7,14 +7,13 @@ from dataclasses import replace
 import numpy as np
 
 from moeplace.placement.bounds.certificate import certificate
-from moeplace.placement.bounds.problem import prove
+from moeplace.placement.bounds.problem import held_imbalance, prove
 from moeplace.placement.budget import Budget
 from moeplace.placement.objective import load_imbalance, measure, measured
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft, SolveResult
 from moeplace.placement.solvers import get_solver
-from moeplace.placement.solvers.judge import held_caps
 from moeplace.placement.solvers.previous import keep_close, moved_summary
 from moeplace.placement.solvers.replicas.repair import keep_caps
 from moeplace.placement.statement import state
@@ -60,13 +59,14 @@ def solve(
     started = time.monotonic()
     budget = Budget(time_limit * (1 - _BOUND_SHARE), seed, started, report)
     asked, draft = problem, search(problem, budget)
-    caps_L = held_caps(problem)
+    caps_L = held_imbalance(problem)
     if problem.previous is not None:
         draft = keep_close(problem, draft, caps_L, time_limit)
     if problem.replica_budget == "global":
         problem, draft = with_layout(problem, draft)
     if caps_L is not None and solver not in PUBLISHED:
-        draft = within_caps(problem, draft, caps_L, budget.rng(0), started + 1.05 * time_limit + 0.5)
+        with budget.alarm(1.05 * time_limit + 0.5 - budget.elapsed) as stop:
+            draft = within_caps(asked, draft, caps_L, budget.rng(0), stop)
     placement = problem.placement(draft.slot_to_expert)
     name, objective, values, imbalance_L = _measured(problem, placement)
     broken = broken_cap(imbalance_L, caps_L) or broken_survival(problem, placement)
@@ -99,11 +99,13 @@ def solve(
     )
 
 
-def within_caps(problem: Problem, draft: Draft, caps_L: np.ndarray, rng: np.random.Generator, deadline: float) -> Draft:
+def within_caps(
+    problem: Problem, draft: Draft, caps_L: np.ndarray, rng: np.random.Generator, stop: np.ndarray
+) -> Draft:
     """The draft with layers mended whose replicas break a cap by the runtime's rule; not where moves are counted."""
     if problem.trace is None or problem.max_moves is not None or problem.move_price > 0:
         return draft
-    slots_LS = keep_caps(problem, draft.slot_to_expert, caps_L, rng, lambda: time.monotonic() > deadline)
+    slots_LS = keep_caps(problem, draft.slot_to_expert, caps_L, rng, stop)
     return replace(draft, slot_to_expert=slots_LS)
 
 

@@ -21,10 +21,10 @@ from moeplace.launch.benches.library.checker import Checker, Judgement
 from moeplace.launch.benches.library.instance import Instance
 from moeplace.launch.benches.library.recipes import AbsentTraceError
 from moeplace.launch.benches.library.table import Entry, Table, as_caps, is_less
+from moeplace.placement.bounds.problem import held_imbalance
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import SolveResult
 from moeplace.placement.solve import solve
-from moeplace.placement.solvers.judge import held_caps
 from moeplace.profiling.errors import MoeplaceError
 
 SHIFT = 1e-3
@@ -73,7 +73,7 @@ def bench_instance(
         AbsentTraceError: it needs a recorded trace that is not here.
     """
     problem, entry = instance.problem(traces), table.entries.get(instance.name)
-    caps_L = held_caps(problem) if entry is None or entry.caps is None else np.array(entry.caps)
+    caps_L = held_imbalance(problem) if entry is None or entry.caps is None else np.array(entry.caps)
     objective = _objective(problem)
     checker = Checker(problem, objective, caps_L)
     if entry is not None and entry.tokens_digest != checker.statement.tokens_digest:

@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from moeplace.placement.bounds.problem import held_imbalance
 from moeplace.placement.budget import Budget
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
@@ -28,7 +29,7 @@ from moeplace.placement.search.ties import Ties, ties_of
 from moeplace.placement.solvers.balance import solve_balance
 from moeplace.placement.solvers.chain.owner_sweeps import applies, sweep_owners
 from moeplace.placement.solvers.exact.viterbi import fits, solve_viterbi
-from moeplace.placement.solvers.judge import Judge, held_caps
+from moeplace.placement.solvers.judge import Judge
 from moeplace.placement.solvers.lpt import rebalanced, solve_lpt
 from moeplace.placement.solvers.replicas.budget import search_budget
 from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_replicas, search_surviving_chain
@@ -50,7 +51,7 @@ def solve_portfolio(problem: Problem, budget: Budget) -> Draft:
     ties = _mended(problem, ties_of(problem))
     if problem.trace is None and problem.previous is None:
         return solve_balance(problem, budget)
-    judge = Judge(problem, ties, held_caps(problem), budget.time_limit)
+    judge = Judge(problem, ties, held_imbalance(problem), budget.time_limit)
     if problem.trace is None or problem.mode == "allgather" or problem.num_ranks == 1:
         drafts, note = [solve_lpt(problem, budget).slot_to_expert], ""
         narrow = without_spare(problem)
@@ -92,9 +93,10 @@ def search(
         return [slots_LS], cut
     slots_LS, cut = _search(problem, budget, cap, share * (1 - _NARROW_SHARE), ties)
     capped = problem.replace(objective="traffic", max_imbalance=cap)
-    caps_L = held_caps(capped)
+    caps_L = held_imbalance(capped)
     if caps_L is not None:
-        slots_LS = keep_caps(problem, slots_LS, caps_L, budget.rng(_MENDING), lambda: budget.expired)
+        with budget.alarm(budget.remaining) as stop:
+            slots_LS = keep_caps(problem, slots_LS, caps_L, budget.rng(_MENDING), stop)
     fewer_LS, also_cut = _search(narrow, budget, cap, share * _NARROW_SHARE, None)
     drafts = [slots_LS, widened(problem, narrow, fewer_LS)]
     mixed = Judge(capped, ties, caps_L, budget.time_limit).combine(drafts)
@@ -141,6 +143,12 @@ def _budgeted(problem: Problem, budget: Budget, cap: float | None, seconds: floa
         cuts.append(cut)
         return found
 
-    slots_LS = search_budget(problem, some_layers)
+    caps_L = held_imbalance(problem.replace(max_imbalance=cap))
+
+    def exceeds(part: Problem, slots_LS: np.ndarray) -> np.ndarray:
+        over_L: np.ndarray = Judge(part, None, None, budget.time_limit).imbalance(slots_LS) - caps_L
+        return over_L
+
+    slots_LS = search_budget(problem, some_layers, None if caps_L is None else exceeds)
     wide = problem.replace(cluster=problem.layout, replica_budget="per-layer", previous=None, max_moves=None)
     return aligned(wide, slots_LS), any(cuts)

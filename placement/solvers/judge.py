@@ -10,13 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeplace.placement.bounds.problem import held_imbalance
 from moeplace.placement.objective import load_imbalance, measured, survival_deficit
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.sample import judging_trace
 from moeplace.placement.search.ties import Ties
-from moeplace.placement.solvers.replicas.budget import slot_steps, with_steps
 from moeplace.profiling.traces.trace import RoutingTrace
 
 SAME = 1e-9
@@ -69,6 +67,10 @@ class Judge:
     def objective(self, slots_LS: np.ndarray) -> float:
         """The problem's objective alone."""
         return self._values(self._problem.placement(slots_LS)).objective
+
+    def imbalance(self, slots_LS: np.ndarray) -> np.ndarray:
+        """(L,) imbalance of each layer."""
+        return self._values(self._problem.placement(slots_LS)).imbalance_L
 
     @property
     def sampled(self) -> bool:
@@ -153,14 +155,6 @@ def _evaluated(problem: Problem, placement: Placement, trace: RoutingTrace | Non
     if trace is not problem.trace and not placement.has_replicas:
         imbalance_L = load_imbalance(problem, placement)  # of all tokens: nothing to choose, hence nothing to replay
     return _Values(objective, imbalance_L, by_layer)
-
-
-def held_caps(problem: Problem) -> np.ndarray | None:
-    """(L,) imbalance each layer is held to, by the number of slots that allows most; None without a cap."""
-    if problem.replica_budget == "per-layer" or problem.max_imbalance is None:
-        return held_imbalance(problem)
-    by_step = [held_imbalance(with_steps(problem, step)) for step in slot_steps(problem)]
-    return np.max([caps_L for caps_L in by_step if caps_L is not None], axis=0)  # type: ignore[no-any-return]
 
 
 def _better(key: tuple[tuple[float, ...], float], than: tuple[tuple[float, ...], float]) -> bool:

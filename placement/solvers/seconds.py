@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from moeplace.placement.bounds.problem import held_imbalance
 from moeplace.placement.budget import Budget
 from moeplace.placement.objective import traffic
 from moeplace.placement.problem import Problem
@@ -12,7 +13,7 @@ from moeplace.placement.result import Draft
 from moeplace.placement.search.sample import judging_trace
 from moeplace.placement.search.ties import Ties
 from moeplace.placement.solvers.index_order import solve_index_order
-from moeplace.placement.solvers.judge import Judge, held_caps
+from moeplace.placement.solvers.judge import Judge
 from moeplace.placement.solvers.lpt import solve_lpt
 from moeplace.placement.solvers.schedule import searches_within
 from moeplace.placement.solvers.spare import use_all_slots
@@ -44,7 +45,7 @@ def fastest(problem: Problem, budget: Budget, search: Search, ties: Ties | None 
         found, shortened = search(problem, budget, cap, 1.0 / len(caps), in_traffic)
         cut |= shortened
         drafts += found
-    judge = Judge(problem, ties, held_caps(problem), budget.time_limit)
+    judge = Judge(problem, ties, held_imbalance(problem), budget.time_limit)
     trace = judging_trace(problem, budget.time_limit)
     slots_LS, note = use_all_slots(problem, drafts, ties, judge, lambda some: _best(problem, trace, judge, some))
     return Draft(slots_LS, "time_limit" if cut else "feasible", notes=(note,) if note else ())

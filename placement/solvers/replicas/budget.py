@@ -19,6 +19,7 @@ import numpy as np
 from moeplace.placement.placement import EMPTY_SLOT, slot_starts
 from moeplace.placement.problem import Problem
 
+_KEPT = 1e-6
 Layers = Sequence[int]
 Search = Callable[[Problem, Layers, float], list[tuple[float, np.ndarray]]]
 """(problem, layers, share of the time) -> (objective, (S,) slots) of each of these layers."""
@@ -70,12 +71,32 @@ def widen(problem: Problem, row_S: np.ndarray, step: int) -> np.ndarray:
     return row
 
 
-def search_budget(problem: Problem, search: Search) -> np.ndarray:
+def narrow(problem: Problem, row_S: np.ndarray) -> tuple[int, np.ndarray]:
+    """(step, (S,) slots) of a row of the layout: the fewest slots that hold it, the same on every rank. See `widen`."""
+    parts = [row_S[start : start + count] for start, count in _spans(problem.layout.slots_of_rank)]
+    held = [part[part != EMPTY_SLOT] for part in parts]
+    step = max(len(part) - int(count) for part, count in zip(held, problem.cluster.slots_of_rank, strict=True))
+    row = np.full(int((problem.cluster.slots_of_rank + step).sum()), EMPTY_SLOT, np.int32)
+    for (start, _), part in zip(_spans(problem.cluster.slots_of_rank + step), held, strict=True):
+        row[start : start + len(part)] = part
+    return step, row
+
+
+def _spans(slots_R: np.ndarray) -> list[tuple[int, int]]:
+    """(first slot, slots) of each rank."""
+    return list(zip(slot_starts(slots_R).tolist(), slots_R.tolist(), strict=True))
+
+
+def search_budget(
+    problem: Problem, search: Search, exceeds: Callable[[Problem, np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
     """(L, S) slots of the layout under the global budget.
 
     Args:
         problem: with `replica_budget` "global".
         search: layers of a problem, each by itself.
+        exceeds: (problem, (L, S) slots) -> (L,) by how much each layer is above its cap on imbalance, None = there is
+            none. A layer gets no number of slots with which it is further above than with the cluster's own.
     """
     steps, layers = slot_steps(problem), list(range(problem.num_layers))
     # Most time goes to the cluster's own slots, so that an exchange must beat a thorough search; a layer without
@@ -87,6 +108,12 @@ def search_budget(problem: Problem, search: Search) -> np.ndarray:
     ]
     rows = [[widen(problem, row, step) for _, row in each] for step, each in zip(steps, found, strict=True)]
     value_LS = np.array([[value for value, _ in each] for each in found]).T
+    if exceeds is not None:
+        over_LS = np.zeros_like(value_LS)
+        for number, (step, each) in enumerate(zip(steps, found, strict=True)):
+            over_LS[:, number] = exceeds(with_steps(problem, step), np.stack([row for _, row in each]))
+        own_L = np.maximum(over_LS[:, steps.index(0)], 0.0)
+        value_LS[over_LS > own_L[:, None] + _KEPT] = np.inf
     for number in range(1, len(steps)):  # with more slots the layer can stay as it was with fewer
         for layer in layers:
             if value_LS[layer, number - 1] <= value_LS[layer, number]:

@@ -7,7 +7,7 @@ does, and a layer above its cap is mended by exact moves, from where it is and f
 Shape letters: T tokens, L MoE layers, E experts of a layer, K top-k, R ranks, S slots per layer.
 """
 
-from collections.abc import Callable
+import itertools
 
 import numpy as np
 
@@ -16,42 +16,48 @@ from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.nets import LayerNets, layer_nets
 from moeplace.placement.search.packing import pack_slots
 from moeplace.placement.search.swaps import no_ties
+from moeplace.placement.solvers.replicas.budget import narrow, widen, with_steps
 from moeplace.placement.solvers.replicas.exact_search import Schedule, anneal_replicas
 from moeplace.placement.solvers.replicas.rule import Rule, follow_owners, replay, rule_on, unserved
 from moeplace.placement.solvers.replicas.seats import Holders, find_holders, seat
 
 MOVES = 600
-"""Moves that one attempt to mend a layer may try (8 to 72 ranks with 8 to 96 experts needed fewer than 200)."""
+"""Moves that each attempt of the first round may try (8 to 72 ranks with 8 to 96 experts mostly needed fewer than
+200); a round has twice those of the round before."""
+ROUNDS = 6
+"""The last attempts try 32 times as many moves: experts of seven ranks' load on 72 ranks with one spare slot each."""
 HOT = 0.02
-"""Temperature of the last attempts, as a share of the mean slot's tokens: overload that no single move ends."""
+"""Temperature of half the attempts, as a share of the mean slot's tokens: overload that no single move ends."""
 
 
 def keep_caps(
-    problem: Problem, slots_LS: np.ndarray, caps_L: np.ndarray, rng: np.random.Generator, expired: Callable[[], bool]
+    problem: Problem, slots_LS: np.ndarray, caps_L: np.ndarray, rng: np.random.Generator, stop: np.ndarray
 ) -> np.ndarray:
     """(L, S) the slots with layers that exceed their cap on imbalance mended, as far as moves can; others untouched.
 
     Args:
         problem: has a trace.
-        slots_LS: (L, S) slot -> expert.
+        slots_LS: (L, S) slot -> expert; under a global replica budget of its layout, and no layer gets more slots.
         caps_L: (L,) imbalance that each layer is held to.
         rng: draws the moves.
-        expired: whether time is up: then layers stay as they are.
+        stop: (1,) uint8, set when time is up: then layers stay as they are, or as the best attempt left them.
     """
     assert problem.trace is not None
     kept_LS, near_T = slots_LS.copy(), np.full(problem.trace.num_tokens, -1, np.int16)
     if not (problem.redundant_slots > 0).any():
         return kept_LS
+    is_wide = slots_LS.shape[1] != problem.cluster.num_slots
     for layer in range(problem.num_layers):
         ids_TK = np.ascontiguousarray(problem.trace.layer(layer), np.int16)
         owners_T = near_T if problem.mode == "coherent" else None
-        mend = _Mend(
-            problem, layer, rule_on(ids_TK, problem.cluster.node_of_rank, problem.node_weight, owners_T), caps_L
-        )
-        if mend.overload(kept_LS[layer]) > 0 and not expired():
-            kept_LS[layer] = mend.run(kept_LS[layer], rng)
+        rule = rule_on(ids_TK, problem.cluster.node_of_rank, problem.node_weight, owners_T)
+        step, row_S = narrow(problem, kept_LS[layer]) if is_wide else (0, kept_LS[layer])
+        mend = _Mend(with_steps(problem, step) if is_wide else problem, layer, rule, caps_L)
+        if mend.overload(row_S) > 0 and not stop[0]:
+            row_S = mend.run(row_S, rng, stop)
+            kept_LS[layer] = widen(problem, row_S, step) if is_wide else row_S
         if problem.mode == "coherent":
-            near_T = mend.owners(kept_LS[layer], near_T)
+            near_T = mend.owners(row_S, near_T)
     return kept_LS
 
 
@@ -79,28 +85,29 @@ class _Mend:
         replay(self._rule, self._holders(row_S), served)
         return follow_owners(served.rank_TK, near_T, self._cluster.num_ranks)
 
-    def run(self, row_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def run(self, row_S: np.ndarray, rng: np.random.Generator, stop: np.ndarray) -> np.ndarray:
         """(S,) the first attempt without overload, else the row of least."""
         tried = [(self.overload(row_S), row_S)]
-        for hot in (0.0, HOT):
-            for start in (row_S, pack_slots(self._problem, self._layer)):
-                moved_S = start.astype(np.int32)
-                self._descend(moved_S, hot, rng)
-                tried.append((self.overload(moved_S), moved_S))
-                if tried[-1][0] <= 0:
-                    return moved_S
+        starts = [row_S, pack_slots(self._problem, self._layer)]
+        for number, hot, start in itertools.product(range(ROUNDS), (0.0, HOT), starts):
+            if stop[0]:
+                break
+            moved_S = start.astype(np.int32)
+            self._descend(moved_S, hot, MOVES << number, rng, stop)
+            tried.append((self.overload(moved_S), moved_S))
+            if tried[-1][0] <= 0:
+                return moved_S
         return min(tried, key=lambda pair: pair[0])[1]
 
-    def _descend(self, row_S: np.ndarray, hot: float, rng: np.random.Generator) -> None:
+    def _descend(self, row_S: np.ndarray, hot: float, moves: int, rng: np.random.Generator, stop: np.ndarray) -> None:
         """Exact moves, in place."""
         if self._nets is None:
             self._nets = layer_nets(self._ids_TK, self._entries)
         replicas, experts = self._problem.survive + 1, int(self._problem.experts_per_layer[self._layer])
         touched = 2.0 * self._nets.load_E.sum() / experts
         hot *= float(self._nets.load_E.sum()) / self._cluster.num_slots
-        schedule = Schedule(hot, 0.1 * hot, MOVES * touched, replicas, min(replicas, self._cluster.num_nodes))
+        schedule = Schedule(hot, 0.1 * hot, moves * touched, replicas, min(replicas, self._cluster.num_nodes))
         seats = seat(row_S, self._cluster.first_slots, self._entries, experts)
-        go_on = np.zeros(1, np.uint8)
         anneal_replicas(
             self._nets,
             self._rule,
@@ -109,7 +116,7 @@ class _Mend:
             self._limit_R,
             schedule,
             no_ties(self._cluster.num_ranks),
-            go_on,
+            stop,
             seed_state(rng),
         )
 

@@ -67,7 +67,7 @@ def test_broken_layers_are_mended(seed, mode, ranks, slots):
         rng, layers=2, experts=24, slots_of_rank=[slots] * ranks, node_of_rank=[0] * ranks
     ).slot_to_expert
     caps_L = np.full(2, 1.12)
-    kept_LS = keep_caps(problem, start, caps_L, rng, lambda: False)
+    kept_LS = keep_caps(problem, start, caps_L, rng, np.zeros(1, np.uint8))
     assert (problem.evaluate(problem.placement(kept_LS)).imbalance_L <= caps_L + 1e-6).all()
     if problem.evaluate(problem.placement(start)).imbalance_L[0] <= 1.12:
         assert np.array_equal(kept_LS[0], start[0])
@@ -97,3 +97,19 @@ def test_more_ranks_than_a_word_has_bits(solver):
     result = solve(problem, solver=solver, time_limit=5.0)
     assert not [note for note in result.notes if "cap on imbalance" in note]
     assert problem.evaluate(result.placement).imbalance_L.max() <= 1.3 + 1e-6
+
+
+@pytest.mark.parametrize("seed", [0, 1, TODAY])
+@pytest.mark.parametrize("mode", ["dispatch-combine", "coherent", "allgather"])
+def test_shared_out_replicas_keep_caps_and_budget(mode, seed):
+    """What keeps a cap with the cluster's own slots in every layer keeps it where replicas are shared out to layers."""
+    print("seed", seed)
+    problem = problem_of(seed, mode, 4, 8)
+    packed_LS = np.stack([pack_slots(problem, layer) for layer in range(2)])
+    cap = max(1.1, float(problem.evaluate(problem.placement(packed_LS)).imbalance_L.max()))
+    result = solve(problem.replace(max_imbalance=cap, replica_budget="global"), time_limit=1.0)
+    assert problem.evaluate(result.placement).imbalance_L.max() <= cap + 1e-6
+    assert not [note for note in result.notes if "cap on imbalance" in note]
+    held = result.placement.slot_to_expert >= 0
+    on_rank_R = [held[:, result.placement.slots_on(rank)].sum() for rank in range(4)]
+    assert max(on_rank_R) <= 2 * 8
