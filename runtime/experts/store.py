@@ -64,6 +64,10 @@ class ExpertStore:
         """Take the checksums of a row that holds all of an expert now."""
         self.contents.fill(layer, row, expert, checksums(self._row(layer, row).values()))
 
+    def vacate(self, layer: int, row: int) -> None:
+        """Note that a row holds no expert any more; its bytes stay until others come."""
+        self.contents.clear(layer, row)
+
     def row_bytes(self, layer: int, row: int) -> list[torch.Tensor]:
         """The bytes of a storage row, uint8 views of its parts one after the other."""
         return [tensor.view(-1).view(torch.uint8) for tensor in self._row(layer, row).values()]

@@ -210,6 +210,14 @@ class TieredStore(ExpertStore):
             super().note(layer, row, expert)
         self._forget(layer, row)
 
+    def vacate(self, layer: int, row: int) -> None:
+        """See `ExpertStore`; its place in fast memory is free for others."""
+        super().vacate(layer, row)
+        if row < self._slots and row in self.fast.held[layer]:
+            self.loader.drain()
+            with self.loader.lock:
+                self.fast.give_up(layer, row)
+
     def exchange(self, layer: int, one: int, other: int) -> None:
         """See `ExpertStore`."""
         on_disk = [self._is_on_disk(layer, row) for row in (one, other)]

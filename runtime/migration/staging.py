@@ -154,7 +154,7 @@ class Staging:
             used = {row for row, expert in zip(rows, here_LC[layer], strict=True) if expert != EMPTY_SLOT}
             self._rows = {key: row for key, row in self._rows.items() if key[0] != layer or row not in used}
             for row in set(range(len(contents.expert_of_row[layer]))) - used - self._reserved(layer):
-                contents.clear(layer, row)
+                self.store.vacate(layer, row)
         self._leave_staging()
 
     def _leave_staging(self) -> None:
@@ -169,7 +169,7 @@ class Staging:
     def release(self) -> None:
         """Give all reserved rows back."""
         for (layer, _), row in self._rows.items():
-            self.store.contents.clear(layer, row)
+            self.store.vacate(layer, row)
         self._rows = {}
 
     def _here(self, placement: Placement) -> np.ndarray:

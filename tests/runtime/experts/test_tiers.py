@@ -17,6 +17,7 @@ from moeplace.placement.tiers.policy import POLICIES
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
+from moeplace.runtime.experts.row_contents import NOTHING
 from moeplace.runtime.experts.tier_limits import TierLimits
 from moeplace.runtime.experts.tiered_store import TieredStore
 from moeplace.runtime.migration.live import LiveMigration
@@ -80,6 +81,7 @@ def check_integrity(store: TieredStore) -> None:
         assert len(loose) <= fast._room[layer]
         transit += sum(held.in_transit for held in by_row.values())
         for row, held in by_row.items():
+            assert store.contents.expert_of_row[layer][row] != NOTHING, "a fast row for an expert that has left"
             if held.has_come:
                 for part, value in store.parts_of(layer, row).items():
                     assert torch.equal(store.pool.parts()[part][held.target].cpu(), value)
