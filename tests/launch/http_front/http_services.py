@@ -3,6 +3,7 @@
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -19,8 +20,15 @@ from moeplace.runtime.event import Event
 from moeplace.runtime.service.api import FinishReason, RequestRecord, ServiceStatus, TokenEvent
 from moeplace.runtime.service.local_requests import LocalRequests
 
-WAIT = 20.0
+WAIT = 60.0
 """Seconds after which something that must happen has not."""
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Ask again and again: for what a server tells only when asked."""
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, f"did not come true within {WAIT:g} s"
 
 
 class ByteCoder:

@@ -16,7 +16,7 @@ from moeplace.launch.http_front.keys import Keys, read_client_keys
 from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.launch.http_front.wire.errors import ApiError
 from moeplace.profiling.errors import InputError
-from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served
+from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served, wait_until
 
 
 def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -124,11 +124,6 @@ def test_nobody_is_lost_and_nobody_counts_twice(seed: int | str, dated_seed: int
 def post(front: ThreadedFront, token: str = "", **options: Any) -> httpx.Response:
     headers = {**({"Authorization": f"Bearer {token}"} if token else {}), **options}
     return httpx.post(f"{front.url}/v1/completions", json={"prompt": "a"}, headers=headers, timeout=WAIT)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        pass
 
 
 def waiting(front: ThreadedFront, token: str = "") -> int:

@@ -16,7 +16,7 @@ from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.service.api import TokenEvent
 from tests.launch.http_front.http_process import ServerProcess, running_server
-from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served
+from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served, wait_until
 
 TEXT = "aé日😀 end. " * 3
 
@@ -359,8 +359,8 @@ def test_a_server_that_was_killed_and_started_again(tmp_path: Path) -> None:
         waiting = pool.submit(send, server.url, "waiting")
         assert send(server.url, "background", background=True).status_code == 202
         url = f"{server.url}/v1/requests"
-        while not all(_has_begun(httpx.get(f"{url}/{name}", timeout=60.0)) for name in ("waiting", "background")):
-            pass
+        for name in ("waiting", "background"):
+            wait_until(lambda name=name: _has_begun(httpx.get(f"{url}/{name}", timeout=60.0)))  # type: ignore[misc]
         server.process.kill()
         server.process.wait()
         with pytest.raises(httpx.TransportError):
