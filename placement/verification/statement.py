@@ -118,12 +118,12 @@ class Statement:
                 0 not in array.shape == shape and least <= array.min() and array.max() < np.inf
             ):
                 raise ValueError(f"{name} must be at least {least:g} and of shape {shape}")
-        for name, value, least in (
+        for name, number, least in (
             ("survive", self.survive, 0), ("batch", self.batch, 1), ("hidden bytes", self.hidden_bytes, 0),
             ("K/V bytes", self.kv_bytes, 0), ("seed", self.seed, 0), ("max_moves", self.max_moves or 0, 0),
         ):  # fmt: skip
-            if not least <= value < 2**62:
-                raise ValueError(f"{name} ({value}) must be at least {least}")
+            if not least <= number < 2**62:
+                raise ValueError(f"{name} ({number}) must be at least {least}")
         if not all(0 <= seconds < np.inf for seconds in (*self.expert, self.overhead)):
             raise ValueError("times must be finite and not negative")
 
