@@ -9,7 +9,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -348,10 +348,3 @@ def budgets_of(text: str) -> tuple[float, ...]:
             raise InputError(f"budget {word.strip()!r} must be a percentage above 0 and up to 100")
         shares.append(share)
     return tuple(shares)
-
-
-def with_prompts(options: OffloadOptions, tokens: Sequence[Sequence[int]]) -> OffloadOptions:
-    """The options with two batches of prompts, one after the other."""
-    half = len(tokens) // 2
-    own, other = (tuple(tuple(map(int, prompt)) for prompt in part) for part in (tokens[:half], tokens[half:]))
-    return replace(options, prompts=own, other_prompts=other)

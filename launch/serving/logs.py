@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 ACCESS_LOGGER = "moeplace.access"
-FORMATS = ("text", "json")
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 

@@ -91,6 +91,8 @@ def evaluate_tiers(
 ) -> TierEvaluation:
     """Walk `trace` under `placement` and `policy`.
 
+    More arguments than the interface of a style allows, because they are those of `evaluate` and a policy's.
+
     Args:
         trace: the tokens to judge by.
         placement: with tiers, or without: then every expert is backed by the host and caches start empty.

@@ -80,6 +80,8 @@ def plan_tiers(
 ) -> TierPlan:
     """Plan ranks and residency for `trace`.
 
+    More arguments than the interface of a style allows, because they are those of `evaluate_tiers` and a search's.
+
     Args:
         trace: tokens to fit to.
         start: a placement of every expert; where experts have several slots, only residency is planned.

@@ -100,6 +100,16 @@ class Tally(NamedTuple):
     """Seconds by which a rank took longer than with everything in fast memory."""
 
 
+class Stand(NamedTuple):
+    """Where the walk stands."""
+
+    step: int
+    layer: int
+    rank: int
+    now: float
+    """Seconds."""
+
+
 @njit(cache=True, nogil=True)
 def walk(routing: Routing, steps: Steps, pace: Pace, rule: Rule, fast: Fast, link: Link, tally: Tally) -> None:
     """All steps; `fast`, `link` and `tally` end as the last step leaves them."""
@@ -118,7 +128,7 @@ def walk(routing: Routing, steps: Steps, pace: Pace, rule: Rule, fast: Fast, lin
             for r in range(ranks):
                 follow(fast, link, r, now, step, rule.eviction, rule.keep, none_E)
                 drop(link, layer, r)
-                end = _compute(pace, rule, fast, link, tally, layer, r, step, now, tokens_RE[r])
+                end = _compute(pace, rule, fast, link, tally, Stand(step, layer, r, now), tokens_RE[r])
                 last = max(last, end)
                 _note_uses(rule, fast, layer, r, step, tokens_RE[r], weight_RE[r])
             for j in range(len(rule.accuracy_J)):
@@ -147,8 +157,9 @@ def _count_tokens(routing, steps, step, layer, tokens_RE, weight_RE):  # type: i
 
 
 @njit(cache=True, nogil=True)
-def _compute(pace, rule, fast, link, tally, layer, r, step, now, tokens_E):  # type: ignore[no-untyped-def]
+def _compute(pace, rule, fast, link, tally, stand, tokens_E):  # type: ignore[no-untyped-def]
     """The moment at which a rank has computed its experts of a layer."""
+    _, layer, r, now = stand
     experts = len(tokens_E)
     done_E = np.zeros(experts)  # when each activated expert has been computed on the device
     at = now + pace.fixed
@@ -183,9 +194,7 @@ def _compute(pace, rule, fast, link, tally, layer, r, step, now, tokens_E):  # t
     tally.uses_LRU[layer, r, ON_HOST] += num_missing - loaded
     tally.uses_LRU[layer, r, LOADED] += loaded
     for e in found[:loaded]:
-        at = _load(
-            rule, fast, link, layer, r, e, step, now, at, tokens_E, done_E, _device_seconds(pace, r, tokens_E[e])
-        )
+        at = _load(rule, fast, link, stand, e, at, _device_seconds(pace, r, tokens_E[e]), tokens_E, done_E)
         done_E[e] = at
     end = max(at, host_end)
     tally.waited_LR[layer, r] += end - everything
@@ -217,8 +226,9 @@ def _split(pace, link, layer, r, now, tokens_E, found):  # type: ignore[no-untyp
 
 
 @njit(cache=True, nogil=True)
-def _load(rule, fast, link, layer, r, e, step, now, at, tokens_E, done_E, own):  # type: ignore[no-untyped-def]
-    """Load a missing expert into a row, compute it; the moment at which that is done."""
+def _load(rule, fast, link, stand, e, at, own, tokens_E, done_E):  # type: ignore[no-untyped-def]
+    """Load a missing expert into a row, compute it in `own` seconds; the moment at which that is done."""
+    step, layer, r, now = stand
     begin = max(link.free_R[r], now)
     transit = -1
     if fast.room_LR[layer, r] == 0:

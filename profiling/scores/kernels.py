@@ -143,7 +143,7 @@ def belady_hits(ids_TK: np.ndarray, starts_Q: np.ndarray, num_experts: int, dept
     sequences = len(starts_Q)
     hits = np.zeros((sequences, depth + 1), dtype=np.int64)
     following = np.empty((tokens, top_k), dtype=np.int64)
-    soonest = np.empty(num_experts, dtype=np.int64)
+    priority = np.empty(num_experts, dtype=np.int64)  # minus the next use
     place = np.empty(num_experts, dtype=np.int64)
     stack = np.empty(depth, dtype=np.int64)
     never = np.int64(tokens) * top_k + num_experts
@@ -151,13 +151,13 @@ def belady_hits(ids_TK: np.ndarray, starts_Q: np.ndarray, num_experts: int, dept
         start = starts_Q[q]
         end = starts_Q[q + 1] if q + 1 < sequences else tokens
         for e in range(num_experts):
-            soonest[e] = never + e  # never again: any fixed order will do
+            priority[e] = -(never + e)  # never again: any fixed order will do
         for t in range(end - 1, start - 1, -1):
             for k in range(top_k - 1, -1, -1):
                 e = ids_TK[t, k]
                 if 0 <= e < num_experts:
-                    following[t, k] = soonest[e]
-                    soonest[e] = np.int64(t) * top_k + k
+                    following[t, k] = -priority[e]
+                    priority[e] = -(np.int64(t) * top_k + k)
         place[:] = -1
         held, seen = 0, 0
         for t in range(start, end):
@@ -176,25 +176,8 @@ def belady_hits(ids_TK: np.ndarray, starts_Q: np.ndarray, num_experts: int, dept
                 e = ids_TK[t, k]
                 if e < 0 or e >= num_experts:
                     continue
-                where = place[e]
-                end_of_walk = held if where < 0 or where >= depth else where
-                carried = e
-                for i in range(min(end_of_walk, depth)):
-                    other = stack[i]
-                    if i == 0 or soonest[carried] < soonest[other]:
-                        stack[i] = carried
-                        place[carried] = i
-                        carried = other
-                if 0 <= where < depth:
-                    stack[where] = carried
-                    place[carried] = where
-                elif held < depth:
-                    stack[held] = carried
-                    place[carried] = held
-                    held += 1
-                else:
-                    place[carried] = depth
-                soonest[e] = following[t, k]
+                held = _move_to_top(e, held, priority, place, stack)
+                priority[e] = -following[t, k]
     return hits
 
 

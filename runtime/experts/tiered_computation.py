@@ -44,10 +44,10 @@ class Segment(NamedTuple):
 
 
 class _Pace:
-    """Running means of what was measured: seconds of a load, of an expert on the host, on the device."""
+    """Running means of what was measured: seconds of a row on the host, of an expert on the device."""
 
     def __init__(self) -> None:
-        self.load, self.host_row, self.device = 0.0, 0.0, 0.0
+        self.host_row, self.device = 0.0, 0.0
 
     def note(self, name: str, seconds: float) -> None:
         before = getattr(self, name)

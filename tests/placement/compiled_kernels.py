@@ -52,10 +52,6 @@ def _sources(*floors: str) -> list[Path]:
     return sorted(path for floor in floors for path in (ROOT / floor).rglob("*.py"))
 
 
-def _dotted(path: Path) -> str:
-    return "moeplace." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
-
-
 def _names_outside_kernels(tree: ast.AST) -> Iterator[str]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef) and any("njit" in ast.unparse(one) for one in node.decorator_list):

@@ -147,23 +147,16 @@ def make_move(move, seats):  # type: ignore[no-untyped-def]
         add_holder(move.b, move.g, seats.holders)
     else:
         seats.slots_S[move.y] = move.a
-        _change_holder(move.a, move.g, move.h, seats.holders)
+        if move.a >= 0:
+            _change_holder(move.a, move.g, move.h, seats.holders)
         if move.b >= 0:
             _change_holder(move.b, move.h, move.g, seats.holders)
 
 
 @njit(cache=True, nogil=True, inline="always")
 def take_back(move, seats):  # type: ignore[no-untyped-def]
-    """Undo a move, in place."""
-    seats.slots_S[move.x] = move.a
-    if move.y < 0:
-        _drop_holder(move.b, move.g, seats.holders)
-        add_holder(move.a, move.g, seats.holders)
-    else:
-        seats.slots_S[move.y] = move.b
-        _change_holder(move.a, move.h, move.g, seats.holders)
-        if move.b >= 0:
-            _change_holder(move.b, move.g, move.h, seats.holders)
+    """Undo a move, in place: the same seats with the experts the other way round."""
+    make_move(Move(move.x, move.y, move.b, move.a, move.g, move.h), seats)
 
 
 @njit(cache=True, nogil=True, inline="always")
