@@ -25,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=default, help="seed of randomised tests (default: the date)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let `tests.seeds` and the workers, also after midnight, have the seed of this run."""
+    os.environ["MOEPLACE_SEED"] = str(config.getoption("--seed"))
+
+
 _WITH_PROCESSES = ("benches", "docs", "http_front", "on_ray", "quickstart", "serving", "watching")
 """Rooms of `tests/launch` (and `tests/docs`) whose tests start processes or servers."""
 

@@ -1,6 +1,5 @@
 """A placement file as the map in force: engines' own balancers put an expert twice on a rank."""
 
-import datetime
 import json
 from pathlib import Path
 
@@ -9,9 +8,10 @@ import pytest
 
 from moeplace.placement.placement_file import load_placement
 from moeplace.profiling.errors import InputError, MoeplaceWarning
+from tests.seeds import TODAY
 
 
-@pytest.mark.parametrize("seed", [*range(5), datetime.date.today().toordinal()])
+@pytest.mark.parametrize("seed", [*range(5), TODAY])
 def test_a_second_slot_of_a_rank_is_free_in_a_map_in_force(tmp_path: Path, seed: int) -> None:
     """The first slot keeps the expert, every further one of that rank is empty; as a placement it is an error."""
     print("seed", seed)

@@ -1,6 +1,5 @@
 """moeplace.policy.plan: what an engine may rely on. The oracle counts from slots alone."""
 
-import datetime
 import json
 import os
 import subprocess
@@ -14,8 +13,9 @@ import pytest
 
 from moeplace.placement.policy import readiness
 from moeplace.policy import Answer, plan
+from tests.seeds import TODAY
 
-SEEDS = [*range(6), datetime.date.today().toordinal()]
+SEEDS = [*range(6), TODAY]
 
 
 def instance(seed: int) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The plug-ins without their engines: settings, files, widths that change, ranks that disagree."""
 
-import datetime
 import sys
 import types
 from pathlib import Path
@@ -15,8 +14,9 @@ from moeplace.placement.placement_file import save_placement
 from moeplace.placement.policy.in_force import fetched, of_width
 from moeplace.placement.policy.settings import Settings
 from moeplace.runtime.plugins import sglang, vllm
+from tests.seeds import TODAY
 
-SEEDS = [*range(4), datetime.date.today().toordinal()]
+SEEDS = [*range(4), TODAY]
 LOAD = torch.tensor([[90, 10, 20, 30, 40, 50], [5, 5, 5, 60, 5, 5]], dtype=torch.int32)
 OLD = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1]] * 2)
 

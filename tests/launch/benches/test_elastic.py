@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from datetime import date
 from itertools import accumulate
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.files import read_json
 from moeplace.runtime.event import Event
 from tests.runtime.forked_members import ForkingSpawner
+from tests.seeds import TODAY
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5])
@@ -32,7 +32,7 @@ def test_a_quarter_of_the_slots_changes_hands(ranks: int) -> None:
     np.testing.assert_array_equal(moves(old, new), changed_L)
 
 
-@pytest.mark.parametrize("seed", [*range(30), date.today().toordinal()])
+@pytest.mark.parametrize("seed", [*range(30), TODAY])
 def test_slots_change_hands_whatever_ranks_hold(seed: int) -> None:
     """Uneven ranks, empty slots, experts on several ranks: the result is a placement (which no rank holding an expert
     twice is), what is there once moves to another rank, and something moves where two ranks have such experts."""
@@ -120,7 +120,7 @@ def test_ranks_come_go_and_die(
     """All tokens are those of the undisturbed process, everything asked for happened, and no byte too many moved."""
     monkeypatch.setattr(elastic, "LocalSpawner", ForkingSpawner)  # eight starts without an import each
     out = tmp_path / "elastic.json"
-    seed = date.today().toordinal()
+    seed = TODAY
     print(f"seed {seed}")
     options = ["--ranks", "2", "--steps", "30", "--replacements", "1", "--joins", "1", "--leaves", "1", "--kills", "1"]
     load = ["--batch", "4", "--bytes-per-step", "500000", "--mode", "coherent", "--probe-tokens", "4"]

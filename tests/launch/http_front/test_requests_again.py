@@ -5,7 +5,6 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.service.api import TokenEvent
 from tests.launch.http_front.http_process import ServerProcess, running_server
 from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served, wait_until
+from tests.seeds import TODAY
 
 TEXT = "aé日😀 end. " * 3
 
@@ -100,7 +100,7 @@ def _text(choice: dict[str, Any], kind: str) -> str:
 def test_a_stream_is_taken_up_where_it_broke_off(service: ManualService) -> None:
     """From any event on, whatever had gathered: joined, the pieces are the text, of every choice, each character once;
     while the rest is still to come and after the end."""
-    seed = date.today().toordinal()
+    seed = TODAY
     print(f"seed {seed}")
     rng = random.Random(seed)
     body = {"prompt": "a", "n": 2, "max_tokens": 500, "stream": True, "background": True, "return_token_ids": True}

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,9 @@ from moeplace.placement.engines import read_engine_placement, sidecar_path, writ
 from moeplace.placement.engines.fitting import add_layers, fill_empty_slots
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import FormatError, InputError, MoeplaceWarning
+from tests.seeds import TODAY
 
-SEEDS = (0, 1, 2, date.today().toordinal())
+SEEDS = (0, 1, 2, TODAY)
 
 
 def random_with_gaps(seed: int) -> Placement:

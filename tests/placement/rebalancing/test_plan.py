@@ -1,6 +1,5 @@
 """plan(): new loads, few moves. The oracle counts from slots alone and shares no code with what it judges."""
 
-import datetime
 import itertools
 import subprocess
 import sys
@@ -12,8 +11,8 @@ import pytest
 
 from moeplace.placement.rebalancing.plan import Plan, plan
 from moeplace.profiling.errors import InputError
+from tests.seeds import TODAY
 
-TODAY = datetime.date.today().toordinal()
 SEEDS = [*range(12), TODAY]
 
 

@@ -1,7 +1,5 @@
 """Loads alone: time is used until the bound is met, and nobody ends worse than where it began."""
 
-import datetime
-
 import numpy as np
 import pytest
 
@@ -13,8 +11,7 @@ from moeplace.placement.solve import solve
 from moeplace.placement.solvers.replicas.even_split import anneal_even
 from moeplace.placement.solvers.replicas.exact_search import Schedule
 from moeplace.placement.solvers.replicas.seats import seat
-
-TODAY = datetime.date.today().toordinal()
+from tests.seeds import TODAY
 
 
 def imbalance(row: np.ndarray, load_E: np.ndarray, speed_R: np.ndarray) -> float:

@@ -1,7 +1,5 @@
 """Load caps with replicas, judged by `evaluate`: what is feasible is kept, in every mode, at any number of ranks."""
 
-import datetime
-
 import numpy as np
 import pytest
 
@@ -16,8 +14,7 @@ from moeplace.placement.solvers.replicas.seats import find_holders
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_trace
 from tests.placement.random_placements import random_placement
-
-TODAY = datetime.date.today().toordinal()
+from tests.seeds import TODAY
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, TODAY])

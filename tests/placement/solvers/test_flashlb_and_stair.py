@@ -1,7 +1,5 @@
 """flashlb and stair: what their descriptions promise. The oracle counts from slots alone."""
 
-import datetime
-
 import numpy as np
 import pytest
 
@@ -12,8 +10,9 @@ from moeplace.placement.solvers import get_solver
 from moeplace.placement.solvers.flashlb import Search
 from moeplace.placement.solvers.stair import aligned, keeps_limits
 from moeplace.profiling.traces.trace import RoutingTrace
+from tests.seeds import TODAY
 
-SEEDS = [*range(6), datetime.date.today().toordinal()]
+SEEDS = [*range(6), TODAY]
 
 
 def over_steps(row: np.ndarray, steps_TE: np.ndarray, ranks: int) -> float:

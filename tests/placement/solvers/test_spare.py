@@ -1,6 +1,5 @@
 """Spare slots, bounds that contradict, and work that a time limit can pay for."""
 
-import datetime
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +18,11 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.solve import BoundError, solve
 from moeplace.placement.solvers.auto import search
 from tests.placement.instances import skewed_problem, skewed_trace
+from tests.seeds import TODAY
 
 WORK_PER_SECOND = 2e7
 """Experts of tokens in layers that may be replayed for each second of a limit: half of what a slow core manages."""
-SEEDS = (3, datetime.date.today().toordinal())
+SEEDS = (3, TODAY)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Survival on several nodes: feasible exactly when some way is found by trying all; layers are what they must be."""
 
-import datetime
 import itertools
 
 import numpy as np
@@ -11,8 +10,7 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.search.packing import pack_slots
 from moeplace.placement.search.spreading import fill_and_balance, held_on_nodes
 from moeplace.profiling.errors import InfeasibleError
-
-TODAY = datetime.date.today().toordinal()
+from tests.seeds import TODAY
 
 
 def some_way(experts: int, replicas: int, slots: list[int], nodes: list[int]) -> bool:

@@ -4,7 +4,6 @@ The clean ids are the oracle: what is left after mending must be they.
 """
 
 import warnings
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from moeplace.profiling.traces.file import load_trace
 from moeplace.profiling.traces.loads import load_load
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.profiling.builders import random_ids
+from tests.seeds import TODAY
 
-SEEDS = (0, 1, date.today().toordinal())
+SEEDS = (0, 1, TODAY)
 
 
 def read(folder: Path, experts: np.ndarray, **options: Any) -> tuple[Imported, RoutingTrace, list[str]]:

@@ -3,7 +3,6 @@
 import gzip
 import json
 import warnings
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from moeplace.profiling.errors import FormatError, InputError, MoeplaceWarning
 from moeplace.profiling.imports.canonical import Imported, ImportOptions
 from moeplace.profiling.imports.sources import import_from
 from moeplace.profiling.traces.loads import LoadStats, load_load
+from tests.seeds import TODAY
 
 pytestmark = pytest.mark.filterwarnings("ignore::moeplace.profiling.errors.MoeplaceWarning")
-SEEDS = (0, 1, 2, 3, date.today().toordinal())
+SEEDS = (0, 1, 2, 3, TODAY)
 
 
 def read(path: Path, source_format: str = "load", **options: Any) -> tuple[Imported, LoadStats]:

@@ -5,7 +5,6 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from datetime import date
 
 import pytest
 
@@ -13,6 +12,7 @@ from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.service.api import TokenEvent
 from moeplace.runtime.service.coordinator.actions import Tell
 from moeplace.runtime.service.coordinator.helpers import Deliveries, Reminders, Threads
+from tests.seeds import TODAY
 
 WAIT = 20.0
 
@@ -117,7 +117,7 @@ def event_of(tokens: list[int], first: int, end: bool) -> TokenEvent:
     return TokenEvent("a", tuple(tokens), "length" if end else None, None, logprobs)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3, date.today().toordinal()])
+@pytest.mark.parametrize("seed", [1, 2, 3, TODAY])
 def test_every_listener_hears_each_token_once(deliveries: Deliveries, seed: int) -> None:
     """Whoever asks again, from any token on, at any moment and after the end; tokens may be told twice."""
     print(f"seed {seed}")

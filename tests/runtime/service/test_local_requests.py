@@ -1,7 +1,6 @@
 """Who asked a local service for what: those who ask again hear the same, once and in order."""
 
 import random
-from datetime import date
 
 import pytest
 
@@ -9,6 +8,7 @@ from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.service import local_requests
 from moeplace.runtime.service.api import TokenEvent
 from moeplace.runtime.service.local_requests import LocalRequests
+from tests.seeds import TODAY
 
 
 def ask(requests: LocalRequests, name: str, heard: list[TokenEvent] | None = None, note: str = "") -> str:
@@ -23,7 +23,7 @@ def tokens_of(events: list[TokenEvent]) -> list[int]:
     return [token for event in events for token in event.token_ids]
 
 
-@pytest.mark.parametrize("seed", [1, 2, date.today().toordinal()])
+@pytest.mark.parametrize("seed", [1, 2, TODAY])
 def test_those_who_ask_again_hear_the_rest(seed: int) -> None:
     """From any token on and at any moment, after the end too: every token once, in order, and one end."""
     print(f"seed {seed}")
