@@ -148,5 +148,5 @@ class PackedWeights:
         return False
 
     def padded(self, matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
-        """See `LayerWeights`; not asked for."""
-        raise NotImplementedError
+        """See `LayerWeights`; nobody asks, see `suits_padding`."""
+        raise AssertionError("packed matrices are made one at a time")
