@@ -108,6 +108,9 @@ class Fp4:
         packed = parts["weight"].contiguous().view(torch.uint8)
         size = self.shape({name: tensor.shape for name, tensor in parts.items()})
         values = table[torch.stack([packed & 15, packed >> 4], dim=-1).int()].reshape(size)
+        groups = packed.shape[-2] if packed.ndim > parts["scale"].ndim else parts["scale"].shape[-1]
+        if list(parts["scale"].shape) != [*size[:-1], groups]:
+            raise ValueError(f"scales of shape {list(parts['scale'].shape)} for rows of shape {size[:-1]}")
         return values * _spread(read_scale(parts["scale"]), values.shape, ())
 
 
@@ -203,10 +206,12 @@ def _spread(scale: torch.Tensor, shape: Sequence[int], block: tuple[int, ...]) -
     if scale.numel() == 1:
         return scale.reshape(())
     if scale.ndim == len(shape) - 1:
-        scale = scale[..., None]
+        scale, block = scale[..., None], ()
+    if list(scale.shape[:-2]) != list(shape[:-2]):  # or those of one matrix would be taken for all
+        raise ValueError(f"scales of shape {list(scale.shape)} for weights of shape {list(shape)}")
     for axis, stated in ((-2, block[0] if block else 0), (-1, block[1] if block else 0)):
         length, blocks = shape[axis], scale.shape[axis]
-        if blocks == 1:
+        if blocks == 1 and (not stated or length <= stated):
             continue
         size = stated if stated and -(-length // stated) == blocks else length // blocks
         if size * blocks < length or size * (blocks - 1) >= length:

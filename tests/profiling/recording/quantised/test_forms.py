@@ -187,6 +187,21 @@ def test_tensors_that_do_not_fit_are_one_sentence(tmp_path: Path, form: str, dat
                     assert "\n" not in refusal
 
 
+@pytest.mark.parametrize("part", ["blocks", "scales"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_one_of_several_does_not_stand_for_all(tmp_path: Path, part: str, axis: int) -> None:
+    """One matrix, row or block among tensors of several: it is not repeated for the others."""
+    from safetensors.torch import load_file
+
+    stored, _ = store(tmp_path, np.random.default_rng(0).normal(0, 0.2, (3, 64, 64)), "mxfp4", 0)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(part))
+    save_file({**tensors, name: tensors[name].narrow(axis, 0, 1).contiguous()}, tmp_path / "model.safetensors")
+    refusal, _ = read(StoredTensors(tmp_path, stored.quantisation))
+    assert refusal is not None
+    assert "a.b.proj.weight" in refusal
+
+
 def test_groups_and_blocks_are_no_powers_of_the_sizes() -> None:
     """The packers' groups are smaller than the matrices that the other tests pack, or these would show nothing."""
     assert GROUP < 32
