@@ -15,6 +15,8 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft, SolveResult
 from moeplace.placement.solvers import get_solver
 from moeplace.placement.solvers.previous import keep_close, moved_summary
+from moeplace.placement.solvers.replicas.drawn import applies as is_drawn
+from moeplace.placement.solvers.replicas.drawn import keep_drawn_caps
 from moeplace.placement.solvers.replicas.repair import keep_caps
 from moeplace.placement.statement import state
 from moeplace.profiling.errors import InputError, MoeplaceError
@@ -102,9 +104,13 @@ def solve(
 def within_caps(
     problem: Problem, draft: Draft, caps_L: np.ndarray, rng: np.random.Generator, stop: np.ndarray
 ) -> Draft:
-    """The draft with layers mended whose replicas break a cap by the runtime's rule; not where moves are counted."""
+    """The draft with layers mended whose replicas break a cap by the problem's rule; not where moves are counted."""
     if problem.trace is None or problem.max_moves is not None or problem.move_price > 0:
         return draft
+    if is_drawn(problem):
+        if draft.slot_to_expert.shape[1] != problem.cluster.num_slots:  # shared out over layers
+            return draft
+        return replace(draft, slot_to_expert=keep_drawn_caps(problem, draft.slot_to_expert, caps_L, stop))
     slots_LS = keep_caps(problem, draft.slot_to_expert, caps_L, rng, stop)
     return replace(draft, slot_to_expert=slots_LS)
 

@@ -51,9 +51,10 @@ def run(args: argparse.Namespace) -> int:
     placement = file.placement
     if args.num_hidden_layers is not None:
         placement = placement.replace(num_hidden_layers=args.num_hidden_layers)
-    placement, notes = _fit(args, placement)
+    repeat = file.evidence.get("replica_rule", "moeplace") != "moeplace"
+    placement, notes = _fit(args, placement, repeat)
     provenance = {"command": shlex.join(["moeplace", *sys.argv[1:]]), "solver": file.solver, "evidence": file.evidence}
-    export = write_engine_placement(args.out, placement, args.to, provenance=provenance)
+    export = write_engine_placement(args.out, placement, args.to, provenance=provenance, repeat=repeat)
     notes += [*export.notes, *_what_remains(args, file)]
     if args.json:
         write_json(args.json, {"files": list(export.files), "start": export.start, "notes": notes})
@@ -95,13 +96,18 @@ def _judge(path: str, file: "PlacementFile") -> dict[str, Any]:
     return figures_by_rule(problem, file.placement, side)
 
 
-def _fit(args: argparse.Namespace, placement: "Placement") -> tuple["Placement", list[str]]:
+def _fit(args: argparse.Namespace, placement: "Placement", repeat: bool) -> tuple["Placement", list[str]]:
     """The placement with the layers that the flags add and without empty slots, and what to say about it.
+
+    With `repeat` slots stay empty that the engine's file fills with experts of their rank: the plan left them empty
+    because a replica costs ranks where an engine draws among replicas.
 
     Raises:
         InputError: the engine has no rows for draft layers, or a layer is there already.
     """
+    from moeplace.placement.engines import REPEATS
     from moeplace.placement.engines.fitting import add_layers, fill_empty_slots
+    from moeplace.placement.repeats import repeat_experts
     from moeplace.profiling.errors import InputError
 
     notes = []
@@ -116,7 +122,10 @@ def _fit(args: argparse.Namespace, placement: "Placement") -> tuple["Placement",
     if added:
         placement = add_layers(placement, added)
         notes.append(f"decoder layers {', '.join(map(str, added))} were added, experts in index order")
-    if args.to not in TAKES_EMPTY_SLOTS:
+    if repeat and args.to in REPEATS:
+        if repeated := repeat_experts(placement)[1]:
+            notes.append(f"{repeated} empty slots repeat an expert of their rank, which costs no traffic")
+    elif args.to not in TAKES_EMPTY_SLOTS:
         placement, filled = fill_empty_slots(placement)
         if filled:
             notes.append(

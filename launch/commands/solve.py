@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     problem, result, held_out, baseline = chosen.problem, chosen.result, chosen.solved, chosen.baseline
     _print_result(problem, result, held_out, baseline, sides.name)
     evidence = {"split": sides.name, **held_out_figures(held_out), "index_order": held_out_figures(baseline)}
-    if result.placement.has_replicas:
+    if result.placement.has_replicas or problem.replica_rule.share is not None:
         evidence["by_replica_rule"] = figures_by_rule(problem, result.placement, sides.test)
     if problem.cluster.memory is not None:
         result, evidence["tiers"] = _plan_tiers(args, problem, result, sides)

@@ -50,11 +50,14 @@ class ReplicaRule:
         name: of the rule.
         engine: who follows it, with version and setting.
         on: makes the rule ready for a placement.
+        share: of rules that look at one expert at a time: ((R,) bool ranks that hold it, (R,) node of each rank) ->
+            (R, R) float64, the share of a home's tokens (row) that each rank (column) may be expected to serve.
     """
 
     name: str
     engine: str
     on: Callable[[Placement], ChooseRanks]
+    share: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
 
 def get_rule(name: str) -> ReplicaRule:
@@ -80,32 +83,50 @@ def nearest_static_slots(placement: Placement) -> np.ndarray:
     a fair draw among all slots for all ranks in want of one. Every rank draws for itself, from the same seed, and draws
     only for experts that it has no near slot of.
     """
-    slots_LE = _slots_of_experts(placement)
-    layers, experts = placement.num_layers, placement.num_experts
-    table_RLE = np.full((placement.num_ranks, layers, experts), -1, np.int64)
-    for layer, slots_E in enumerate(slots_LE):
+    draws = StaticDraws(placement.rank_of_slot, placement.node_of_rank)
+    tables = [draws.next_layer(row_S, placement.num_experts) for row_S in placement.slot_to_expert]
+    return np.stack(tables, axis=1)
+
+
+class StaticDraws:
+    """The slots of one layer after another: a rank draws on where it stopped in the layer before."""
+
+    def __init__(self, rank_of_slot: np.ndarray, node_of_rank: np.ndarray) -> None:
+        self._rank_S, self._node_R = rank_of_slot, node_of_rank
+        self._draw_R = [random.Random(SGLANG_SEED) for _ in node_of_rank]
+
+    def next_layer(self, slots_S: np.ndarray, num_experts: int) -> np.ndarray:
+        """(R, E) slot that each rank sends an expert's tokens to, -1 = the expert has none."""
+        slots_E = slots_of_experts(slots_S, num_experts)
+        table_RE = np.full((len(self._node_R), num_experts), -1, np.int64)
         for expert, slots in enumerate(slots_E):
-            table_RLE[:, layer, expert] = [_near_slot(placement, slots, rank) for rank in range(placement.num_ranks)]
-    wanting_RLE = (table_RLE < 0) & (placement.replica_counts > 0)
-    for rank in range(placement.num_ranks):
-        draw = random.Random(SGLANG_SEED)
-        for layer, expert in np.argwhere(wanting_RLE[rank]):
-            wanting = np.flatnonzero(wanting_RLE[:, layer, expert])
-            choices = _fair_choices(slots_LE[layer][expert], len(wanting), draw)
-            table_RLE[rank, layer, expert] = choices[int(np.searchsorted(wanting, rank))]
-    return table_RLE
+            table_RE[:, expert] = slots[0] if len(slots) == 1 else -1
+            if len(slots) > 1:
+                table_RE[:, expert] = self._near_slots(np.array(slots))
+        wanting_RE = (table_RE < 0) & np.array([bool(slots) for slots in slots_E])
+        for rank, draw in enumerate(self._draw_R):
+            for expert in np.flatnonzero(wanting_RE[rank]).tolist():
+                wanting = np.flatnonzero(wanting_RE[:, expert])
+                choices = _fair_choices(slots_E[expert], len(wanting), draw)
+                table_RE[rank, expert] = choices[int(np.searchsorted(wanting, rank))]
+        return table_RE
 
+    def try_layer(self, slots_S: np.ndarray, num_experts: int) -> np.ndarray:
+        """What `next_layer` would say, with nothing drawn."""
+        states = [draw.getstate() for draw in self._draw_R]
+        table_RE = self.next_layer(slots_S, num_experts)
+        for draw, state in zip(self._draw_R, states, strict=True):
+            draw.setstate(state)
+        return table_RE
 
-def _near_slot(placement: Placement, slots: list[int], rank: int) -> int:
-    """The slot that is near enough not to be drawn for, -1 = none."""
-    if len(slots) < 2:
-        return slots[0] if slots else -1
-    ranks = placement.rank_of_slot[slots]
-    own = np.flatnonzero(ranks == rank)
-    mates = np.flatnonzero(placement.node_of_rank[ranks] == placement.node_of_rank[rank])
-    if len(own):
-        return slots[own[0]]
-    return slots[mates[0]] if 0 < len(mates) < len(slots) else -1
+    def _near_slots(self, slots_J: np.ndarray) -> np.ndarray:
+        """(R,) slot of an expert that is near enough not to be drawn for, -1 = none."""
+        rank_J, ranks = self._rank_S[slots_J], np.arange(len(self._node_R))
+        mate_RJ = self._node_R[rank_J] == self._node_R[:, None]
+        own_RJ = rank_J == ranks[:, None]
+        some_R = mate_RJ.any(axis=1) & ~mate_RJ.all(axis=1)
+        near_R = np.where(some_R, slots_J[mate_RJ.argmax(axis=1)], -1)
+        return np.where(own_RJ.any(axis=1), slots_J[own_RJ.argmax(axis=1)], near_R)
 
 
 def _fair_choices(slots: list[int], count: int, draw: random.Random) -> list[int]:
@@ -116,23 +137,28 @@ def _fair_choices(slots: list[int], count: int, draw: random.Random) -> list[int
     return chosen
 
 
-def _slots_of_experts(placement: Placement) -> list[list[list[int]]]:
-    """[layer][expert] slots, rising."""
-    slots_LE: list[list[list[int]]] = [[[] for _ in range(placement.num_experts)] for _ in range(placement.num_layers)]
-    for layer, slot in np.argwhere(placement.slot_to_expert != EMPTY_SLOT).tolist():
-        slots_LE[layer][placement.slot_to_expert[layer, slot]].append(slot)
-    return slots_LE
+def slots_of_experts(slots_S: np.ndarray, num_experts: int) -> list[list[int]]:
+    """[expert] slots of a layer, rising."""
+    slots_E: list[list[int]] = [[] for _ in range(num_experts)]
+    for slot, expert in enumerate(slots_S.tolist()):
+        if expert != EMPTY_SLOT:
+            slots_E[expert].append(slot)
+    return slots_E
+
+
+def replica_ranks(slots_S: np.ndarray, num_experts: int, rank_of_slot: np.ndarray) -> np.ndarray:
+    """(E, J) int32 rank of the j-th slot of each expert of a layer, -1 beyond its last."""
+    slots_E = slots_of_experts(slots_S, num_experts)
+    table_EJ = np.full((num_experts, max(map(len, slots_E))), -1, np.int32)
+    for expert, slots in enumerate(slots_E):
+        table_EJ[expert, : len(slots)] = rank_of_slot[slots]
+    return table_EJ
 
 
 def _replica_ranks(placement: Placement) -> list[np.ndarray]:
-    """[layer] (E, J) rank of the j-th slot of each expert, -1 beyond its last."""
-    tables = []
-    for slots_E in _slots_of_experts(placement):
-        table_EJ = np.full((len(slots_E), max(map(len, slots_E))), -1, np.int32)
-        for expert, slots in enumerate(slots_E):
-            table_EJ[expert, : len(slots)] = placement.rank_of_slot[slots]
-        tables.append(table_EJ)
-    return tables
+    """`replica_ranks` of each layer."""
+    rows_LS, experts = placement.slot_to_expert, placement.num_experts
+    return [replica_ranks(row_S, experts, placement.rank_of_slot) for row_S in rows_LS]
 
 
 def _on_moeplace(placement: Placement) -> ChooseRanks:
@@ -154,26 +180,54 @@ def _on_nearest_static(placement: Placement) -> ChooseRanks:
 
 
 def _on_random(placement: Placement) -> ChooseRanks:
-    tables, counts_LE = _replica_ranks(placement), placement.replica_counts
+    tables = _replica_ranks(placement)
 
     def choose(layer: int, ids_TK: np.ndarray, near_T: np.ndarray, rank_TK: np.ndarray) -> None:
-        share_TK = np.random.default_rng((SGLANG_SEED, layer)).random(ids_TK.shape)
-        replica_TK = (share_TK * counts_LE[layer][ids_TK]).astype(np.int64)
-        rank_TK[:] = np.where(ids_TK >= 0, tables[layer][ids_TK, replica_TK], -1)
+        rank_TK[:] = random_ranks(layer, ids_TK, tables[layer])
 
     return choose
+
+
+def random_ranks(layer: int, ids_TK: np.ndarray, table_EJ: np.ndarray) -> np.ndarray:
+    """(T, K) serving ranks where any slot of `replica_ranks` may be drawn for any expert of a token."""
+    share_TK = np.random.default_rng((SGLANG_SEED, layer)).random(ids_TK.shape)
+    replica_TK = (share_TK * (table_EJ >= 0).sum(axis=1)[ids_TK]).astype(np.int64)
+    return np.where(ids_TK >= 0, table_EJ[ids_TK, replica_TK], -1)
 
 
 def _on_hash(placement: Placement) -> ChooseRanks:
-    tables, counts_LE = _replica_ranks(placement), placement.replica_counts
+    tables = _replica_ranks(placement)
 
     def choose(layer: int, ids_TK: np.ndarray, near_T: np.ndarray, rank_TK: np.ndarray) -> None:
-        row_T = np.arange(len(ids_TK)) // placement.num_ranks  # of the token in what its home has to do
-        hash_T = (row_T * KNUTH_MULTIPLIER) & 0xFFFFFFFF
-        replica_TK = hash_T[:, None] % np.maximum(counts_LE[layer][ids_TK], 1)
-        rank_TK[:] = np.where(ids_TK >= 0, tables[layer][ids_TK, replica_TK], -1)
+        rank_TK[:] = hash_ranks(ids_TK, placement.num_ranks, tables[layer])
 
     return choose
+
+
+def hash_ranks(ids_TK: np.ndarray, num_ranks: int, table_EJ: np.ndarray) -> np.ndarray:
+    """(T, K) serving ranks where the row of a token, in what its home has to do, chooses among `replica_ranks`."""
+    row_T = np.arange(len(ids_TK)) // num_ranks
+    hash_T = (row_T * KNUTH_MULTIPLIER) & 0xFFFFFFFF
+    replica_TK = hash_T[:, None] % np.maximum((table_EJ >= 0).sum(axis=1)[ids_TK], 1)
+    return np.where(ids_TK >= 0, table_EJ[ids_TK, replica_TK], -1)
+
+
+def _any_alike(held_R: np.ndarray, node_R: np.ndarray) -> np.ndarray:
+    """Every replica serves as much of every home."""
+    return np.tile(held_R / max(int(held_R.sum()), 1), (len(held_R), 1))
+
+
+def _near_else_any(held_R: np.ndarray, node_R: np.ndarray) -> np.ndarray:
+    """The home's own replica, else the first of its node if only some are there, else any alike."""
+    share_RR, ranks = _any_alike(held_R, node_R), np.flatnonzero(held_R)
+    if len(ranks) < 2:
+        return share_RR
+    for home, node in enumerate(node_R):
+        mates = ranks[node_R[ranks] == node]
+        near = home if held_R[home] else mates[0] if 0 < len(mates) < len(ranks) else -1
+        if near >= 0:
+            share_RR[home] = np.arange(len(held_R)) == near
+    return share_RR
 
 
 MOEPLACE = ReplicaRule("moeplace", "moeplace's own runtime", _on_moeplace)
@@ -181,9 +235,11 @@ REPLICA_RULES = {
     rule.name: rule
     for rule in (
         MOEPLACE,
-        ReplicaRule("nearest-static", "SGLang 0.5.23 with --ep-dispatch-algorithm static", _on_nearest_static),
-        ReplicaRule("random", "SGLang 0.5.23 with --ep-dispatch-algorithm dynamic", _on_random),
-        ReplicaRule("hash", "vLLM 0.33.0 with EPLB", _on_hash),
+        ReplicaRule(
+            "nearest-static", "SGLang 0.5.23 with --ep-dispatch-algorithm static", _on_nearest_static, _near_else_any
+        ),
+        ReplicaRule("random", "SGLang 0.5.23 with --ep-dispatch-algorithm dynamic", _on_random, _any_alike),
+        ReplicaRule("hash", "vLLM 0.33.0 with EPLB", _on_hash, _any_alike),
     )
 }
 RULES_OF_ENGINE = {"sglang": ("nearest-static", "random"), "vllm": ("hash",)}

@@ -14,6 +14,7 @@ import numpy as np
 
 from moeplace.placement.engines.form import Export, Facts, Rows, build_placement
 from moeplace.placement.placement import Placement
+from moeplace.placement.repeats import repeat_experts, without_bare_ranks
 from moeplace.profiling.errors import FormatError, InputError, MoeplaceWarning
 from moeplace.profiling.files import read_json, require_file, write_json
 
@@ -25,6 +26,8 @@ ENGINES = {  # name -> module of this package
     "omni": "omni",
     "exflow": "exflow",
 }
+REPEATS = ("sglang", "vllm")
+"""Engines in which a rank may hold an expert twice (SGLang 0.5.23 and vLLM 0.33.0 do so in maps of their own)."""
 ONLY_PLACEMENTS = ("vllm-ascend", "omni")
 """Engines of which no trace or load file is read."""
 SIDECAR_FORMAT = "moeplace.export/1"
@@ -43,10 +46,30 @@ class Engine(Protocol):
         ...
 
 
+class RepeatingEngine(Protocol):
+    """A module of REPEATS."""
+
+    def write(self, placement: Placement, path: Path, table: np.ndarray | None = None) -> Export:
+        """As `Engine.write`; `table` says what empty slots hold."""
+        ...
+
+
 def write_engine_placement(
-    path: str | Path, placement: Placement, engine: str, *, provenance: dict[str, Any] | None = None
+    path: str | Path,
+    placement: Placement,
+    engine: str,
+    *,
+    provenance: dict[str, Any] | None = None,
+    repeat: bool = False,
 ) -> Export:
     """Write `placement` as the file that `engine` loads, read it back, and write the sidecar.
+
+    Args:
+        path: the file.
+        placement: what to write.
+        engine: a name of ENGINES.
+        provenance: further entries of the sidecar.
+        repeat: empty slots repeat an expert of their rank (engines of REPEATS), and are read back as empty.
 
     Raises:
         InputError: there is no such engine, its format cannot express the placement (the message names the layer), or
@@ -59,9 +82,15 @@ def write_engine_placement(
             f"{engine} keeps every expert in fast memory, but {backed} slots of the placement are backed by host or "
             "disk: solve for a cluster without memory tiers"
         )
-    export = module.write(placement, target)
     facts = _facts(placement)
-    again = build_placement(module.read(target, facts), facts, str(target), engine)
+    with warnings.catch_warnings():
+        if repeat and engine in REPEATS:
+            placement = without_bare_ranks(placement)
+            export = cast(RepeatingEngine, module).write(placement, target, repeat_experts(placement)[0])
+            warnings.simplefilter("ignore", MoeplaceWarning)  # of repeated experts, which are meant
+        else:
+            export = module.write(placement, target)
+        again = build_placement(module.read(target, facts), facts, str(target), engine)
     if not np.array_equal(again.copies_LER, placement.copies_LER):
         raise FormatError(f"{target} does not read back as the placement that was written")
     sidecar = {

@@ -19,13 +19,16 @@ NOTE = (
 )
 
 
-def write(placement: Placement, path: Path) -> Export:
-    """Write the placement; a dense layer gets the trivial row `i % E`."""
+def write(placement: Placement, path: Path, table: np.ndarray | None = None) -> Export:
+    """Write the placement; a dense layer gets the trivial row `i % E`.
+
+    `table` (L, S) says what slots hold that are empty in the placement.
+    """
     if path.suffix != ".json":
         raise InputError(f"{path} must end in .json: SGLang takes any other name for the JSON text itself")
-    check_form(placement, "SGLang")
+    check_form(placement, "SGLang", allow_empty=table is not None)
     rows = np.tile(np.arange(placement.num_slots) % placement.num_experts, (placement.num_hidden_layers, 1))
-    rows[placement.layer_ids] = placement.slot_to_expert
+    rows[placement.layer_ids] = placement.slot_to_expert if table is None else table
     text = ",\n".join(json.dumps(row) for row in rows.tolist())
     with atomic_write(path) as file:
         file.write(f'{{"{KEY}": [\n{text}\n]}}\n'.encode())

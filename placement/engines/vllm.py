@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moeplace.placement.engines.form import Export, Facts, Rows, check_form, redundant_slots
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import FormatError
@@ -19,22 +21,26 @@ NOTE = (
 )
 
 
-def write(placement: Placement, path: Path) -> Export:
-    """Write the record to `path` and the list beside it as `<path>.list.json`."""
-    check_form(placement, "vLLM")
+def write(placement: Placement, path: Path, table: np.ndarray | None = None) -> Export:
+    """Write the record to `path` and the list beside it as `<path>.list.json`.
+
+    `table` (L, S) says what slots hold that are empty in the placement.
+    """
+    check_form(placement, "vLLM", allow_empty=table is not None)
+    rows = (placement.slot_to_expert if table is None else table).tolist()
     redundant = redundant_slots(placement)
     record = {
         "record_type": RECORD,
         "version": 1,
         "num_redundant_experts": redundant,
         "num_slots": placement.num_slots,
-        "initial_global_assignments": {str(i): row for i, row in enumerate(placement.slot_to_expert.tolist())},
+        "initial_global_assignments": {str(i): row for i, row in enumerate(rows)},
     }
     second = path.with_name(f"{path.name}.list.json")
     with atomic_write(path) as file:
         file.write(json.dumps(record).encode() + b"\n")
     with atomic_write(second) as file:
-        file.write(json.dumps(placement.slot_to_expert.tolist()).encode() + b"\n")
+        file.write(json.dumps(rows).encode() + b"\n")
     one, other = (
         json.dumps({"num_redundant_experts": redundant, key: str(file)})
         for key, file in (("initial_mapping_path", path), ("initial_expert_map_path", second))

@@ -19,9 +19,12 @@ def of_width(slots_LS: np.ndarray, slots: int) -> np.ndarray:
 def of_file(path: str, *, layers: int, experts: int, ranks: int, slots_per_rank: int, previous: object) -> Answer:
     """The map that a placement file says, as it is; the previous one, with the reason, where it does not fit.
 
+    Where the file leaves slots empty they repeat an expert of their rank, as engines need one in each.
+
     Never raises. Figures of the answer are those of a map that is not judged: NaN.
     """
     from moeplace.placement.placement_file import load_placement  # not light: SciPy is behind it
+    from moeplace.placement.repeats import repeat_experts, without_bare_ranks
 
     shape = (layers, experts, ranks * slots_per_rank)
     try:
@@ -30,8 +33,9 @@ def of_file(path: str, *, layers: int, experts: int, ranks: int, slots_per_rank:
             return keep(previous, shape, f"{path} is for {placement.num_ranks} ranks, not {ranks}")
         if (placement.slots_of_rank != slots_per_rank).any():
             return keep(previous, shape, f"{path} has other slots per rank than {slots_per_rank}")
-        slots_LS = np.asarray(placement.slot_to_expert, np.int32)
-        wrong = why_not(slots_LS, shape, slots_per_rank)
+        table, repeated = repeat_experts(without_bare_ranks(placement))
+        slots_LS = np.asarray(table, np.int32)
+        wrong = why_not(slots_LS, shape, slots_per_rank, twice=repeated > 0)
     except Exception as error:  # an engine goes on with the map it has
         wrong = str(error)
     if wrong is not None:

@@ -23,6 +23,11 @@ def packed_start(problem: Problem, layer: int) -> np.ndarray:
     return np.concatenate([rank_E, np.repeat(np.arange(cluster.num_ranks), room_R)])
 
 
+def unreplicated(problem: Problem, layer: int) -> np.ndarray:
+    """(S,) int32 slots of a layer packed by load, every expert once."""
+    return to_slots(packed_start(problem, layer), int(problem.experts_per_layer[layer]))
+
+
 def load_limits(problem: Problem, layer: int, start_S: np.ndarray, cap: float | None) -> np.ndarray:
     """(R,) most load of each rank: `cap` times its fair share, or what packing reached if that is more.
 

@@ -25,16 +25,19 @@ from moeplace.placement.budget import Budget
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
 from moeplace.placement.search.alignment import aligned
+from moeplace.placement.search.sample import judging_trace
 from moeplace.placement.search.ties import Ties, ties_of
 from moeplace.placement.solvers.balance import solve_balance
 from moeplace.placement.solvers.chain.owner_sweeps import applies, sweep_owners
 from moeplace.placement.solvers.exact.viterbi import fits, solve_viterbi
 from moeplace.placement.solvers.judge import Judge
 from moeplace.placement.solvers.lpt import rebalanced, solve_lpt
-from moeplace.placement.solvers.replicas.budget import search_budget
+from moeplace.placement.solvers.replicas.budget import search_budget, with_steps
+from moeplace.placement.solvers.replicas.drawn import applies as is_drawn
+from moeplace.placement.solvers.replicas.drawn import choose_rows
 from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_replicas, search_surviving_chain
 from moeplace.placement.solvers.replicas.repair import keep_caps
-from moeplace.placement.solvers.schedule import search_layers
+from moeplace.placement.solvers.schedule import search_layers, searches_within
 from moeplace.placement.solvers.seconds import fastest
 from moeplace.placement.solvers.spare import use_all_slots, widened, without_spare
 
@@ -42,8 +45,10 @@ _MENDING = 77
 """Key of the random numbers with which layers above their caps are mended."""
 OWNERS_SHARE = 0.2
 """Of the time, for sweeps that see where tokens are: what the search by layers gains in it is less (solvers.md)."""
+_REPLICATED_SHARE = 0.15
+"""Share of the time for replicas as moeplace would use them where an engine draws among replicas."""
 _NARROW_SHARE = 0.25
-"""Share of the time for a search without replicas where slots are to spare: it needs less to settle."""
+"""Share of the time for a search with fewer slots where slots are to spare: it needs less to settle."""
 
 
 def solve_portfolio(problem: Problem, budget: Budget) -> Draft:
@@ -88,12 +93,14 @@ def search(
     """
     narrow = without_spare(problem)
     bound = ties is not None and ties.bind
+    capped = problem.replace(objective="traffic", max_imbalance=cap)
+    caps_L = held_imbalance(capped)
+    if is_drawn(problem) and not bound and problem.replica_budget == "per-layer" and not budget.expired:
+        return _search_drawn(problem, budget, cap, share, caps_L)
     if narrow is None or problem.replica_budget == "global" or bound or budget.expired:
         slots_LS, cut = _search(problem, budget, cap, share, ties)
         return [slots_LS], cut
     slots_LS, cut = _search(problem, budget, cap, share * (1 - _NARROW_SHARE), ties)
-    capped = problem.replace(objective="traffic", max_imbalance=cap)
-    caps_L = held_imbalance(capped)
     if caps_L is not None:
         with budget.alarm(budget.remaining) as stop:
             slots_LS = keep_caps(problem, slots_LS, caps_L, budget.rng(_MENDING), stop)
@@ -101,6 +108,42 @@ def search(
     drafts = [slots_LS, widened(problem, narrow, fewer_LS)]
     mixed = Judge(capped, ties, caps_L, budget.time_limit).combine(drafts)
     return drafts if mixed is None else [*drafts, mixed], cut or also_cut
+
+
+def _search_drawn(
+    problem: Problem, budget: Budget, cap: float | None, share: float, caps_L: np.ndarray | None
+) -> tuple[list[np.ndarray], bool]:
+    """`search` where an engine draws among replicas: most of the time goes to ranks of unequal numbers of experts.
+
+    That plan, the best with one slot per rank fewer, and one with replicas as moeplace would use them are given each
+    layer's choice, with replicas added where they save under the rule; the last draft is the outcome.
+    """
+    replicated_LS, cut = _search(problem, budget, cap, _REPLICATED_SHARE * share, None)
+    drafts, left = [replicated_LS], share * (1 - _REPLICATED_SHARE)
+    if problem.spare_per_rank:
+        fewer_LS, also_cut = _with_fewer_slots(problem, budget, cap, share * _NARROW_SHARE, caps_L)
+        drafts.append(fewer_LS)
+        cut |= also_cut
+        left -= share * _NARROW_SHARE
+    found, also_cut = search_layers(problem, budget, cap, left * budget.time_limit, plain=True)
+    drafts.append(aligned(problem, np.stack([row for _, row in found])))
+    with budget.alarm(budget.remaining) as stop:
+        rows = [[draft[layer] for draft in drafts] for layer in range(problem.num_layers)]
+        drafts.append(choose_rows(problem, judging_trace(problem, budget.time_limit), caps_L, rows, stop))
+    return drafts, cut or also_cut
+
+
+def _with_fewer_slots(
+    problem: Problem, budget: Budget, cap: float | None, share: float, caps_L: np.ndarray | None
+) -> tuple[np.ndarray, bool]:
+    """(the plan with one slot per rank fewer, whether it was cut short); with none to spare where time is short."""
+    pays = searches_within(problem, share * budget.time_limit) > 1
+    narrow = with_steps(problem, -1 if pays else -problem.spare_per_rank)
+    if is_drawn(narrow) and not budget.expired:
+        drafts, cut = _search_drawn(narrow, budget, cap, share, caps_L)
+    else:
+        drafts, cut = search(narrow, budget, cap, share, None)
+    return widened(problem, narrow, drafts[-1]), cut
 
 
 def _search(

@@ -15,6 +15,7 @@ import numpy as np
 
 from moeplace.placement.budget import Budget
 from moeplace.placement.problem import Problem
+from moeplace.placement.search.layout import unreplicated
 from moeplace.placement.search.packing import pack_slots
 from moeplace.placement.search.ties import Ties
 from moeplace.placement.solvers.layer.search import MOST_TOKENS, Effort, LayerSearch
@@ -42,18 +43,19 @@ Found = tuple[float, np.ndarray]
 
 def search_layers(
     problem: Problem, budget: Budget, cap: float | None, seconds: float, layers: Sequence[int] | None = None,
-    ties: Ties | None = None,
+    ties: Ties | None = None, plain: bool = False,
 ) -> tuple[list[Found], bool]:  # fmt: skip
     """Rounds of one run per layer, a quick one first so that there is always a placement; the best run of each.
 
-    With `ties` the quick round begins at their rows; if they bind, every round does.
+    With `ties` the quick round begins at their rows; if they bind, every round does. If `plain`, spare slots stay empty
+    and no replica is tried: ranks may then hold unequal numbers of experts.
 
     Returns the best of each of the layers (by default all), and whether the clock cut the work short.
     """
     deadline = min(budget.elapsed + seconds, budget.time_limit)
     chosen = range(problem.num_layers) if layers is None else layers
     with budget.alarm(deadline - budget.elapsed) as stop:
-        return _Rounds(problem, budget, cap, seconds, deadline, chosen, stop, ties).run()
+        return _Rounds(problem, budget, cap, seconds, deadline, chosen, stop, ties, plain).run()
 
 
 @dataclass
@@ -68,6 +70,7 @@ class _Rounds:
     layers: Sequence[int]
     stop: np.ndarray
     ties: Ties | None
+    plain: bool
     searches: dict[int, LayerSearch] = field(default_factory=dict)
     planned: float = 0.0
     spent: float = 0.0
@@ -75,8 +78,11 @@ class _Rounds:
 
     def __post_init__(self) -> None:
         bound = self.ties is not None and self.ties.bind
-        self.efforts = round_efforts(self.problem, self.seconds, len(self.layers), bound)
-        if self.ties is None:
+        copies = not self.plain and bool((self.problem.redundant_slots > 0).any())
+        self.efforts = round_efforts(self.problem, self.seconds, len(self.layers), bound, copies)
+        if self.plain:
+            start = {layer: unreplicated(self.problem, layer) for layer in self.layers}
+        elif self.ties is None:
             start = {layer: pack_slots(self.problem, layer) for layer in self.layers}
         else:
             self.efforts[0] = replace(self.efforts[0], warm=True)
@@ -102,7 +108,9 @@ class _Rounds:
             return True
         if layer not in self.searches:
             hedge = effort.hedge if self.cap is not None else 0.0
-            self.searches[layer] = LayerSearch(self.problem, layer, self.cap, hedge, self.stop, self.ties)
+            self.searches[layer] = LayerSearch(
+                self.problem, layer, self.cap, hedge, self.stop, self.ties, plain=self.plain
+            )
         value, row_S = self.searches[layer].run(effort.scaled(factor), self.budget.rng(layer, number))
         with self.lock:  # ties go to the earlier round, whichever ends first
             if (value, number) < self.best[layer][:2]:
@@ -131,12 +139,16 @@ def searches_within(problem: Problem, seconds: float) -> int:
     return max(int(seconds * workers() / (_SETUP_SECONDS * assignments * searches)), 1)
 
 
-def round_efforts(problem: Problem, seconds: float, layers: int, bound: bool = False) -> list[Effort]:
+def round_efforts(
+    problem: Problem, seconds: float, layers: int, bound: bool = False, copies: bool | None = None
+) -> list[Effort]:
     """A quick round, then as many full ones as fill `seconds`, by the rates measured below.
 
-    Where moves are limited or priced (`bound`), more and shorter ones: see `TIED_SWEEPS`.
+    Where moves are limited or priced (`bound`), more and shorter ones: see `TIED_SWEEPS`. `copies` says whether there
+    are replicas to search, by default where there is room for any.
     """
     assert problem.trace is not None
+    copies = bool((problem.redundant_slots > 0).any()) if copies is None else copies
     per_layer = FILL * seconds * workers() / layers
     tokens = min(problem.trace.num_tokens, MOST_TOKENS)
     slots, top_k = problem.cluster.num_slots, problem.top_k
@@ -145,12 +157,12 @@ def round_efforts(problem: Problem, seconds: float, layers: int, bound: bool = F
     per_sweep = 12 * (slots * (slots - 1) / 2) * 15e-9 * levels
     accepted = 60.0 * slots * (2 * tokens * top_k / slots) * top_k * 3e-9 * levels
     full = FULL_SWEEPS * per_sweep + accepted
-    if bound and not (problem.redundant_slots > 0).any():
+    if bound and not copies:
         one = full * TIED_SWEEPS / FULL_SWEEPS
         return [Effort(sweeps=TIED_SWEEPS, hot=TIED_HOT, seconds=one)] * max(int(per_layer / one), 1)
     quick_sweeps = int(np.clip(0.1 * per_layer / (per_sweep + accepted / FULL_SWEEPS), 4, 40))
     quick = Effort(sweeps=quick_sweeps, seconds=full * quick_sweeps / FULL_SWEEPS)
-    if (problem.redundant_slots > 0).any():  # copies are searched long and once, after one quick round
+    if copies:  # they are searched long and once, after one quick round
         base = int(np.clip(FULL_SWEEPS * 0.15 * per_layer / full, 4, 60))
         plain = full * base / FULL_SWEEPS
         copying = max(per_layer - plain - quick.seconds, 0.3 * per_layer) / 1.05

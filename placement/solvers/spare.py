@@ -12,6 +12,7 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.search.ties import Ties
 from moeplace.placement.solvers.judge import Judge
 from moeplace.placement.solvers.replicas.budget import with_steps
+from moeplace.placement.solvers.replicas.drawn import applies as draws_replicas
 
 Choose = Callable[[Sequence[np.ndarray]], np.ndarray]
 _WORTH_SAYING = 0.001
@@ -36,11 +37,18 @@ def use_all_slots(
     Engines start with a number of slots and need an expert in each of them. Every empty slot gets the expert of the
     largest load per replica that its rank lacks, which helps balance most, or the one of the smallest load, which
     changes least: the better of both. Slots stay empty where the problem says so, where a replica breaks a constraint,
-    and in `coherent` mode, which no engine runs, where replicas draw tokens away from where they are.
+    where the problem's rule draws among replicas and one costs more than it saves (files of such engines repeat an
+    expert of the rank), and in `coherent` mode, which no engine runs, where replicas draw tokens away from where they
+    are.
     """
     sparse = [draft for draft in drafts if (draft == EMPTY_SLOT).any()]
     if not sparse or problem.leave_empty or problem.replica_budget == "global":
         return choose(drafts), ""
+    if draws_replicas(problem):
+        best = choose(drafts)
+        empty, rule = int((best == EMPTY_SLOT).sum()), problem.replica_rule.name
+        note = f"{empty} slots stay empty: by the replica rule {rule} a replica there costs more than it saves"
+        return best, note if empty else ""
     least = choose(sparse)
     filled = judge.best([_fill(problem, least, ties, heaviest) for heaviest in (True, False)])
     (broken, before, _), breaks = judge.key(least), judge.key(filled)[0]

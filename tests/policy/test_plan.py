@@ -6,12 +6,16 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moeplace.placement.placement import Placement
+from moeplace.placement.placement_file import save_placement
 from moeplace.placement.policy import readiness
+from moeplace.placement.policy.in_force import of_file
 from moeplace.policy import Answer, plan
 from tests.seeds import TODAY
 
@@ -263,10 +267,23 @@ def test_a_forked_worker_begins_anew() -> None:
 
 FORK = """
 import os
+from moeplace.placement.placement import Placement
+from moeplace.placement.placement_file import save_placement
 from moeplace.placement.policy import readiness
+from moeplace.placement.policy.in_force import of_file
 before = readiness.kernels()
 child = os.fork()
 if child == 0:
     os._exit(readiness.kernels() is before)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+
+
+def test_a_file_with_empty_slots_is_loaded(tmp_path: Path) -> None:
+    """A slot that a plan leaves empty repeats an expert of its rank: the map is full, and no rank holds more."""
+    rows = np.array([[0, 1, -1, 2, 3, -1], [3, -1, -1, 2, 1, 0]])
+    placement = Placement(rows, np.full(2, 3), np.zeros(2, int), np.full(2, 4))
+    save_placement(tmp_path / "p.json", placement)
+    answer = of_file(str(tmp_path / "p.json"), layers=2, experts=4, ranks=2, slots_per_rank=3, previous=None)
+    assert answer.reason is None
+    assert answer.map.tolist() == [[0, 1, 0, 2, 3, 2], [3, 3, 3, 2, 1, 0]]

@@ -57,8 +57,9 @@ class LayerSearch:
     """The nets, limits and hedge of one layer, its ties to the placement in force, and the searches over them."""
 
     def __init__(
-        self, problem: Problem, layer: int, cap: float | None, hedge: float, stop: np.ndarray, ties: Ties | None = None
-    ) -> None:
+        self, problem: Problem, layer: int, cap: float | None, hedge: float, stop: np.ndarray,
+        ties: Ties | None = None, *, plain: bool = False,
+    ) -> None:  # fmt: skip
         assert problem.trace is not None
         self._ties = ties
         self._problem, self._layer, self._stop = problem, layer, stop
@@ -69,7 +70,7 @@ class LayerSearch:
         stride = max(1, len(ids_TK) // MOST_TOKENS)
         self._start_S = packed_start(problem, layer)
         limits_R = load_limits(problem, layer, self._start_S, cap)
-        if cap is not None and problem.redundant_slots[layer] > 0:  # packing may balance better with copies
+        if cap is not None and problem.redundant_slots[layer] > 0 and not plain:  # copies may balance better
             fair_R = self._cluster.speed_of_rank * problem.load_LE[layer].sum() / self._cluster.speed_of_rank.sum()
             limits_R = np.minimum(limits_R, fair_R * max(cap, packed_imbalance(problem, layer)) + 1e-9)
         thin_TK = np.ascontiguousarray(ids_TK[::stride])

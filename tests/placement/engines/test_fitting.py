@@ -2,15 +2,17 @@
 
 import json
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from moeplace.placement.engines import read_engine_placement, sidecar_path, write_engine_placement
+from moeplace.placement.engines import REPEATS, read_engine_placement, sidecar_path, write_engine_placement
 from moeplace.placement.engines.fitting import add_layers, fill_empty_slots
 from moeplace.placement.placement import Placement
+from moeplace.placement.repeats import repeat_experts, without_bare_ranks
 from moeplace.profiling.errors import FormatError, InputError, MoeplaceWarning
 from tests.seeds import TODAY
 
@@ -135,3 +137,28 @@ def test_a_shared_expert_among_the_routed_ones(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(json.dumps([[0, 1, 4, 2, 3, 0]]))
     with pytest.raises(FormatError, match=r"expert 4, which must lie in 0..3$"):
         read_engine_placement(tmp_path / "p.jsonl", "vllm", num_ranks=2, num_experts=4)
+
+
+@pytest.mark.parametrize("engine", REPEATS)
+@pytest.mark.parametrize("seed", [0, 1, TODAY])
+def test_empty_slots_repeat_an_expert_of_their_rank(engine: str, seed: int, tmp_path: Path) -> None:
+    """No rank holds more than before, what is repeated is alone on its rank where it can be, and it reads back."""
+    placement = without_bare_ranks(random_with_gaps(seed))
+    table, count = repeat_experts(placement)
+    empty = placement.slot_to_expert < 0
+    assert count == empty.sum()
+    assert (table[~empty] == placement.slot_to_expert[~empty]).all()
+    for layer, slot in np.argwhere(empty):
+        held = placement.copies_LER[layer, :, placement.rank_of_slot[slot]] > 0
+        assert held[table[layer, slot]]
+        alone = held & (placement.replica_counts[layer] == 1)
+        assert alone[table[layer, slot]] or not alone.any()
+    file = tmp_path / f"p{'.json' if engine == 'sglang' else '.jsonl'}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_engine_placement(file, placement, engine, repeat=True)
+    text = file.read_text()
+    assert "-1" not in text
+    with pytest.warns(MoeplaceWarning, match=f"{count} slots repeat") if count else nullcontext():
+        again = read_engine_placement(file, engine)
+    assert (again.copies_LER == placement.copies_LER).all()
