@@ -25,10 +25,11 @@ WAIT = 60.0
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Ask again and again: for what a server tells only when asked."""
+    """Ask again and again, leaving the cores to others meanwhile: for what a server tells only when asked."""
     deadline = time.monotonic() + WAIT
     while not condition():
         assert time.monotonic() < deadline, f"did not come true within {WAIT:g} s"
+        time.sleep(0.02)
 
 
 class ByteCoder:

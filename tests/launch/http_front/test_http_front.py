@@ -21,7 +21,7 @@ from moeplace.launch.http_front.settings import FrontSettings, parse_address
 from moeplace.launch.http_front.wire.metrics import FrontMetrics
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.service.api import TokenEvent
-from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served
+from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served, wait_until
 
 JSON = {"content-type": "application/json"}
 UNSUPPORTED = [
@@ -442,8 +442,7 @@ def test_shutdown_finishes_what_runs(service: ManualService, pool: ThreadPoolExe
         answer = pool.submit(post, front, prompt="a", stream=True)
         request = service.next_request()
         front.server.stop()
-        while _accepts(front):
-            pass
+        wait_until(lambda: not _accepts(front))
         service.give(request, "done", "length")
         assert answer.result(WAIT).text.endswith("data: [DONE]\n\n")
         front.join()

@@ -19,6 +19,7 @@ from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.sampling import SamplingParameters
 from tests.launch.http_front.http_process import WAIT, ServerProcess, running_server
+from tests.launch.http_front.http_services import wait_until
 from tests.shared_data import tiny_moe_path
 
 MODEL = "tiny-moe"
@@ -154,8 +155,7 @@ def test_a_client_that_leaves(client: OpenAI, server: ServerProcess) -> None:
     """The engine stops working for it: nothing runs soon after."""
     with client.completions.create(model=MODEL, prompt="a", max_tokens=500, stream=True, extra_body=IGNORE_EOS) as one:
         next(iter(one))
-    while sample(server, "moeplace_requests", state="running"):
-        pass
+    wait_until(lambda: not sample(server, "moeplace_requests", state="running"))
     assert sample(server, "moeplace_completions_total", outcome="cancelled") >= 1
 
 
@@ -196,8 +196,7 @@ def test_ranks_that_die(tmp_path: Path, expected: dict[tuple[str, int, int], str
             assert text.startswith(expected[prompt, -1, 0])
         alone = client.completions.create(prompt=PROMPTS[0], max_tokens=100, **{**common, "stream": False})
         assert alone.choices[0].text == texts[0]
-        while sample(server, "moeplace_members", state="routable") < 2:
-            pass
+        wait_until(lambda: sample(server, "moeplace_members", state="routable") == 2)
         assert sample(server, "moeplace_generation") > 1
 
 

@@ -16,7 +16,7 @@ from moeplace.launch.http_front.server import bind
 from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.launch.serving.logs import JsonFormatter
 from moeplace.profiling.errors import InputError
-from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served
+from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served, wait_until
 
 
 def state_of(front: ThreadedFront) -> tuple[int, str]:
@@ -55,8 +55,7 @@ def test_requests_are_taken_in_the_grace() -> None:
     service = ManualService()
     with served(service, drain_grace=WAIT, drain_timeout=WAIT) as front, ThreadPoolExecutor(1) as pool:
         front.server.stop()
-        while state_of(front)[1] != "draining":
-            pass
+        wait_until(lambda: state_of(front)[1] == "draining")
         body = {"prompt": "a"}
         late = pool.submit(httpx.post, f"{front.url}/v1/completions", json=body, timeout=WAIT)
         service.give(service.next_request(), "late", "length")
