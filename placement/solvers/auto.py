@@ -34,7 +34,7 @@ from moeplace.placement.solvers.judge import Judge
 from moeplace.placement.solvers.lpt import rebalanced, solve_lpt
 from moeplace.placement.solvers.replicas.budget import search_budget, with_steps
 from moeplace.placement.solvers.replicas.drawn import applies as is_drawn
-from moeplace.placement.solvers.replicas.drawn import choose_rows
+from moeplace.placement.solvers.replicas.drawn import choose_rows, rows_within
 from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_replicas, search_surviving_chain
 from moeplace.placement.solvers.replicas.repair import keep_caps
 from moeplace.placement.solvers.schedule import search_layers, searches_within
@@ -129,7 +129,10 @@ def _search_drawn(
     drafts.append(aligned(problem, np.stack([row for _, row in found])))
     with budget.alarm(budget.remaining) as stop:
         rows = [[draft[layer] for draft in drafts] for layer in range(problem.num_layers)]
-        drafts.append(choose_rows(problem, judging_trace(problem, budget.time_limit), caps_L, rows, stop))
+        trace = judging_trace(problem, budget.time_limit)
+        adding = rows_within(problem, trace.num_tokens, budget.time_limit * share)
+        drafts.append(choose_rows(problem, trace, caps_L, rows, adding, stop))
+        cut |= bool(stop[0])
     return drafts, cut or also_cut
 
 

@@ -30,7 +30,15 @@ OVERLOAD_PRICE = 20.0
 """Of a token above the cap, in ranks: the cap is kept before traffic is (as in `exact_search`)."""
 TABLE_WORK = 1 << 24
 """Experts times ranks times tokens of one table of X; more tokens are thinned evenly (a tenth of a second)."""
-TRIED = 16
+TABLES = 8
+"""Most tables for the replicas of one row: each serves for a quarter of the empty slots, of a rank for one."""
+TABLE_SECONDS = 0.6e-9
+"""Time of a table per expert, rank and token (measured: 64 experts on 8 ranks and 256 on 32, one core of 2024)."""
+PAIR_SECONDS = 1.5e-6
+"""What it takes besides, per expert and rank (the same machine)."""
+ADDING_SHARE = 0.1
+"""Of the time limit, for adding replicas to rows: the most promising ones if there is not time for all."""
+TRIED = 64
 """Replicas that are priced by the shares of the rule, of those that are best when every home is alike."""
 KEPT = 1e-6
 """Imbalance by which a cap may be exceeded: rounding."""
@@ -74,6 +82,7 @@ class DrawnLayer:
         self._node_RN = (cluster.node_of_rank[:, None] == np.arange(cluster.num_nodes)).astype(np.int64)
         blocks, ranks = -(-len(ids_TK) // cluster.num_ranks), cluster.num_ranks  # one token of every home each
         stride = -(-blocks * ranks * self._experts * ranks // TABLE_WORK)
+        self._shares: dict[bytes, np.ndarray] = {}
         self._few = np.flatnonzero(np.arange(len(ids_TK)) // ranks % stride == 0)
 
     def judge(self, slots_S: np.ndarray) -> tuple[float, float]:
@@ -95,9 +104,9 @@ class DrawnLayer:
 
     def with_replicas(self, slots_S: np.ndarray) -> np.ndarray:
         """(S,) the slots with replicas in empty ones, as long as they save."""
-        row_S = slots_S.copy()
-        while (empty := int((row_S == EMPTY_SLOT).sum())) > 0:
-            if not self._add(row_S, most=max(empty // 4, 1)):
+        row_S, most = slots_S.copy(), -(-int((slots_S == EMPTY_SLOT).sum()) // 4)
+        for _ in range(TABLES):
+            if not (row_S == EMPTY_SLOT).any() or not self._add(row_S, most):
                 break
         return row_S
 
@@ -123,23 +132,21 @@ class DrawnLayer:
         rough_ER = self._rough_changes(held_ER, tables)
         room_R = np.bincount(cluster.rank_of_slot[row_S == EMPTY_SLOT], minlength=cluster.num_ranks) > 0
         rough_ER[held_ER | ~room_R] = np.inf
+        load_R = np.einsum("ehr,eh->r", tables.share_EHR, tables.load_EH)
         best = np.argsort(rough_ER, axis=None, kind="stable")[:TRIED]
         pairs = [(int(i) // cluster.num_ranks, int(i) % cluster.num_ranks) for i in best]
         return sorted(
-            (self._change(expert, rank, held_ER, tables), expert, rank)
+            (self._change(expert, rank, held_ER[expert], load_R, tables), expert, rank)
             for expert, rank in pairs
             if np.isfinite(rough_ER[expert, rank])
         )
 
     def _tables(self, row_S: np.ndarray, held_ER: np.ndarray) -> Tables:
-        cluster = self._problem.cluster
         experts = self._experts
         rank_TK = self._turn.try_row(self._layer, row_S, self._ids_TK)
         price_EHR, load_EH = _marginal_prices(self._ids_TK[self._few], rank_TK[self._few], experts, self._problem)
         load_EH = load_EH * self._per_token(load_EH.sum(axis=1))[:, None]
-        rule = self._problem.replica_rule
-        assert rule.share is not None
-        share_EHR = np.stack([rule.share(held_R, cluster.node_of_rank) for held_R in held_ER])
+        share_EHR = np.stack([self._share(held_R) for held_R in held_ER])
         return Tables(price_EHR, share_EHR, load_EH)
 
     def _overload(self, load_R: np.ndarray) -> float:
@@ -158,17 +165,23 @@ class DrawnLayer:
         over_ER = more_ER + (less_ER * held_ER).sum(axis=1)[:, None]
         return (price_ER - mean_E[:, None]) / (count_E + 1)[:, None] + self._overload_price * over_ER
 
-    def _change(self, expert: int, rank: int, held_ER: np.ndarray, tables: Tables) -> float:
+    def _change(self, expert: int, rank: int, held_R: np.ndarray, load_R: np.ndarray, tables: Tables) -> float:
         """Expected change by one replica, by the shares of the rule."""
-        rule, node_R = self._problem.replica_rule, self._problem.cluster.node_of_rank
-        assert rule.share is not None
-        held_R = held_ER[expert].copy()
-        held_R[rank] = True
-        shift_HR = rule.share(held_R, node_R) - tables.share_EHR[expert]
-        load_R = np.einsum("ehr,eh->r", tables.share_EHR, tables.load_EH)
+        more_R = held_R.copy()
+        more_R[rank] = True
+        shift_HR = self._share(more_R) - tables.share_EHR[expert]
         after_R = load_R + tables.load_EH[expert] @ shift_HR
         over = self._overload(after_R) - self._overload(load_R)
         return float((shift_HR * tables.price_EHR[expert]).sum()) + self._overload_price * over
+
+    def _share(self, held_R: np.ndarray) -> np.ndarray:
+        """(H, R) share that each rank may be expected to serve of an expert that these ranks hold."""
+        key = held_R.tobytes()
+        if key not in self._shares:
+            rule = self._problem.replica_rule
+            assert rule.share is not None
+            self._shares[key] = rule.share(held_R, self._problem.cluster.node_of_rank)
+        return self._shares[key]
 
     @property
     def _overload_price(self) -> float:
@@ -177,30 +190,38 @@ class DrawnLayer:
 
 def choose_rows(
     problem: Problem, trace: RoutingTrace, caps_L: np.ndarray | None, choices: Sequence[Sequence[np.ndarray]],
-    stop: np.ndarray,
+    adding: int, stop: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
-    """(L, S) each layer's best row, in the order of the model: of those given, and of each with replicas added.
+    """(L, S) each layer's best row, in the order of the model: of those given, and of the best with replicas added.
 
     Args:
         problem: `applies` to it.
         trace: tokens on which rows are compared, a part of the problem's own or all.
         caps_L: (L,) imbalance that each layer is held to, None = any.
         choices: of each layer, (S,) slot -> expert each.
+        adding: to how many of a layer's rows replicas are added, the best ones.
         stop: (1,) uint8, set when time is up: then nothing is added.
     """
     cluster, chosen = problem.cluster, []
     turn = InTurn(problem.replica_rule, cluster.rank_of_slot, cluster.node_of_rank, problem.num_experts)
     for layer, rows in enumerate(choices):
-        judge = DrawnLayer(problem, layer, trace.layer(layer), None if caps_L is None else float(caps_L[layer]), turn)
-        tried = {row_S.tobytes(): row_S for row_S in rows}
-        for row_S in rows:
-            if not stop[0]:
-                more_S = judge.with_replicas(row_S)
-                tried.setdefault(more_S.tobytes(), more_S)
-        best_S = min(tried.values(), key=judge.judge)
+        drawn = DrawnLayer(problem, layer, trace.layer(layer), None if caps_L is None else float(caps_L[layer]), turn)
+        tried = sorted(((drawn.judge(row_S), row_S) for row_S in rows), key=lambda pair: pair[0])
+        for _, row_S in tried[: adding if not stop[0] else 0]:
+            more_S = drawn.with_replicas(row_S)
+            if not np.array_equal(more_S, row_S):
+                tried.append((drawn.judge(more_S), more_S))
+        best_S = min(tried, key=lambda pair: pair[0])[1]
         turn.take_row(best_S)
         chosen.append(best_S)
     return np.stack(chosen)
+
+
+def rows_within(problem: Problem, tokens: int, seconds: float) -> int:
+    """To how many rows of each layer replicas can be added in a share of the time."""
+    pairs = problem.num_experts * problem.num_ranks
+    table = pairs * PAIR_SECONDS + min(pairs * tokens, TABLE_WORK) * TABLE_SECONDS
+    return int(ADDING_SHARE * seconds / (problem.num_layers * TABLES * table))
 
 
 def keep_drawn_caps(problem: Problem, slots_LS: np.ndarray, caps_L: np.ndarray, stop: np.ndarray) -> np.ndarray:
@@ -216,7 +237,7 @@ def keep_drawn_caps(problem: Problem, slots_LS: np.ndarray, caps_L: np.ndarray, 
         [row_S, pack_slots(problem, layer).astype(np.int32), unreplicated(problem, layer)]
         for layer, row_S in enumerate(slots_LS)
     ]
-    return choose_rows(problem, trace, caps_L, packed, stop)
+    return choose_rows(problem, trace, caps_L, packed, 2, stop)
 
 
 def _held(slots_S: np.ndarray, rank_S: np.ndarray, experts: int, ranks: int) -> np.ndarray:
