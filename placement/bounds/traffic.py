@@ -81,8 +81,6 @@ def ranks_per_token(
             bounds.append(psi(squares, int(k), parts, capacity))
             if not spare:
                 bounds.append(phi_bound(pairs_EE, load_E, int(k), capacity) / len(class_TK))
-        elif k > 1:
-            bounds.append(float(k))
         total += max(bounds) * len(class_TK)
     return total / tokens if tokens else 0.0
 

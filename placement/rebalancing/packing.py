@@ -46,6 +46,7 @@ def pack_with_replicas(
     )
     slots_S = np.full(int(capacity_R.sum()), _EMPTY, np.int32)
     _pack_longest_first(load_E, replicas_E, capacity_R, speed_R, slots_S)
+    _fill_holes(slots_S, load_E, capacity_R)
     rebalance_layer(slots_S, load_E, capacity_R, speed_R)
     return slots_S
 
@@ -112,6 +113,19 @@ def _displace(e, on_RE, held_R, capacity_R, starts_R, slots_S):  # type: ignore[
                     slots_S[s] = e
                     on_RE[r, e] = True
                     return
+
+
+def _fill_holes(slots_S: np.ndarray, load_E: np.ndarray, capacity_R: np.ndarray) -> None:
+    """Give slots that found no replica, in place, the largest load per replica among experts that their rank lacks.
+
+    Ranks of unequal room need it: a replica may fit nowhere while others would.
+    """
+    rank_S = np.repeat(np.arange(len(capacity_R)), capacity_R)
+    for slot in np.flatnonzero(slots_S == _EMPTY):
+        lacking = np.setdiff1d(np.arange(len(load_E)), slots_S[rank_S == rank_S[slot]])
+        if len(lacking):
+            count_E = np.bincount(slots_S[slots_S != _EMPTY], minlength=len(load_E))
+            slots_S[slot] = lacking[np.argmax(load_E[lacking] / np.maximum(count_E[lacking], 1))]
 
 
 def _even_capacity(num_experts: int, capacity_R: np.ndarray) -> np.ndarray:

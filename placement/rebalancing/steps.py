@@ -317,6 +317,7 @@ def best_lightening(  # type: ignore[no-untyped-def]
             new = time_R[top] + (part_i - share_E[j]) * slow_R[top]
             saved = _over(time_R[top], target) - _over(new, target) + unit * (time_R[top] ** 2 - new**2)
             saved += load_E[i] - part_i - loss_S[b]  # at most what all its ranks save
+            saved += _needs(load_E[i], count_E[i], goal)
             code = code_ER[i, top] - code_j
             if saved <= best.score * _cost(code) or _per_move(saved, code, done[0], limits) <= 0.0:
                 continue

@@ -5,6 +5,7 @@ import pytest
 
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.evaluation import evaluate
+from moeplace.placement.cost.replica_choice import preference_orders
 from moeplace.placement.cost.replica_rule import KNUTH_MULTIPLIER, REPLICA_RULES, get_rule, nearest_static_slots
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
@@ -85,3 +86,22 @@ def test_rules_of_engines_need_more_ranks() -> None:
 def test_an_unknown_rule_is_named() -> None:
     with pytest.raises(InputError, match="replica rule 'best' must be one of moeplace, nearest-static, random, hash"):
         get_rule("best")
+
+
+def finalised(key: int) -> int:
+    """The finaliser of MurmurHash3 on 64 bits, in Python's integers."""
+    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        key = (key ^ key >> 33) * multiplier % 2**64
+    return key ^ key >> 33
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_every_machine_prefers_ranks_alike(ranks: int) -> None:
+    """Whoever serves and whoever predicts has the same table: numbers from 1 on, hashed; odd rows are reversed."""
+    assert finalised(1) == 0xB456BCFC34C2CB2C  # published for the finaliser
+    orders_PR = preference_orders(ranks)
+    for row in range(0, len(orders_PR), 2):
+        keys = [finalised(row // 2 * ranks + rank + 1) for rank in range(ranks)]
+        order = sorted(range(ranks), key=keys.__getitem__)
+        assert orders_PR[row].tolist() == order
+        assert orders_PR[row + 1].tolist() == order[::-1]

@@ -195,3 +195,18 @@ def test_uniform_topologies_cost_what_two_tiers_cost() -> None:
         one, other = ours.evaluate(ONE_EACH), theirs.evaluate(ONE_EACH)
         assert one.predicted_seconds == pytest.approx(other.predicted_seconds)
         assert traffic(ours, one) == pytest.approx(traffic(theirs, other))
+
+
+def test_a_rank_alone_on_its_node_costs_what_entering_the_node_costs() -> None:
+    """a and b share a node, c is alone on another: seconds per byte .01 inside, .1 and .11 across, unit .01.
+
+    The node of a and b is entered at 11 or 10, that of c at 11 or 10 as well: 10.5 each in the mean, of which the rank
+    behind pays 1.
+    """
+    graph = line()
+    for gpu, node in (("a", "x"), ("b", "x"), ("c", "y")):
+        graph.nodes[gpu]["node"] = node
+    prices = LinkPrices.of(Cluster.from_graph(graph, slots_per_rank=1))
+    assert prices.pair_RR == pytest.approx(np.array([[0, 1, 11], [1, 0, 10], [11, 10, 0]]))
+    assert prices.rank_R.tolist() == [1.0, 1.0, 1.0]
+    assert prices.node_N == pytest.approx([9.5, 9.5])

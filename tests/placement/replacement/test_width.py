@@ -85,6 +85,16 @@ def test_five_ranks_take_the_fifth_of_four() -> None:
     assert least_bytes(old, cluster, filled=np.array([20])) == 4
 
 
+def test_a_further_copy_is_of_the_rarest_expert_then_the_heaviest() -> None:
+    """Rank 1 leaves with expert 0, which rank 0 has already; rank 0 has room for 2 (twice there), 3 or 4 (once)."""
+    row = [0, 1, -1, 0, -1, -1, 0, 2, 3, 1, 2, 4]
+    old = Placement(np.array([row]), np.full(4, 3), np.zeros(4, np.int64), np.full(1, 5))
+    for load, rarest in (([9, 9, 9, 1, 2], 4), ([9, 9, 9, 2, 1], 3)):
+        goal = rebalance(old, holders=[0, 2, 3], load=np.array([load]))
+        held = [set(goal.slot_to_expert[0, goal.slots_on(rank)].tolist()) for rank in range(4)]
+        assert held == [{0, 1, rarest}, set(), {0, 2, 3}, {1, 2, 4}]
+
+
 @settings(max_examples=60, deadline=None)
 @given(**RANDOM)
 def test_survivors_adopt_what_nobody_holds(experts: int, ranks: int, seed: int, extra: int) -> None:
