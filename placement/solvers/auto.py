@@ -33,8 +33,8 @@ from moeplace.placement.solvers.exact.viterbi import fits, solve_viterbi
 from moeplace.placement.solvers.judge import Judge
 from moeplace.placement.solvers.lpt import rebalanced, solve_lpt
 from moeplace.placement.solvers.replicas.budget import search_budget, with_steps
+from moeplace.placement.solvers.replicas.drawn import ADDING_SHARE, choose_rows, rows_within
 from moeplace.placement.solvers.replicas.drawn import applies as is_drawn
-from moeplace.placement.solvers.replicas.drawn import choose_rows, rows_within
 from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_replicas, search_surviving_chain
 from moeplace.placement.solvers.replicas.repair import keep_caps
 from moeplace.placement.solvers.schedule import search_layers, searches_within
@@ -116,17 +116,18 @@ def _search_drawn(
     """`search` where an engine draws among replicas: most of the time goes to ranks of unequal numbers of experts.
 
     That plan, the best with one slot per rank fewer, and one with replicas as moeplace would use them are given each
-    layer's choice, with replicas added where they save under the rule; the last draft is the outcome.
+    layer's choice, with replicas added where they save under the rule. The last draft is the outcome; the first one has
+    no slots to spare where that can be: experts in even numbers, whose weights are read faster.
     """
+    drafts: list[np.ndarray] = []
     replicated_LS, cut = _search(problem, budget, cap, _REPLICATED_SHARE * share, None)
-    drafts, left = [replicated_LS], share * (1 - _REPLICATED_SHARE)
+    left = share * (1 - _REPLICATED_SHARE - ADDING_SHARE)
     if problem.spare_per_rank:
-        fewer_LS, also_cut = _with_fewer_slots(problem, budget, cap, share * _NARROW_SHARE, caps_L)
-        drafts.append(fewer_LS)
+        drafts, also_cut = _with_fewer_slots(problem, budget, cap, share * _NARROW_SHARE, caps_L)
         cut |= also_cut
         left -= share * _NARROW_SHARE
     found, also_cut = search_layers(problem, budget, cap, left * budget.time_limit, plain=True)
-    drafts.append(aligned(problem, np.stack([row for _, row in found])))
+    drafts += [replicated_LS, aligned(problem, np.stack([row for _, row in found]))]
     with budget.alarm(budget.remaining) as stop:
         rows = [[draft[layer] for draft in drafts] for layer in range(problem.num_layers)]
         trace = judging_trace(problem, budget.time_limit)
@@ -138,15 +139,20 @@ def _search_drawn(
 
 def _with_fewer_slots(
     problem: Problem, budget: Budget, cap: float | None, share: float, caps_L: np.ndarray | None
-) -> tuple[np.ndarray, bool]:
-    """(the plan with one slot per rank fewer, whether it was cut short); with none to spare where time is short."""
+) -> tuple[list[np.ndarray], bool]:
+    """([the plan with none to spare, the best with one slot per rank fewer], whether they were cut short).
+
+    Both are one where one slot is to spare, or where there is no time for more.
+    """
     pays = searches_within(problem, share * budget.time_limit) > 1
     narrow = with_steps(problem, -1 if pays else -problem.spare_per_rank)
     if is_drawn(narrow) and not budget.expired:
         drafts, cut = _search_drawn(narrow, budget, cap, share, caps_L)
+        drafts = [drafts[0], drafts[-1]]
     else:
-        drafts, cut = search(narrow, budget, cap, share, None)
-    return widened(problem, narrow, drafts[-1]), cut
+        found, cut = search(narrow, budget, cap, share, None)
+        drafts = [found[-1]]
+    return [widened(problem, narrow, draft) for draft in drafts], cut
 
 
 def _search(
