@@ -8,7 +8,7 @@ import pytest
 
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.nets import layer_nets
-from moeplace.placement.search.swaps import no_ties
+from moeplace.placement.search.swaps import Near, no_ties
 from moeplace.placement.solvers.replicas.bit_search import _begin, _least_repoint, _least_swap, anneal_bits
 from moeplace.placement.solvers.replicas.exact_search import Schedule, anneal_replicas
 from moeplace.placement.solvers.replicas.rule import rule_on, unserved
@@ -25,9 +25,13 @@ NODES, STARTS = np.array([0, 0, 1, 2]), np.array([0, 3, 5, 8, 10])
 
 
 def random_seats(seed: int, number: int, top_k: int) -> tuple[np.ndarray, TokenBits, Seats]:
-    """(ids (T, K), bits, seats) of six experts on four ranks of three nodes, some with replicas, slots empty or not."""
+    """(ids (T, K), bits, seats) of six experts on four ranks of three nodes, some with replicas, slots empty or not.
+
+    Where the number is odd no token goes to the last expert.
+    """
     rng = np.random.default_rng((seed, number))
-    trace = skewed_trace(int(rng.integers(10**6)), tokens=90, layers=1, experts=EXPERTS, top_k=top_k, ragged=0.2)
+    experts = EXPERTS - number % 2
+    trace = skewed_trace(int(rng.integers(10**6)), tokens=90, layers=1, experts=experts, top_k=top_k, ragged=0.2)
     ids_TK = np.ascontiguousarray(trace.layer(0), np.int16)
     placement = random_placement(
         rng, layers=1, experts=EXPERTS, slots_of_rank=SLOTS, fill=float(rng.choice([0.5, 1.0]))
@@ -96,8 +100,8 @@ def test_no_good_move_is_dismissed(seed: int, weight: float) -> None:
     """What says the least that a move costs is below what it costs, for every move; often above 0, or it were idle."""
     print("seed", seed)
     telling = {"repoint": 0, "swap": 0}
-    for number in range(4):
-        _, bits, seats = random_seats(seed, number, 2)
+    for number in range(6):
+        _, bits, seats = random_seats(seed, number, 1 + number // 2)
         (before, alone_E), free_R = traffic(bits, seats, weight), np.full(len(SLOTS), 1e9)
         count_E, tables = seats.holders.count_E, (seats.slots_S, seats.start_R, bits.together_EE, free_R)
         for move in all_moves(seats):
@@ -135,18 +139,28 @@ def case(seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def search(kernel: str, made: dict[str, Any], start: int, limit: float, work: float, run: int) -> int:
-    """Number of the row that a search ends with, whose cost it must report."""
+def search(
+    kernel: str, made: dict[str, Any], start: int, limit: float, work: float, run: int, *, origin: int | None = None
+) -> int:
+    """Number of the row that a search ends with, whose cost it must report.
+
+    With an origin, it may make as many moves from there as lead to the start.
+    """
     row_S, limit_R = made["rows"][start].copy(), np.full(3, limit)
     seats, state = seat(row_S, made["starts"], 6, 4), seed_state(np.random.default_rng(run))
+    near = no_ties(3)
+    if origin is not None:
+        new_ER = np.ones((6, 3), np.uint8)
+        new_ER[made["rows"][origin], np.repeat(np.arange(3), 2)] = 0
+        near = Near(np.zeros((6, 3)), new_ER, float(new_ER[row_S, np.repeat(np.arange(3), 2)].sum()))
     if kernel == "bits":
         bits, schedule = token_bits(made["ids"], 6, 3), Schedule(12.0, 0.4, work)
         tables = bit_state(bits, seats, np.zeros(3, np.int64), 0.0)
-        cost, _ = anneal_bits(bits, seats, tables, limit_R, np.zeros((6, 6)), schedule, no_ties(3), GO_ON, state)
+        cost, _ = anneal_bits(bits, seats, tables, limit_R, np.zeros((6, 6)), schedule, near, GO_ON, state)
     else:
         rule, nets = rule_on(made["ids"], np.zeros(3, np.int64), 0.0), layer_nets(made["ids"], 6)
         schedule = Schedule(12.0, 0.4, 40 * work)
-        cost, _ = anneal_replicas(nets, rule, seats, unserved(rule), limit_R, schedule, no_ties(3), GO_ON, state)
+        cost, _ = anneal_replicas(nets, rule, seats, unserved(rule), limit_R, schedule, near, GO_ON, state)
     end = int(made["number"][key(row_S)])
     if made["busiest"][end] <= limit:
         assert cost == pytest.approx(made["costs"][end])
@@ -163,6 +177,9 @@ def test_a_search_never_ends_above_its_start(seed: int, kernel: str) -> None:
     best = int(made["costs"].argmin())
     for run in range(6):
         assert made["costs"][search(kernel, made, best, 1e9, 25.0, run)] == pytest.approx(made["costs"][best])
+        origin = (best + 7 * run + 1) % len(made["rows"])
+        end = search(kernel, made, best, 1e9, 25.0, run, origin=origin)
+        assert made["costs"][end] == pytest.approx(made["costs"][best])
 
 
 @pytest.mark.parametrize(("kernel", "excess", "price"), [("bits", 0.5, 50.0), ("exact", 3.5, 20.0)])
