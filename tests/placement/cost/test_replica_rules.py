@@ -5,7 +5,7 @@ import pytest
 
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.evaluation import evaluate
-from moeplace.placement.cost.replica_choice import preference_orders
+from moeplace.placement.cost.replica_choice import NUM_ORDERS, preference_orders
 from moeplace.placement.cost.replica_rule import KNUTH_MULTIPLIER, REPLICA_RULES, get_rule, nearest_static_slots
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
@@ -100,6 +100,7 @@ def test_every_machine_prefers_ranks_alike(ranks: int) -> None:
     """Whoever serves and whoever predicts has the same table: numbers from 1 on, hashed; odd rows are reversed."""
     assert finalised(1) == 0xB456BCFC34C2CB2C  # published for the finaliser
     orders_PR = preference_orders(ranks)
+    assert orders_PR.shape == (NUM_ORDERS, ranks)
     for row in range(0, len(orders_PR), 2):
         keys = [finalised(row // 2 * ranks + rank + 1) for rank in range(ranks)]
         order = sorted(range(ranks), key=keys.__getitem__)
