@@ -158,3 +158,50 @@ def test_caps_are_mended_by_the_rule(rule: str, seed: int) -> None:
     kept_LS = keep_drawn_caps(problem, slots_LS, caps_L, stop)
     assert excess(kept_LS) < excess(slots_LS) or excess(slots_LS) == 0
     assert keep_drawn_caps(problem, slots_LS, np.full(3, 99.0), stop) is slots_LS
+
+
+def share_of_new(rule: str, home: int, old: int, new: int, node_of: list[int]) -> float:
+    """What a second replica, on rank `new`, serves of a home's tokens."""
+    near = [rank for rank in (old, new) if node_of[rank] == node_of[home]]
+    if rule == "nearest-static" and home in (old, new):
+        return float(home == new)
+    if rule == "nearest-static" and len(near) == 1:
+        return float(near[0] == new)
+    return 0.5
+
+
+@pytest.mark.parametrize("cap", [None, 1.05])
+@pytest.mark.parametrize("seed", FIXED_AND_TODAY)
+@pytest.mark.parametrize("rule", DRAWN)
+def test_the_one_empty_slot_gets_what_saves_most(rule: str, seed: int, cap: float | None) -> None:
+    """Token by token, home by home: the replica of least expected traffic and overload, or none if none saves."""
+    node_of, rank_of = [0, 0, 1], [0, 0, 1, 1, 2, 2]  # experts 0..5; rank 0 has a third slot
+    trace = skewed_trace(seed, tokens=211, layers=1, experts=6, top_k=2)
+    cluster = Cluster.uniform(3, slots_per_rank=[3, 2, 2]).replace(node_of_rank=np.array(node_of))
+    problem = Problem.from_trace(trace, cluster, objective="traffic", replica_rule=get_rule(rule))
+    turn = InTurn(problem.replica_rule, cluster.rank_of_slot, cluster.node_of_rank, 6)
+    bare_S = np.array([0, 1, -1, 2, 3, 4, 5], np.int32)
+    found_S = DrawnLayer(problem, 0, trace.layer(0), cap, turn).with_replicas(bare_S)
+    tokens, prices = trace.layer(0).tolist(), problem.prices
+
+    def price(ranks: set[int]) -> float:
+        return float(sum(prices.rank_R[r] for r in ranks) + sum(prices.node_N[n] for n in {node_of[r] for r in ranks}))
+
+    def over(moved: dict[int, float]) -> float:
+        load = [sum(rank_of[e] == rank for ids in tokens for e in ids) + moved.get(rank, 0.0) for rank in range(3)]
+        limit = np.inf if cap is None else (cap + 1e-6) * sum(load) / 3
+        return float(sum(max(each - limit, 0.0) for each in load))
+
+    changes = {}
+    for expert in (2, 3, 4, 5):
+        traffic, moved = 0.0, 0.0
+        for t, ids in enumerate(tokens):
+            if expert in ids:
+                part = share_of_new(rule, t % 3, rank_of[expert], 0, node_of)
+                others = {rank_of[e] for e in ids if e != expert}
+                traffic += part * (price(others | {0}) - price(others | {rank_of[expert]}))
+                moved += part
+        shifted = over({0: moved, rank_of[expert]: -moved}) - over({})
+        changes[expert] = traffic + 20.0 * (1 + problem.node_weight) * shifted
+    best = min(changes, key=lambda expert: changes[expert])
+    assert found_S.tolist() == [0, 1, best if changes[best] < -1e-6 else -1, 2, 3, 4, 5]
