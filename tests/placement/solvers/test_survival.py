@@ -8,8 +8,9 @@ import pytest
 from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.problem import Problem
+from moeplace.placement.search.packing import pack_slots
 from moeplace.placement.search.ties import Ties
-from moeplace.placement.solvers.replicas.on_the_way import add_replicas_on_the_way
+from moeplace.placement.solvers.replicas.on_the_way import add_replicas_on_the_way, search_surviving_chain
 from moeplace.placement.solvers.replicas.survival import (
     _add_loads,
     _swap_replicas,
@@ -207,6 +208,47 @@ def test_empty_slots_on_the_way_are_filled_where_it_pays(
     assert cap is None or (after.imbalance_L <= np.maximum(cap, before.imbalance_L) + 1e-6).all()
     if cap is None and price == 0.0:
         assert added_L.sum() > 0
+    if moves is None:
+        assert_busiest_ways(problem, start_LS, found_LS)
+        loose_LS = add_replicas_on_the_way(problem, Budget(100.0), start_LS, 100.0)
+        assert cap is not None or np.array_equal(loose_LS, found_LS)
+
+
+def assert_busiest_ways(problem: Problem, start_LS: np.ndarray, found_LS: np.ndarray) -> None:
+    """What ranks got in a layer are the experts that most tokens of their experts of the layer before go to."""
+    assert problem.trace is not None
+    ids_TL = problem.trace.topk_ids[:, :, 0]
+    for layer in range(1, problem.num_layers):
+        if np.array_equal(start_LS[layer], found_LS[layer]):
+            continue
+        for rank in range(4):
+            before, own, new = (rows[3 * rank : 3 * rank + 3] for rows in (
+                found_LS[layer - 1], start_LS[layer], found_LS[layer]))  # fmt: skip
+            arrive_E = np.bincount(ids_TL[np.isin(ids_TL[:, layer - 1], before), layer], minlength=EXPERTS)
+            added = sorted(set(new.tolist()) - set(own.tolist()))
+            left = np.setdiff1d(np.arange(EXPERTS), new)
+            assert all(arrive_E[added] > 0)
+            if len(added) and len(left):
+                assert arrive_E[added].min() >= arrive_E[left].max()
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_chains_that_survive_travel_less_than_packed_ones() -> None:
+    """Under a cap that packing keeps: every expert twice, the cap kept, never more copies, over all clearly fewer."""
+    totals = np.zeros(2)
+    for seed in range(3):
+        trace = skewed_trace(seed, tokens=600, layers=3, experts=12, top_k=1)
+        cluster = Cluster.uniform(4, slots_per_rank=6)
+        problem = Problem.from_trace(trace, cluster, mode="coherent", objective="traffic", survive=1)
+        packed = problem.evaluate(problem.placement(np.stack([pack_slots(problem, layer) for layer in range(3)])))
+        assert packed.imbalance_L.max() <= 1.3
+        slots_LS, _ = search_surviving_chain(problem, Budget(20.0), 1.3, 0.5)
+        found = problem.evaluate(problem.placement(slots_LS))
+        assert (problem.placement(slots_LS).replica_counts >= 2).all()
+        assert (found.imbalance_L <= 1.3 + 1e-6).all()
+        assert found.copies_per_token <= packed.copies_per_token
+        totals += found.copies_per_token, packed.copies_per_token
+    assert totals[0] < 0.95 * totals[1]
 
 
 def test_the_busiest_way_is_served_first() -> None:
