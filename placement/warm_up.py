@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from moeplace.placement.cluster import Cluster
+from moeplace.placement.cost.replica_rule import REPLICA_RULES
 from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.memory import HostTier, Memory
 from moeplace.placement.policy.warm_up import use_kernels
@@ -40,6 +41,7 @@ def warm_up() -> None:
     _balance(trace)
     _tiers(trace)
     use_kernels()
+    _serve(trace)
     _score(trace)
     _read(trace.topk_ids)
 
@@ -92,6 +94,14 @@ def _balance(trace: RoutingTrace) -> None:
         trace.primary(), Cluster.uniform(2, slots_per_rank=4), mode="coherent", objective="traffic"
     )
     solve(chain, solver="viterbi")
+
+
+def _serve(trace: RoutingTrace) -> None:
+    """Every replica rule, on experts with two slots each."""
+    cluster = Cluster.uniform(4, slots_per_rank=4)
+    placement = Problem.from_trace(trace, cluster).placement(np.tile(np.arange(EXPERTS), (2, 2)))
+    for rule in REPLICA_RULES.values():
+        Problem.from_trace(trace, cluster, replica_rule=rule).evaluate(placement)
 
 
 def _score(trace: RoutingTrace) -> None:

@@ -10,12 +10,12 @@ import numpy as np
 
 from moeplace.placement.cost.replica_rule import (
     ReplicaRule,
-    StaticDraws,
     hash_ranks,
     home_ranks,
     random_ranks,
     replica_ranks,
 )
+from moeplace.placement.cost.static_draws import StaticDraws
 
 
 class InTurn:

@@ -18,6 +18,7 @@ Shape letters: T tokens, E experts, K top-k, R ranks, P orders of ranks.
 
 from functools import lru_cache
 from math import lcm
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,14 @@ def preference_orders(num_ranks: int) -> np.ndarray:
     orders_PR = np.stack([shuffled_PR, shuffled_PR[:, ::-1]], axis=1).reshape(-1, num_ranks).astype(np.int16)
     orders_PR.flags.writeable = False
     return orders_PR
+
+
+@lru_cache(maxsize=16)
+def preference_places(num_ranks: int) -> np.ndarray:
+    """(P, R) int16, read-only: the place of each rank in each of `preference_orders`."""
+    places_PR = np.argsort(preference_orders(num_ranks), axis=1).astype(np.int16)
+    places_PR.flags.writeable = False
+    return places_PR
 
 
 def home_first_orders(num_ranks: int) -> np.ndarray:
@@ -75,22 +84,34 @@ def choose_ranks(
         rotation_T: (T,) non-negative numbers.
         rank_TK: (T, K) integer output.
     """
-    orders_PR = preference_orders(copies_ER.shape[1])
-    _choose_ranks(ids_TK, copies_ER, node_R, near_T, rotation_T, orders_PR, rank_TK)
+    holders = _holders(copies_ER)
+    places_PR = preference_places(copies_ER.shape[1])
+    _choose_ranks(ids_TK, copies_ER, holders, node_R, near_T, rotation_T, places_PR, rank_TK)
+
+
+class Holders(NamedTuple):
+    """The ranks that hold each expert.
+
+    Attributes:
+        rank_EH: (E, H) int16 ranks in ascending order, -1 after the last.
+        count_E: (E,) int16 how many.
+    """
+
+    rank_EH: np.ndarray
+    count_E: np.ndarray
+
+
+def _holders(copies_ER: np.ndarray) -> Holders:
+    count_E = (copies_ER > 0).sum(axis=1)
+    rank_EH = np.argsort(copies_ER == 0, axis=1, kind="stable")[:, : max(int(count_E.max(initial=0)), 1)]
+    beyond_EH = np.arange(rank_EH.shape[1]) >= count_E[:, None]
+    return Holders(np.where(beyond_EH, -1, rank_EH).astype(np.int16), count_E.astype(np.int16))
 
 
 @njit(cache=True, nogil=True)
-def _choose_ranks(ids_TK, copies_ER, node_R, near_T, rotation_T, orders_PR, rank_TK):  # type: ignore[no-untyped-def]
-    num_experts, num_ranks = copies_ER.shape
+def _choose_ranks(ids_TK, copies_ER, holders, node_R, near_T, rotation_T, places_PR, rank_TK):  # type: ignore[no-untyped-def]
     top_k = ids_TK.shape[1]
-    replicas_E = np.zeros(num_experts, np.int64)
-    first_E = np.zeros(num_experts, np.int64)
-    for e in range(num_experts):
-        for r in range(num_ranks - 1, -1, -1):
-            if copies_ER[e, r]:
-                replicas_E[e] += 1
-                first_E[e] = r
-    used_R = np.zeros(num_ranks, np.bool_)
+    used_R = np.zeros(copies_ER.shape[1], np.bool_)
     node_used_N = np.zeros(node_R[-1] + 1, np.bool_)
     for t in range(ids_TK.shape[0]):
         remaining = 0
@@ -98,16 +119,18 @@ def _choose_ranks(ids_TK, copies_ER, node_R, near_T, rotation_T, orders_PR, rank
             e = ids_TK[t, k]
             rank_TK[t, k] = -1
             if e >= 0:
-                if replicas_E[e] == 1:
-                    r = first_E[e]
+                if holders.count_E[e] == 1:
+                    r = holders.rank_EH[e, 0]
                     rank_TK[t, k] = r
                     used_R[r] = True
                     node_used_N[node_R[r]] = True
                 else:
                     remaining += 1
         if remaining:
-            order_R = orders_PR[rotation_T[t] % len(orders_PR)]
-            _cover(ids_TK[t], copies_ER, node_R, near_T[t], order_R, rank_TK[t], used_R, node_used_N, remaining)
+            place_R = places_PR[rotation_T[t] % len(places_PR)]
+            _cover(
+                ids_TK[t], copies_ER, holders, node_R, near_T[t], place_R, rank_TK[t], used_R, node_used_N, remaining
+            )
         for k in range(top_k):
             r = rank_TK[t, k]
             if r >= 0:
@@ -118,7 +141,8 @@ def _choose_ranks(ids_TK, copies_ER, node_R, near_T, rotation_T, orders_PR, rank
 
 
 @njit(cache=True, nogil=True)
-def _cover(ids_K, copies_ER, node_R, near, order_R, rank_K, used_R, node_used_N, remaining):  # type: ignore[no-untyped-def]
+def _cover(ids_K, copies_ER, holders, node_R, near, place_R, rank_K, used_R, node_used_N, remaining):  # type: ignore[no-untyped-def]
+    """Rules 2 and 3. Only ranks that hold one of the experts are looked at, however many ranks there are."""
     top_k = len(ids_K)
     for k in range(top_k):  # rule 2
         e = ids_K[k]
@@ -128,25 +152,30 @@ def _cover(ids_K, copies_ER, node_R, near, order_R, rank_K, used_R, node_used_N,
             rank_K[k] = near
             remaining -= 1
             continue
-        for r in order_R:
-            if used_R[r] and copies_ER[e, r]:
-                rank_K[k] = r
-                remaining -= 1
-                break
+        best = -1
+        for i in range(holders.count_E[e]):
+            r = holders.rank_EH[e, i]
+            if used_R[r] and (best < 0 or place_R[r] < place_R[best]):
+                best = r
+        if best >= 0:
+            rank_K[k] = best
+            remaining -= 1
     if near >= 0:
         node_used_N[node_R[near]] = True
     while remaining > 0:  # rule 3
         best, best_score = -1, -1
-        for r in order_R:
-            held = 0
-            for k in range(top_k):
-                if ids_K[k] >= 0 and rank_K[k] < 0 and copies_ER[ids_K[k], r]:
-                    held += 1
-            if held == 0:
+        for own in range(top_k):
+            if ids_K[own] < 0 or rank_K[own] >= 0:
                 continue
-            score = 4 * held + (2 if r == near else 0) + (1 if node_used_N[node_R[r]] else 0)
-            if score > best_score:
-                best, best_score = r, score
+            for i in range(holders.count_E[ids_K[own]]):
+                r = holders.rank_EH[ids_K[own], i]
+                held = 0
+                for k in range(top_k):
+                    if ids_K[k] >= 0 and rank_K[k] < 0 and copies_ER[ids_K[k], r]:
+                        held += 1
+                score = 4 * held + (2 if r == near else 0) + (1 if node_used_N[node_R[r]] else 0)
+                if score > best_score or (score == best_score and place_R[r] < place_R[best]):
+                    best, best_score = r, score
         used_R[best] = True
         node_used_N[node_R[best]] = True
         for k in range(top_k):

@@ -11,7 +11,6 @@ none under them. A placement without replicas is served alike by all.
 Shape letters: T tokens, L MoE layers, E experts, K top-k, R ranks, S slots, J slots of one expert.
 """
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,11 +18,10 @@ from typing import Protocol
 import numpy as np
 
 from moeplace.placement.cost.replica_choice import choose_ranks
-from moeplace.placement.placement import EMPTY_SLOT, Placement
+from moeplace.placement.cost.static_draws import SGLANG_SEED, StaticDraws, slots_of_experts
+from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError
 
-SGLANG_SEED = 42
-"""With which SGLang draws where no slot is near."""
 KNUTH_MULTIPLIER = 2654435769
 """floor(2^32 / golden ratio), with which vLLM hashes row numbers."""
 
@@ -77,73 +75,10 @@ def home_ranks(num_tokens: int, num_ranks: int) -> np.ndarray:
 
 
 def nearest_static_slots(placement: Placement) -> np.ndarray:
-    """(R, L, E) int64 slot that each rank sends an expert's tokens to, -1 beyond a layer's experts.
-
-    The slot of the rank itself; else the first one of its node, where the node has some and others have some too; else
-    a fair draw among all slots for all ranks in want of one. Every rank draws for itself, from the same seed, and draws
-    only for experts that it has no near slot of.
-    """
+    """(R, L, E) int64 slot that each rank sends an expert's tokens to, -1 beyond a layer's experts."""
     draws = StaticDraws(placement.rank_of_slot, placement.node_of_rank)
     tables = [draws.next_layer(row_S, placement.num_experts) for row_S in placement.slot_to_expert]
     return np.stack(tables, axis=1)
-
-
-class StaticDraws:
-    """The slots of one layer after another: a rank draws on where it stopped in the layer before."""
-
-    def __init__(self, rank_of_slot: np.ndarray, node_of_rank: np.ndarray) -> None:
-        self._rank_S, self._node_R = rank_of_slot, node_of_rank
-        self._draw_R = [random.Random(SGLANG_SEED) for _ in node_of_rank]
-
-    def next_layer(self, slots_S: np.ndarray, num_experts: int) -> np.ndarray:
-        """(R, E) slot that each rank sends an expert's tokens to, -1 = the expert has none."""
-        slots_E = slots_of_experts(slots_S, num_experts)
-        table_RE = np.full((len(self._node_R), num_experts), -1, np.int64)
-        for expert, slots in enumerate(slots_E):
-            table_RE[:, expert] = slots[0] if len(slots) == 1 else -1
-            if len(slots) > 1:
-                table_RE[:, expert] = self._near_slots(np.array(slots))
-        wanting_RE = (table_RE < 0) & np.array([bool(slots) for slots in slots_E])
-        for rank, draw in enumerate(self._draw_R):
-            for expert in np.flatnonzero(wanting_RE[rank]).tolist():
-                wanting = np.flatnonzero(wanting_RE[:, expert])
-                choices = _fair_choices(slots_E[expert], len(wanting), draw)
-                table_RE[rank, expert] = choices[int(np.searchsorted(wanting, rank))]
-        return table_RE
-
-    def try_layer(self, slots_S: np.ndarray, num_experts: int) -> np.ndarray:
-        """What `next_layer` would say, with nothing drawn."""
-        states = [draw.getstate() for draw in self._draw_R]
-        table_RE = self.next_layer(slots_S, num_experts)
-        for draw, state in zip(self._draw_R, states, strict=True):
-            draw.setstate(state)
-        return table_RE
-
-    def _near_slots(self, slots_J: np.ndarray) -> np.ndarray:
-        """(R,) slot of an expert that is near enough not to be drawn for, -1 = none."""
-        rank_J, ranks = self._rank_S[slots_J], np.arange(len(self._node_R))
-        mate_RJ = self._node_R[rank_J] == self._node_R[:, None]
-        own_RJ = rank_J == ranks[:, None]
-        some_R = mate_RJ.any(axis=1) & ~mate_RJ.all(axis=1)
-        near_R = np.where(some_R, slots_J[mate_RJ.argmax(axis=1)], -1)
-        return np.where(own_RJ.any(axis=1), slots_J[own_RJ.argmax(axis=1)], near_R)
-
-
-def _fair_choices(slots: list[int], count: int, draw: random.Random) -> list[int]:
-    """`count` slots in random order, each as often as any other, as far as that divides."""
-    whole, rest = divmod(count, len(slots))
-    chosen = slots * whole + draw.sample(slots, k=rest)
-    draw.shuffle(chosen)
-    return chosen
-
-
-def slots_of_experts(slots_S: np.ndarray, num_experts: int) -> list[list[int]]:
-    """[expert] slots of a layer, rising."""
-    slots_E: list[list[int]] = [[] for _ in range(num_experts)]
-    for slot, expert in enumerate(slots_S.tolist()):
-        if expert != EMPTY_SLOT:
-            slots_E[expert].append(slot)
-    return slots_E
 
 
 def replica_ranks(slots_S: np.ndarray, num_experts: int, rank_of_slot: np.ndarray) -> np.ndarray:

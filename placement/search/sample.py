@@ -8,7 +8,9 @@ from moeplace.placement.problem import Problem
 from moeplace.profiling.traces.trace import RoutingTrace
 
 _ASSIGNMENT_SECONDS = 30e-9
-"""Replaying one expert of one token in one layer: `bench evaluate` on two unshared cores."""
+"""Replaying one expert of one token in one layer (two unshared cores of 2024)."""
+_CHOICE_SECONDS, _PER_RANK_SECONDS, _RANKS_AT_MOST = 15e-9, 0.9e-9, 128
+"""What choosing among replicas takes beyond that: 50 ns in all on 8 ranks, 95 on 64, 155 on 128, 160 on 320."""
 _SHARE = 0.01
 _FEWEST = 256
 
@@ -17,6 +19,9 @@ def judging_trace(problem: Problem, seconds: float) -> RoutingTrace:
     """Evenly thinned tokens of the problem's trace whose replay takes at most a hundredth of `seconds`."""
     trace = problem.trace
     assert trace is not None
-    affordable = _SHARE * seconds / (_ASSIGNMENT_SECONDS * trace.num_layers * trace.top_k)
+    each = _ASSIGNMENT_SECONDS
+    if (problem.redundant_slots > 0).any():
+        each += _CHOICE_SECONDS + _PER_RANK_SECONDS * min(problem.num_ranks, _RANKS_AT_MOST)
+    affordable = _SHARE * seconds / (each * trace.num_layers * trace.top_k)
     stride = -(-trace.num_tokens // max(int(affordable), _FEWEST))
     return trace if stride <= 1 else trace.select(slice(None, None, stride))

@@ -86,18 +86,20 @@ class _Mend:
         return follow_owners(served.rank_TK, near_T, self._cluster.num_ranks)
 
     def run(self, row_S: np.ndarray, rng: np.random.Generator, stop: np.ndarray) -> np.ndarray:
-        """(S,) the first attempt without overload, else the row of least."""
-        tried = [(self.overload(row_S), row_S)]
+        """(S,) the first attempt without overload, else the row of least; a round that gains nothing is the last."""
+        least, best_S = self.overload(row_S), row_S
         starts = [row_S, pack_slots(self._problem, self._layer)]
-        for number, hot, start in itertools.product(range(ROUNDS), (0.0, HOT), starts):
-            if stop[0]:
+        for number in range(ROUNDS):
+            before = least
+            for hot, start in itertools.product((0.0, HOT), starts):
+                if least <= 0 or stop[0]:
+                    return best_S
+                moved_S = start.astype(np.int32)
+                self._descend(moved_S, hot, MOVES << number, rng, stop)
+                least, best_S = min((least, best_S), (self.overload(moved_S), moved_S), key=lambda pair: pair[0])
+            if least >= before:
                 break
-            moved_S = start.astype(np.int32)
-            self._descend(moved_S, hot, MOVES << number, rng, stop)
-            tried.append((self.overload(moved_S), moved_S))
-            if tried[-1][0] <= 0:
-                return moved_S
-        return min(tried, key=lambda pair: pair[0])[1]
+        return best_S
 
     def _descend(self, row_S: np.ndarray, hot: float, moves: int, rng: np.random.Generator, stop: np.ndarray) -> None:
         """Exact moves, in place."""
