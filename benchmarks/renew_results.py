@@ -204,7 +204,7 @@ def measure_quickstart(job: Job) -> dict[str, Any]:
     command = [*CLI, "quickstart", "--out", str(job.folder / "quickstart"), *small]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     steps = [line for line in done.stderr.splitlines() if line.startswith("[")]
-    text = "\n".join([*steps, "", done.stdout.strip()]).replace(str(job.folder) + "/", "")
+    text = "\n".join([*steps, "", done.stdout.strip("\n")]).replace(str(job.folder) + "/", "")
     return {"output": text}
 
 

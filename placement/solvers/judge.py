@@ -77,6 +77,10 @@ class Judge:
         """Whether drafts are compared on a part of the tokens only."""
         return self._trace is not self._problem.trace
 
+    def on_all_tokens(self) -> "Judge":
+        """The same judge, who takes the time to compare on all tokens."""
+        return Judge(self._problem, self._ties, self._caps_L) if self.sampled else self
+
     def combine(self, drafts: Sequence[np.ndarray]) -> np.ndarray | None:
         """Each layer's best row, where layers are independent; None where they are not, or rows differ in length."""
         if len({draft.shape for draft in drafts}) > 1:

@@ -40,7 +40,7 @@ def keep_close(problem: Problem, draft: Draft, caps_L: np.ndarray | None, second
     mixed = judge.combine(drafts)
     best = judge.best(drafts if mixed is None else [*drafts, mixed])
     if judge.sampled:  # whether it beats staying is decided on all tokens
-        judge = Judge(problem, ties, caps_L)
+        judge = judge.on_all_tokens()
         best = judge.best([ties.rows_LS, best])
     wide = best.shape[1] == problem.layout.num_slots
     status = draft.status

@@ -52,6 +52,9 @@ def use_all_slots(
     least = choose(sparse)
     filled = judge.best([_fill(problem, least, ties, heaviest) for heaviest in (True, False)])
     (broken, before, _), breaks = judge.key(least), judge.key(filled)[0]
+    if breaks > broken and judge.sampled:  # the loads of a few tokens say little about a cap
+        judge = judge.on_all_tokens()
+        (broken, before, _), breaks = judge.key(least), judge.key(filled)[0]
     if breaks > broken:
         return choose(drafts), f"{int((least == EMPTY_SLOT).sum())} slots stay empty: replicas there break a constraint"
     if problem.mode == "coherent":

@@ -17,6 +17,8 @@ from moeplace.placement.placement import MODES
 from moeplace.placement.problem import Problem
 from moeplace.placement.solve import BoundError, solve
 from moeplace.placement.solvers.auto import search
+from moeplace.placement.solvers.judge import Judge
+from moeplace.placement.solvers.spare import _fill, use_all_slots, widened, without_spare
 from tests.placement.instances import skewed_problem, skewed_trace
 from tests.seeds import TODAY
 
@@ -129,3 +131,20 @@ def test_layers_choose_between_plans_with_replicas_and_without(objective: Any, s
     assert value_DL[2].tolist() == pytest.approx(value_DL[:2].min(axis=0).tolist())
     chained = problem.replace(mode="coherent")
     assert len(search(chained, Budget(0.04, seed), None, 1.0, None)[0]) == 2
+
+
+@pytest.mark.parametrize("seed", [*range(8), TODAY])
+def test_a_few_tokens_do_not_say_that_a_cap_is_broken(seed: int) -> None:
+    """What keeps the cap on all tokens fills the slots, though the tokens that drafts are compared on exceed it."""
+    trace = skewed_trace(seed, tokens=6000, layers=3, experts=8, top_k=2)
+    problem = Problem.from_trace(trace, Cluster.uniform(4, slots_per_rank=3), objective="traffic")
+    narrow = without_spare(problem)
+    assert narrow is not None
+    sparse = widened(problem, narrow, np.tile(np.arange(8), (3, 1)))
+    drafts = [sparse, *(_fill(problem, sparse, None, heaviest) for heaviest in (True, False))]
+    caps_L = np.max([problem.evaluate(problem.placement(draft)).imbalance_L for draft in drafts], axis=0) + 1e-9
+    judge = Judge(problem, None, caps_L, seconds=1e-6)
+    assert judge.sampled
+    slots_LS, note = use_all_slots(problem, [sparse], None, judge, judge.best)
+    assert (slots_LS >= 0).all()
+    assert "break a constraint" not in note
