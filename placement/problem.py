@@ -23,6 +23,8 @@ from moeplace.profiling.traces.trace import RoutingTrace
 
 Objective = Literal["seconds", "traffic"]
 ReplicaBudget = Literal["per-layer", "global"]
+CAP_ROUNDING = 1e-6
+"""Imbalance by which a cap may be exceeded: what sums of floating-point numbers differ by."""
 _MOST_GROWTH = 2
 """A layer may have so many times its own redundant slots on top of them when the budget is global."""
 

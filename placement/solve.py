@@ -11,7 +11,7 @@ from moeplace.placement.bounds.problem import held_imbalance, prove
 from moeplace.placement.budget import Budget
 from moeplace.placement.objective import load_imbalance, measure, measured
 from moeplace.placement.placement import Placement
-from moeplace.placement.problem import Problem
+from moeplace.placement.problem import CAP_ROUNDING, Problem
 from moeplace.placement.result import Draft, SolveResult
 from moeplace.placement.solvers import get_solver
 from moeplace.placement.solvers.previous import keep_close, moved_summary
@@ -153,7 +153,7 @@ def broken_cap(imbalance_L: np.ndarray, caps_L: np.ndarray | None) -> str:
     if caps_L is None:
         return ""
     over_L = imbalance_L - caps_L
-    if (over_L <= 1e-6).all():
+    if (over_L <= CAP_ROUNDING).all():
         return ""
     layer = int(over_L.argmax())
     return (

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     placement, notes = _fit(args, placement, repeat)
     provenance = {"command": shlex.join(["moeplace", *sys.argv[1:]]), "solver": file.solver, "evidence": file.evidence}
     export = write_engine_placement(args.out, placement, args.to, provenance=provenance, repeat=repeat)
-    notes += [*export.notes, *_what_remains(args, file)]
+    notes += [*export.notes, *_what_remains(args, file, repeat)]
     if args.json:
         write_json(args.json, {"files": list(export.files), "start": export.start, "notes": notes})
     print("\n".join(f"wrote {name}" for name in export.files))
@@ -64,13 +64,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _what_remains(args: argparse.Namespace, file: "PlacementFile") -> Iterator[str]:
+def _what_remains(args: argparse.Namespace, file: "PlacementFile", repeat: bool) -> Iterator[str]:
     """Sentences on what replicas are worth where the engine chooses among them by its own rule."""
     from moeplace.placement.cost.replica_rule import RULES_OF_ENGINE, get_rule
+    from moeplace.placement.engines.fitting import fill_empty_slots
 
-    if not file.placement.has_replicas:
+    written, filled = fill_empty_slots(file.placement) if _fills(args, repeat) else (file.placement, 0)
+    if not written.has_replicas:
         return
-    figures = _judge(args.trace, file) if args.trace else file.evidence.get("by_replica_rule")
+    if filled and not args.trace:
+        yield "the plan's figures are without the replicas in its empty slots: give --trace to judge what is written"
+        return
+    figures = _judge(args.trace, written) if args.trace else file.evidence.get("by_replica_rule")
     if not figures:
         yield "replicas were not judged by the engine's rule, which moeplace's figures do not hold for: give --trace"
         return
@@ -84,7 +89,14 @@ def _what_remains(args: argparse.Namespace, file: "PlacementFile") -> Iterator[s
         )
 
 
-def _judge(path: str, file: "PlacementFile") -> dict[str, Any]:
+def _fills(args: argparse.Namespace, repeat: bool) -> bool:
+    """Whether empty slots get replicas: the engine needs an expert in each, and repeats none of the rank."""
+    from moeplace.placement.engines import REPEATS
+
+    return args.to not in TAKES_EMPTY_SLOTS and not (repeat and args.to in REPEATS)
+
+
+def _judge(path: str, placement: "Placement") -> dict[str, Any]:
     """Figures by rule, on the judging side of a trace."""
     from moeplace.launch.options.problem import figures_by_rule, one_side
     from moeplace.placement.cost.evaluation import cluster_of
@@ -92,8 +104,8 @@ def _judge(path: str, file: "PlacementFile") -> dict[str, Any]:
     from moeplace.profiling.traces.file import load_trace
 
     side, _ = one_side(load_trace(path), "test")
-    problem = Problem.from_trace(side, cluster_of(file.placement), mode=file.placement.mode)
-    return figures_by_rule(problem, file.placement, side)
+    problem = Problem.from_trace(side, cluster_of(placement), mode=placement.mode)
+    return figures_by_rule(problem, placement, side)
 
 
 def _fit(args: argparse.Namespace, placement: "Placement", repeat: bool) -> tuple["Placement", list[str]]:
@@ -122,14 +134,13 @@ def _fit(args: argparse.Namespace, placement: "Placement", repeat: bool) -> tupl
     if added:
         placement = add_layers(placement, added)
         notes.append(f"decoder layers {', '.join(map(str, added))} were added, experts in index order")
-    if repeat and args.to in REPEATS:
-        if repeated := repeat_experts(placement)[1]:
-            notes.append(f"{repeated} empty slots repeat an expert of their rank, which costs no traffic")
-    elif args.to not in TAKES_EMPTY_SLOTS:
+    if _fills(args, repeat):
         placement, filled = fill_empty_slots(placement)
         if filled:
             notes.append(
                 f"{filled} empty slots were filled with replicas, as {args.to} needs: they cost memory and help "
                 "little, solve with fewer slots per rank or for longer"
             )
+    elif repeat and args.to in REPEATS and (repeated := repeat_experts(placement)[1]):
+        notes.append(f"{repeated} empty slots repeat an expert of their rank, which costs no traffic")
     return placement, notes

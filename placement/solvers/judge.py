@@ -12,14 +12,13 @@ import numpy as np
 
 from moeplace.placement.objective import load_imbalance, measured, survival_deficit
 from moeplace.placement.placement import Placement
-from moeplace.placement.problem import Problem
+from moeplace.placement.problem import CAP_ROUNDING, Problem
 from moeplace.placement.search.sample import judging_trace
 from moeplace.placement.search.ties import Ties
 from moeplace.profiling.traces.trace import RoutingTrace
 
 SAME = 1e-9
 """Objectives closer than this, relatively, are a tie."""
-_KEPT = 1e-6
 
 
 class Judge:
@@ -59,7 +58,7 @@ class Judge:
         values = self._values(placement)
         over = 0.0
         if self._caps_L is not None:
-            over = float(np.maximum(values.imbalance_L - self._caps_L - _KEPT, 0.0).sum())
+            over = float(np.maximum(values.imbalance_L - self._caps_L - CAP_ROUNDING, 0.0).sum())
         broken = (self._excess(placement), float(survival_deficit(self._problem, placement)), round(over, 4))
         moves_L = self._moves_L(placement)
         return broken, values.objective + float(self._price_L(placement).sum()), float(moves_L.sum())
@@ -106,7 +105,7 @@ class Judge:
             return None
         over_L = np.zeros(layers)
         if self._caps_L is not None:
-            over_L = np.maximum(values.imbalance_L - self._caps_L - _KEPT, 0.0).round(4)
+            over_L = np.maximum(values.imbalance_L - self._caps_L - CAP_ROUNDING, 0.0).round(4)
         moves_L, limit = self._moves_L(placement), np.inf if self._ties is None else self._ties.most_moves
         excess_L = np.maximum(moves_L - limit, 0.0)
         value_L = values.objective_L / layers + self._price_L(placement)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moeplace.launch.commands import evaluate, export, solve
+from moeplace.placement.engines import read_engine_placement
 from moeplace.placement.placement import Placement, index_order
 from moeplace.placement.placement_file import load_placement_file, save_placement
 from moeplace.profiling.errors import MoeplaceWarning
@@ -73,6 +74,29 @@ def test_export_says_what_remains(tmp_path: Path, trace: Path, capsys: pytest.Ca
     assert "ranks per token remain of the" in printed
     assert run(export, placement, "--to", "vllm", "--out", tmp_path / "v.json") == 0
     assert "give --trace" in capsys.readouterr().out
+
+
+def test_export_judges_what_it_writes(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Replicas that fill empty slots are not in the plan's figures: none are said, or those of the file."""
+    plan, out, again, figures = (tmp_path / name for name in ("p.json", "engine.json", "again.json", "f.json"))
+    table = load_placement_file(with_replicas(plan)).placement.slot_to_expert.copy()
+    table[:, [4, 11]] = -1  # replicas of 3 and 0; those of 6 and 3 stay
+    placement = Placement(table, np.full(4, 4), np.zeros(4, int), np.full(2, 12))
+    promised = {"ranks_per_token": 1.0, "imbalance_mean": 1.0}
+    rules = ("moeplace", "nearest-static", "random", "hash")
+    save_placement(plan, placement, evidence={"by_replica_rule": dict.fromkeys(rules, promised)})
+    assert run(export, plan, "--to", "vllm-ascend", "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "4 empty slots" in printed
+    assert "remain of the" not in printed
+    assert "give --trace" in printed
+    assert run(export, plan, "--to", "vllm-ascend", "--out", out, "--trace", trace) == 0
+    printed = capsys.readouterr().out
+    written = read_engine_placement(out, "vllm-ascend")
+    assert (written.slot_to_expert >= 0).all()
+    save_placement(again, written)
+    assert run(evaluate, trace, again, "--replica-rule", "random", "--json", figures) == 0
+    assert f"{json.loads(figures.read_text())['ranks_per_token']:.3f} ranks per token remain" in printed
 
 
 def test_a_trace_of_one_sequence_is_judged_whole(tmp_path: Path) -> None:

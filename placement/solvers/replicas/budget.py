@@ -17,9 +17,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from moeplace.placement.placement import EMPTY_SLOT, slot_starts
-from moeplace.placement.problem import Problem
+from moeplace.placement.problem import CAP_ROUNDING, Problem
 
-_KEPT = 1e-6
 Layers = Sequence[int]
 Search = Callable[[Problem, Layers, float], list[tuple[float, np.ndarray]]]
 """(problem, layers, share of the time) -> (objective, (S,) slots) of each of these layers."""
@@ -113,7 +112,7 @@ def search_budget(
         for number, (step, each) in enumerate(zip(steps, found, strict=True)):
             over_LS[:, number] = exceeds(with_steps(problem, step), np.stack([row for _, row in each]))
         own_L = np.maximum(over_LS[:, steps.index(0)], 0.0)
-        value_LS[over_LS > own_L[:, None] + _KEPT] = np.inf
+        value_LS[over_LS > own_L[:, None] + CAP_ROUNDING] = np.inf
     for number in range(1, len(steps)):  # with more slots the layer can stay as it was with fewer
         for layer in layers:
             if value_LS[layer, number - 1] <= value_LS[layer, number]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from moeplace.placement.cost.in_turn import InTurn
 from moeplace.placement.placement import EMPTY_SLOT
-from moeplace.placement.problem import Problem
+from moeplace.placement.problem import CAP_ROUNDING, Problem
 from moeplace.placement.search.layout import unreplicated
 from moeplace.placement.search.packing import pack_slots
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -40,8 +40,6 @@ ADDING_SHARE = 0.1
 """Of the time limit, for adding replicas to rows: the most promising ones if there is not time for all."""
 TRIED = 64
 """Replicas that are priced by the shares of the rule, of those that are best when every home is alike."""
-KEPT = 1e-6
-"""Imbalance by which a cap may be exceeded: rounding."""
 
 
 class Tables(NamedTuple):
@@ -78,7 +76,7 @@ class DrawnLayer:
         cluster, self._problem, self._layer, self._turn = problem.cluster, problem, layer, turn
         self._experts, self._ids_TK = int(problem.experts_per_layer[layer]), ids_TK
         self._share_of_rank_R = cluster.speed_of_rank / cluster.speed_of_rank.sum()
-        self._limit_R = np.full(cluster.num_ranks, np.inf) if cap is None else (cap + KEPT) * self._share_of_rank_R
+        self._limit_R = (np.inf if cap is None else cap + CAP_ROUNDING) * self._share_of_rank_R
         self._node_RN = (cluster.node_of_rank[:, None] == np.arange(cluster.num_nodes)).astype(np.int64)
         blocks, ranks = -(-len(ids_TK) // cluster.num_ranks), cluster.num_ranks  # one token of every home each
         stride = -(-blocks * ranks * self._experts * ranks // TABLE_WORK)
@@ -231,7 +229,7 @@ def keep_drawn_caps(problem: Problem, slots_LS: np.ndarray, caps_L: np.ndarray, 
     """
     trace = problem.trace
     assert trace is not None
-    if (problem.evaluate(problem.placement(slots_LS)).imbalance_L <= caps_L + KEPT).all():
+    if (problem.evaluate(problem.placement(slots_LS)).imbalance_L <= caps_L + CAP_ROUNDING).all():
         return slots_LS
     packed = [
         [row_S, pack_slots(problem, layer).astype(np.int32), unreplicated(problem, layer)]

@@ -1,13 +1,17 @@
 """A service that a test plays by hand, a tokenizer of bytes, and a front served in a thread."""
 
+import json
 import queue
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import httpx
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from moeplace.launch.http_front.application import HttpFront
 from moeplace.launch.http_front.server import FrontServer, bind
@@ -213,3 +217,26 @@ def served(service: ManualService, **settings: object) -> Iterator[ThreadedFront
     finally:
         front.server.stop()
         front.join()
+
+
+def post(front: ThreadedFront, **body: Any) -> httpx.Response:
+    return httpx.post(f"{front.url}/v1/completions", json=body, timeout=WAIT)
+
+
+def send_raw(front: ThreadedFront, body: dict[str, Any], **options: Any) -> socket.socket:
+    """A connection on which a request has been sent and nothing read."""
+    content = json.dumps(body).encode()
+    connection = front.connect(**options)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    )
+    connection.sendall(head.encode() + b"\r\n\r\n" + content)
+    return connection
+
+
+def metric(front: ThreadedFront, name: str, **labels: str) -> float:
+    """The value of one sample."""
+    families = text_string_to_metric_families(httpx.get(f"{front.url}/metrics", timeout=WAIT).text)
+    found = [s.value for family in families for s in family.samples if (s.name, s.labels) == (name, labels)]
+    assert len(found) == 1, (name, labels)
+    return found[0]

@@ -41,12 +41,6 @@ def client(front: ThreadedFront) -> Iterator[OpenAI]:
         yield client
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(4) as executor:
-        yield executor
-
-
 def test_whole_answers(service: ManualService, client: OpenAI, pool: ThreadPoolExecutor) -> None:
     """The template makes the prompt; each choice is a message of the assistant; usage counts the rendered prompt."""
     asked = pool.submit(

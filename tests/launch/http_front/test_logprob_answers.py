@@ -19,11 +19,6 @@ def told(index: int) -> TokenLogprob:
 
 
 @pytest.fixture
-def service() -> ManualService:
-    return ManualService()
-
-
-@pytest.fixture
 def client(service: ManualService) -> Iterator[OpenAI]:
     with served(service) as front:
         yield OpenAI(base_url=f"{front.url}/v1", api_key="none", timeout=WAIT, max_retries=0)

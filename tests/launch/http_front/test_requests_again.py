@@ -21,17 +21,6 @@ from tests.seeds import TODAY
 TEXT = "aé日😀 end. " * 3
 
 
-@pytest.fixture
-def service() -> ManualService:
-    return ManualService()
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(4) as executor:
-        yield executor
-
-
 def post(front: ThreadedFront, *, path: str = "/v1/completions", name: str | None = "mine", **body: Any) -> Any:
     headers = {} if name is None else {"X-Request-Id": name}
     return httpx.post(f"{front.url}{path}", json=body, headers=headers, timeout=WAIT)

@@ -1,16 +1,11 @@
 """Rules that draw among replicas: spare slots never plan worse by them, caps are kept by them, tables say the truth."""
 
-from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-import moeplace.placement.budget as budget_module
 import moeplace.placement.solve as solve_module
-from moeplace.placement.bounds.problem import Proven
-from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.in_turn import InTurn
 from moeplace.placement.cost.replica_rule import REPLICA_RULES, get_rule, home_ranks
@@ -23,16 +18,6 @@ from tests.seeds import FIXED_AND_TODAY, TODAY
 
 DRAWN = ["nearest-static", "random", "hash"]
 SEEDS = (8, TODAY)
-
-
-@pytest.fixture
-def still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No time passes: all planned work is done, whatever else the machine does."""
-    clock = SimpleNamespace(monotonic=lambda: 0.0)
-    for module in (budget_module, solve_module):
-        monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(solve_module, "prove", lambda *_, **__: Proven({}, []))  # their work is not what is tested
-    monkeypatch.setattr(Budget, "alarm", lambda self, seconds: nullcontext(np.zeros(1, np.uint8)))
 
 
 @pytest.mark.usefixtures("still_clock")

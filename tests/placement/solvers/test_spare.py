@@ -1,13 +1,10 @@
 """Spare slots, bounds that contradict, and work that a time limit can pay for."""
 
-from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-import moeplace.placement.budget as budget_module
 import moeplace.placement.problem as problem_module
 import moeplace.placement.solve as solve_module
 from moeplace.placement.bounds.problem import Proven
@@ -25,16 +22,6 @@ from tests.seeds import TODAY
 WORK_PER_SECOND = 2e7
 """Experts of tokens in layers that may be replayed for each second of a limit: half of what a slow core manages."""
 SEEDS = (3, TODAY)
-
-
-@pytest.fixture
-def still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No time passes: all planned work is done, whatever else the machine does."""
-    clock = SimpleNamespace(monotonic=lambda: 0.0)
-    for module in (budget_module, solve_module):
-        monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(solve_module, "prove", lambda *_, **__: Proven({}, []))  # their work is not what is tested
-    monkeypatch.setattr(Budget, "alarm", lambda self, seconds: nullcontext(np.zeros(1, np.uint8)))
 
 
 @pytest.mark.usefixtures("still_clock")
