@@ -90,7 +90,7 @@ class HttpFront:
         self._draining = self._ending = False
         self._bridge: EventBridge | None = None
         self._health_check = HealthCheck(service, patience=settings.patience)
-        self.metrics = FrontMetrics(service, model=settings.model)
+        self.metrics = FrontMetrics(service, self._queue, model=settings.model)
         keys = Keys(settings.api_key, settings.client_keys, settings.admin_key)
         self.application: ASGIApp = Guard(self._routes(permit), keys=keys, metrics=self.metrics)
 
@@ -227,11 +227,7 @@ class HttpFront:
         started = time.perf_counter()
         if not self._queue.enter_now(client, choices):
             waiting = self._queue.enter(client, choices, timeout=min(limits, default=None))
-            self.metrics.waiting.set(self._queue.waiting + choices)
-            try:
-                await while_connected(request.receive, waiting)
-            finally:
-                self.metrics.waiting.set(self._queue.waiting)
+            await while_connected(request.receive, waiting)
         self.metrics.queue_seconds.observe(time.perf_counter() - started)
 
     def _time_limit(self, request: Request) -> float | None:
@@ -277,15 +273,12 @@ class HttpFront:
 
     def _enter(self, run: CompletionRun, client: str) -> None:
         self._runs[run] = client
-        self.metrics.in_flight.set(self._queue.running)
         self.metrics.prompt.inc(run.usage["prompt_tokens"])
 
     def _leave(self, run: CompletionRun) -> None:
         if run not in self._runs:
             return
         self._queue.leave(self._runs.pop(run), len(run.choices))
-        self.metrics.in_flight.set(self._queue.running)
-        self.metrics.waiting.set(self._queue.waiting)
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_document()]})

@@ -5,6 +5,7 @@ Requests and latencies are counted by the front; everything else is asked of the
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -22,6 +23,13 @@ _MOST_KINDS = 32
 """Kinds of collectives that get a series of their own; the runtime has fewer."""
 
 
+class Places(Protocol):
+    """Completions under way and those that wait, as they are now (see `FairQueue`)."""
+
+    running: int
+    waiting: int
+
+
 class FrontMetrics:
     """See the module.
 
@@ -29,12 +37,10 @@ class FrontMetrics:
         completions: by outcome.
         http_requests: by route and status.
         request_seconds: from the first byte of a request to the last of its answer.
-        in_flight: completions whose answer is not written yet.
-        waiting: completions that wait for a place among those.
         queue_seconds: how long requests have waited so.
     """
 
-    def __init__(self, service: Service, *, model: str = "") -> None:
+    def __init__(self, service: Service, places: Places, *, model: str = "") -> None:
         self._registry = registry = CollectorRegistry()
         build = Info("moeplace_build", "What runs here", registry=registry)
         build.info({"version": version("moeplace"), "model": model})
@@ -46,8 +52,11 @@ class FrontMetrics:
         self.http_requests = Counter("moeplace_http_requests", "Answers", ["route", "status"], registry=registry)
         self.generated = Counter("moeplace_generated_tokens", "Tokens given to this front", registry=registry)
         self.prompt = Counter("moeplace_prompt_tokens", "Prompt tokens of accepted requests", registry=registry)
-        self.in_flight = Gauge("moeplace_completions_in_flight", "Completions being answered", registry=registry)
-        self.waiting = Gauge("moeplace_completions_waiting", "Completions that wait for a place", registry=registry)
+        # Asked when the page is: whoever kept a copy would have to notice everything that changes them.
+        in_flight = Gauge("moeplace_completions_in_flight", "Completions being answered", registry=registry)
+        in_flight.set_function(lambda: places.running)
+        waiting = Gauge("moeplace_completions_waiting", "Completions that wait for a place", registry=registry)
+        waiting.set_function(lambda: places.waiting)
         self.queue_seconds = Histogram(
             "moeplace_queue_seconds", "Seconds that requests wait for a place", buckets=_FIRST, registry=registry
         )

@@ -15,6 +15,7 @@ from moeplace.launch.http_front.fair_queue import FairQueue
 from moeplace.launch.http_front.keys import Keys, read_client_keys
 from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.launch.http_front.wire.errors import ApiError
+from moeplace.launch.http_front.wire.metrics import FrontMetrics
 from moeplace.profiling.errors import InputError
 from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served, wait_until
 
@@ -131,6 +132,29 @@ def waiting(front: ThreadedFront, token: str = "") -> int:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     lines = httpx.get(f"{front.url}/metrics", headers=headers, timeout=WAIT).text.splitlines()
     return int(float(next(line for line in lines if line.startswith("moeplace_completions_waiting ")).split()[1]))
+
+
+def test_metrics_say_what_the_queue_says() -> None:
+    """At the moment when they are asked for, however many have come since anything else happened."""
+
+    async def body() -> None:
+        queue = FairQueue(2, 100)
+        metrics = FrontMetrics(ManualService(), queue)
+        for running, waiting in ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3)):
+            task = asyncio.create_task(queue.enter("client", 1, timeout=None))
+            tasks.append(task)
+            await settle()
+            text = metrics.render().decode()
+            assert f"moeplace_completions_in_flight {running}.0\n" in text
+            assert f"moeplace_completions_waiting {waiting}.0\n" in text
+        queue.leave("client", 1)
+        await settle()
+        assert "moeplace_completions_waiting 2.0\n" in metrics.render().decode()
+        for task in tasks:
+            task.cancel()
+
+    tasks: list[asyncio.Task[None]] = []
+    run(body)
 
 
 def test_those_who_wait_over_http() -> None:

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moeplace.launch.http_front.completions.body import parse_body
 from moeplace.launch.http_front.completions.run import CompletionRun
+from moeplace.launch.http_front.fair_queue import FairQueue
 from moeplace.launch.http_front.keys import read_api_key
 from moeplace.launch.http_front.settings import FrontSettings, parse_address
 from moeplace.launch.http_front.wire.metrics import FrontMetrics
@@ -250,7 +251,7 @@ def test_seconds_are_observed(service: ManualService) -> None:
 
 def test_latencies_are_those_of_the_events() -> None:
     """By hand: the first token half a second after the request, three more a quarter of a second later."""
-    metrics = FrontMetrics(ManualService())
+    metrics = FrontMetrics(ManualService(), FairQueue(1, 0))
     taken: list[tuple[Any, TokenEvent]] = []
 
     class Bridge:
