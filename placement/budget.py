@@ -24,7 +24,7 @@ class Budget:
 
     time_limit: float
     seed: int = 0
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
     report: Callable[[float], None] = lambda share: None
 
     @property

@@ -19,10 +19,11 @@ settings.load_profile("moeplace")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--seed N`."""
+    """`--seed N`, `--clock N`."""
     today = int(datetime.datetime.now(datetime.UTC).strftime("%Y%m%d"))
     default = int(os.environ.get("MOEPLACE_SEED") or today)
     parser.addoption("--seed", type=int, default=default, help="seed of randomised tests (default: the date)")
+    parser.addoption("--clock", type=float, default=1.0, help="how many times as fast the clock of solvers runs")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,6 +4,9 @@ import numba
 import pytest
 
 from moeplace.placement.warm_up import warm_up
+from tests.solver_clock import clock_of_solvers
+
+__all__ = ["clock_of_solvers"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -45,6 +45,7 @@ def test_more_slots_do_not_worsen(seed, top_k):
     assert values[-1] == 1.0
 
 
+@pytest.mark.clock(0.1)
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 1000), mode=MODES)
 def test_fewer_constraints_do_not_worsen(seed, mode):
@@ -58,6 +59,7 @@ def test_fewer_constraints_do_not_worsen(seed, mode):
         assert objective(spare) <= objective(spare.replace(survive=1)) + 1e-9
 
 
+@pytest.mark.clock(0.1)
 @settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 1000), slots=st.sampled_from([3, 4]))
 def test_more_time_does_not_worsen(seed, slots):

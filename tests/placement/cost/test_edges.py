@@ -32,6 +32,7 @@ def test_tokens_without_any_expert(mode: Mode, top_k: int) -> None:
     assert result.objective in (0.0, 1.0)  # imbalance where traffic depends on nothing
 
 
+@pytest.mark.clock(0.1)
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_a_global_budget_with_few_layers(layers: int) -> None:
     """Even one layer may ask for the budget of all: there is nobody to take slots from."""

@@ -81,6 +81,7 @@ def test_several_caps_compete_for_the_shortest_step(hardest: float | None, asked
     assert sum(shares) == pytest.approx(1.0)
 
 
+@pytest.mark.clock(0.1)
 @pytest.mark.parametrize(("share", "moves"), [(0.9, True), (1.1, False)])
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_price_is_weighed_against_a_mean_over_layers(layers: int, share: float, moves: bool) -> None:
