@@ -39,6 +39,10 @@ class Link:
         if not self.bandwidth > 0 or not self.node_bandwidth > 0:
             raise InputError(f"link bandwidth ({self.bandwidth} B/s) must be positive")
 
+    def slower(self, times: float) -> Self:
+        """A link of so much less bandwidth."""
+        return replace(self, bandwidth=self.bandwidth / times, node_bandwidth=self.node_bandwidth / times)
+
 
 INTRA_NODE = Link(latency=15e-6, bandwidth=300e9)
 """Default inside a node: an NVLink generation's order of magnitude."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
-from moeplace.placement.cluster import Cluster
+from moeplace.placement.cluster import INTER_NODE, INTRA_NODE, Cluster
 from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import Evaluation, evaluate
 from moeplace.placement.cost.prices import LinkPrices
@@ -223,6 +223,12 @@ class Problem:
         if self.trace is not None:
             count_transitions(self.trace.topk_ids, self.experts_per_layer, counts)
         return counts
+
+    @property
+    def links_assumed(self) -> bool:
+        """Whether neither cluster nor calibration says how fast links are."""
+        nominal = (self.calibration.intra, self.calibration.inter) == (INTRA_NODE, INTER_NODE)
+        return nominal and self.cluster.distance_RR is None
 
     @cached_property
     def prices(self) -> LinkPrices:

@@ -167,8 +167,18 @@ def _print_result(problem: Any, result: Any, held_out: Any, baseline: Any, split
             f"(at most {result.moved['moves_per_layer_most']:.0f}), "
             f"{result.moved['bytes']:.4g} bytes (least for this change of cluster: {result.moved['least_bytes']:.4g})"
         )
+    if result.objective_name == "seconds" and problem.links_assumed:
+        print(f"  links are not known: {_links(problem)} assumed; --calibration or --cluster has others")
     for note in result.notes:
         print(f"  note: {note}")
+
+
+def _links(problem: Any) -> str:
+    """Their bandwidths."""
+    inside, between = problem.calibration.intra.bandwidth / 1e9, problem.calibration.inter.bandwidth / 1e9
+    if problem.cluster.num_nodes == 1:
+        return f"{inside:.3g} GB/s between ranks"
+    return f"{inside:.3g} GB/s inside a node and {between:.3g} GB/s between nodes"
 
 
 def _write(args: argparse.Namespace, problem: Any, result: Any, evidence: dict[str, Any]) -> None:

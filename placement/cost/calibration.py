@@ -1,7 +1,7 @@
 """Calibration: links and expert time, measured on a cluster or nominal, and their file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,6 +72,10 @@ class Calibration:
     def apply(self, cluster: Cluster) -> Cluster:
         """`cluster` with the measured links."""
         return cluster.replace(intra=self.intra, inter=self.inter)
+
+    def slower(self, times: float) -> Self:
+        """The same with links of so much less bandwidth."""
+        return replace(self, intra=self.intra.slower(times), inter=self.inter.slower(times))
 
     def save(self, path: str | Path) -> None:
         """Write a calibration file, atomically."""

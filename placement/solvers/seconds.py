@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from moeplace.placement.bounds.problem import held_imbalance
 from moeplace.placement.budget import Budget
 from moeplace.placement.objective import traffic
+from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
 from moeplace.placement.search.sample import judging_trace
@@ -24,6 +26,21 @@ Search = Callable[[Problem, Budget, float | None, float, Ties | None], tuple[Seq
 _CAPS = (1.01, 1.05, 1.15, None)
 AS_FAST = 0.005
 """Predicted times that differ by less are the same: predictions err by several times as much."""
+AS_FAST_ON_ASSUMED_LINKS = 0.02
+"""The same where nobody said how fast links are. The nominal ones are fast, so that half the traffic shortens a step by
+a percent or two, less than an even load does; on slower ones it halves the step."""
+
+SLOWNESS = (1.0, 10.0, 100.0)
+"""Times that links may be as slow as the nominal ones: those of one machine, of a good and of a plain network."""
+
+
+def as_fast(problem: Problem) -> float:
+    """Share by which predicted steps may differ and count as equally short.
+
+    With slots to spare it is the lesser one on all links: a plan for more slots may not be worse than one for fewer.
+    """
+    spare = bool((problem.redundant_slots > 0).any())
+    return AS_FAST_ON_ASSUMED_LINKS if problem.links_assumed and not spare else AS_FAST
 
 
 def fastest(problem: Problem, budget: Budget, search: Search, ties: Ties | None = None) -> Draft:
@@ -34,9 +51,9 @@ def fastest(problem: Problem, budget: Budget, search: Search, ties: Ties | None 
     hardest = problem.max_imbalance
     caps = [c for c in _CAPS if hardest is None or (c is not None and c <= hardest)] or [hardest]
     caps = caps[-searches_within(problem, 0.5 * budget.time_limit) :]
-    drafts = [solve_lpt(problem, budget).slot_to_expert]
+    drafts, by_index = [solve_lpt(problem, budget).slot_to_expert], solve_index_order(problem, budget).slot_to_expert
     if hardest is None:
-        drafts.append(solve_index_order(problem, budget).slot_to_expert)
+        drafts.append(by_index)
     cut, in_traffic = False, _priced_in_traffic(problem, ties, budget.time_limit)
     for cap in caps:
         if budget.expired:
@@ -47,18 +64,44 @@ def fastest(problem: Problem, budget: Budget, search: Search, ties: Ties | None 
         drafts += found
     judge = Judge(problem, ties, held_imbalance(problem), budget.time_limit)
     trace = judging_trace(problem, budget.time_limit)
-    slots_LS, note = use_all_slots(problem, drafts, ties, judge, lambda some: _best(problem, trace, judge, some))
+    longest = judge.key(by_index)[1] if hardest is None else np.inf  # who asks for a plan wants none that is slower
+    choose = partial(_best, problem, trace, judge, longest)
+    slots_LS, note = use_all_slots(problem, drafts, ties, judge, choose)
     return Draft(slots_LS, "time_limit" if cut else "feasible", notes=(note,) if note else ())
 
 
-def _best(problem: Problem, trace: RoutingTrace, judge: Judge, drafts: Sequence[np.ndarray]) -> np.ndarray:
-    """The draft of least traffic among those that keep the constraints best and whose step is as short as any."""
+def _best(
+    problem: Problem, trace: RoutingTrace, judge: Judge, longest: float, drafts: Sequence[np.ndarray]
+) -> np.ndarray:
+    """One of those that keep the constraints best and whose step is as short as any: that of least traffic.
+
+    Where links are not known: that of least regret, be they as fast as the nominal ones or slower; none is `longest` or
+    longer then, but for what always counts as equal.
+    """
     keys = [judge.key(draft) for draft in drafts]
     least = min(broken for broken, _, _ in keys)
     shortest = min(seconds for broken, seconds, _ in keys if broken == least)
-    as_short = [i for i, key in enumerate(keys) if key[0] == least and key[1] <= shortest * (1 + AS_FAST)]
-    evaluations = {i: problem.evaluate(problem.placement(drafts[i]), trace) for i in as_short}
-    return drafts[min(as_short, key=lambda i: (traffic(problem, evaluations[i]), keys[i][1]))]
+    limit = max(min(shortest * (1 + as_fast(problem)), longest), shortest * (1 + AS_FAST))
+    as_short = [i for i, key in enumerate(keys) if key[0] == least and key[1] <= limit]
+    if len(as_short) == 1:
+        return drafts[as_short[0]]
+    placements = [problem.placement(drafts[i]) for i in as_short]
+    if problem.links_assumed:
+        regret_C = _regrets(problem, trace, placements)
+        return drafts[as_short[int(regret_C.argmin())]]
+    sent = [traffic(problem, problem.evaluate(placement, trace)) for placement in placements]
+    return drafts[min(zip(sent, (keys[i][1] for i in as_short), as_short, strict=True))[2]]
+
+
+def _regrets(problem: Problem, trace: RoutingTrace, placements: Sequence[Placement]) -> np.ndarray:
+    """(C,) most times that the step of each of C placements is longer than the shortest, over links of all speeds."""
+    worst_C = np.ones(len(placements))
+    for times in SLOWNESS:
+        calibration = problem.calibration.slower(times)
+        slower = problem.replace(calibration=calibration)
+        step_C = np.array([slower.evaluate(placement, trace).predicted_seconds for placement in placements])
+        worst_C = np.maximum(worst_C, step_C / step_C.min())
+    return worst_C
 
 
 def _priced_in_traffic(problem: Problem, ties: Ties | None, seconds: float) -> Ties | None:

@@ -1,4 +1,4 @@
-"""`objective="seconds"`: the shortest predicted step, and of those as short the one with least traffic."""
+"""`objective="seconds"`: the shortest predicted step, and of those as short the one with least traffic or regret."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from moeplace.placement.budget import Budget
-from moeplace.placement.cluster import Cluster
+from moeplace.placement.cluster import Cluster, Link
 from moeplace.placement.objective import traffic
+from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.solvers.index_order import solve_index_order
 from moeplace.placement.solvers.lpt import solve_lpt
-from moeplace.placement.solvers.seconds import AS_FAST, fastest
+from moeplace.placement.solvers.seconds import AS_FAST, AS_FAST_ON_ASSUMED_LINKS, fastest
 from moeplace.profiling.synthetic.traces import planted
+from tests.seeds import TODAY
 
 
-@pytest.mark.parametrize("mode", ["dispatch-combine", "coherent"])
-@pytest.mark.parametrize("seed", range(4))
-def test_equal_time_leaves_the_choice_to_traffic(mode: Any, seed: int) -> None:
-    """Whatever the searches return: nothing much slower than the fastest, and nothing as fast has less traffic."""
+def drafts_and_choice(mode: Any, seed: int, **links: Any) -> tuple[Problem, list[Placement], Placement]:
+    """(problem, its drafts, the chosen one) where searches return random placements."""
     trace, _ = planted(
         num_tokens=512,
         num_layers=4,
@@ -28,17 +28,49 @@ def test_equal_time_leaves_the_choice_to_traffic(mode: Any, seed: int) -> None:
         epsilon=0.2,
         seed=seed,
     )
-    problem = Problem.from_trace(trace, Cluster.uniform(4, slots_per_rank=4), mode=mode)
+    problem = Problem.from_trace(trace, Cluster.uniform(4, slots_per_rank=4, **links), mode=mode)
     rng = np.random.default_rng(seed)
     given = [np.stack([rng.permutation(16) for _ in range(4)]) for _ in range(4)]
     searched = iter(given)
     budget = Budget(1e9)
-    chosen = problem.evaluate(
-        problem.placement(fastest(problem, budget, lambda *_: ([next(searched)], False)).slot_to_expert)
-    )
+    chosen = fastest(problem, budget, lambda *_: ([next(searched)], False)).slot_to_expert
     drafts = [*given, solve_lpt(problem, budget).slot_to_expert, solve_index_order(problem, budget).slot_to_expert]
-    others = [problem.evaluate(problem.placement(draft)) for draft in drafts]
+    return problem, [problem.placement(draft) for draft in drafts], problem.placement(chosen)
+
+
+@pytest.mark.parametrize("mode", ["dispatch-combine", "coherent"])
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_time_leaves_the_choice_to_traffic(mode: Any, seed: int) -> None:
+    """Whatever the searches return: nothing much slower than the fastest, and nothing as fast has less traffic."""
+    problem, drafts, choice = drafts_and_choice(mode, seed, intra=Link(1e-5, 1e11))
+    others, chosen = [problem.evaluate(draft) for draft in drafts], problem.evaluate(choice)
     least = min(other.predicted_seconds for other in others)
     assert chosen.predicted_seconds <= least * (1 + AS_FAST)
     as_fast = [traffic(problem, other) for other in others if other.predicted_seconds <= least * (1 + AS_FAST)]
     assert traffic(problem, chosen) == pytest.approx(min(as_fast))
+
+
+@pytest.mark.parametrize("mode", ["dispatch-combine", "coherent"])
+@pytest.mark.parametrize("seed", [*range(4), TODAY])
+def test_links_that_are_not_known_leave_the_least_regret(mode: Any, seed: int) -> None:
+    """Among the plans as short, none is as good on nominal links and on far slower ones, and better on some."""
+    print("seed", seed)
+    problem, drafts, choice = drafts_and_choice(mode, seed)
+
+    def steps(plans: list[Placement], slowness: float = 1.0) -> np.ndarray:
+        """Predicted seconds on links so many times as slow."""
+        cluster, links = problem.cluster, {}
+        for tier, link in {"intra": cluster.intra, "inter": cluster.inter}.items():
+            links[tier] = Link(link.latency, link.bandwidth / slowness)
+        slower = problem.replace(cluster=cluster.replace(**links), calibration=None)
+        return np.array([slower.evaluate(plan).predicted_seconds for plan in plans])
+
+    shortest = steps(drafts).min()
+    longest = max(min(shortest * (1 + AS_FAST_ON_ASSUMED_LINKS), steps(drafts[-1:])[0]), shortest * (1 + AS_FAST))
+    near = [draft for draft in drafts if steps([draft])[0] <= longest]
+    assert steps([choice])[0] <= longest
+    regret_C = np.max([steps(near, times) / steps(near, times).min() for times in (1.0, 10.0, 100.0)], axis=0)
+    ours = max(steps([choice], times)[0] / steps(near, times).min() for times in (1.0, 10.0, 100.0))
+    assert ours == pytest.approx(regret_C.min())
+    for slowness in (3.0, 30.0, 1000.0):
+        assert steps([choice], slowness)[0] <= steps(near, slowness).min() * ours * 1.01
