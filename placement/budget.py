@@ -2,11 +2,21 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
+
+
+class Spread(Protocol):
+    """Runs a function for several items somewhere else, such as on the nodes of a cluster."""
+
+    def __call__(
+        self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any], report: Callable[[float], None]
+    ) -> list[Any]:
+        """[function(shared, item) for item in items]; all of it can be pickled."""
 
 
 @dataclass(frozen=True)
@@ -20,16 +30,20 @@ class Budget:
         seed: of all random draws.
         started: clock reading at the start, from `time.monotonic`.
         report: called with the share of the work done (0..1), for a progress bar.
+        spread: where layers that do not depend on each other are searched, if not in threads of this process.
+        waited: seconds that do not count: what `spread` took beyond its share, such as to start workers.
     """
 
     time_limit: float
     seed: int = 0
     started: float = field(default_factory=lambda: time.monotonic())
     report: Callable[[float], None] = lambda share: None
+    spread: Spread | None = None
+    waited: list[float] = field(default_factory=list)
 
     @property
     def elapsed(self) -> float:
-        return time.monotonic() - self.started
+        return time.monotonic() - self.started - sum(self.waited)
 
     @property
     def remaining(self) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 
 from moeplace.placement.bounds.certificate import certificate
 from moeplace.placement.bounds.problem import held_imbalance, prove
-from moeplace.placement.budget import Budget
+from moeplace.placement.budget import Budget, Spread
 from moeplace.placement.objective import load_imbalance, measure, measured
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import CAP_ROUNDING, Problem
@@ -40,6 +40,7 @@ def solve(
     time_limit: float = 10.0,
     seed: int = 0,
     report: Callable[[float], None] = lambda share: None,
+    spread: Spread | None = None,
 ) -> SolveResult:
     """Find a placement and prove how good it is.
 
@@ -49,6 +50,8 @@ def solve(
         time_limit: seconds for search and bound together.
         seed: of all random draws.
         report: called with the share of the work done (0..1).
+        spread: searches layers elsewhere that do not depend on each other (dispatch-combine, or several experts per
+            token). Their work is what it would be here: the placement is the same, sooner.
 
     Raises:
         InputError: the solver is unknown, or the time limit not positive.
@@ -59,7 +62,7 @@ def solve(
     search = get_solver(solver)
     compile_once()
     started = time.monotonic()
-    budget = Budget(time_limit * (1 - _BOUND_SHARE), seed, started, report)
+    budget = Budget(time_limit * (1 - _BOUND_SHARE), seed, started, report, spread)
     asked, draft = problem, search(problem, budget)
     caps_L = held_imbalance(problem)
     if problem.previous is not None:
@@ -73,7 +76,7 @@ def solve(
     name, objective, values, imbalance_L = _measured(problem, placement)
     broken = broken_cap(imbalance_L, caps_L) or broken_survival(problem, placement)
     bounded = problem.replace(max_imbalance=None) if broken else problem
-    left = max(time_limit - (time.monotonic() - started), 0.05 * time_limit)
+    left = max(time_limit - budget.elapsed, 0.05 * time_limit)
     bounds, proofs = prove(bounded, time_limit=left, caps_L=None if broken else caps_L)
     lower = max(draft.lower_bound or 0.0, bounds.get(name, 0.0)) if not broken else bounds.get(name, 0.0)
     _check_bounds(name, objective, lower, values, bounds)

@@ -1,8 +1,10 @@
 """`moeplace ray`: sweeps and services on a Ray cluster, and other commands as its jobs."""
 
 import argparse
+from contextlib import ExitStack
 from typing import Any
 
+from moeplace.launch.commands import solve
 from moeplace.launch.options.problem import add_cluster_arguments, add_problem_arguments, split_sides
 from moeplace.launch.options.replanning import add_replan_arguments, check_replan_arguments
 from moeplace.launch.progress import progress
@@ -10,7 +12,7 @@ from moeplace.launch.serving.front import serve_http, start_coordinator
 from moeplace.launch.serving.front_arguments import add_engine_arguments, add_front_arguments
 from moeplace.launch.solving.runs import DEFAULT_SOLVERS, print_rows, solvers_and_caps
 
-HELP = "on a Ray cluster: submit commands as jobs, compare solvers in parallel, serve"
+HELP = "on a Ray cluster: submit commands as jobs, compare solvers and solve in parallel, serve"
 EXAMPLE = "moeplace ray compare t.trace --ranks 8 --address local --num-cpus 2"
 
 
@@ -19,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text, add, run_command in (
         ("submit", "run a command of moeplace as a job of a cluster", _add_submit, _submit),
         ("compare", "moeplace compare, one task per instance", _add_compare, _compare),
+        ("solve", "moeplace solve, one task per MoE layer: the same placement, sooner", _add_solve, _solve),
         ("serve", "answer OpenAI-compatible HTTP requests, one actor per rank", _add_serve, _serve),
     ):
         sub = subparsers.add_parser(name, help=text, description=text)
@@ -110,6 +113,31 @@ def _compare(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, {"mode": args.mode, "objective": args.objective, "runs": rows})
     return 1 if len(failed) == len(rows) else 0
+
+
+def _add_solve(parser: argparse.ArgumentParser) -> None:
+    solve.add_arguments(parser)
+    _add_address(parser)
+    parser.add_argument("--cpus-per-layer", type=float, default=1.0, metavar="N", help="CPUs to reserve for each (1)")
+
+
+def _solve(args: argparse.Namespace) -> int:
+    from moeplace.launch.on_ray.cluster import connected, import_ray
+    from moeplace.launch.on_ray.spread import RaySpread
+    from moeplace.profiling.errors import InputError
+    from moeplace.profiling.files import require_folder_of
+
+    require_folder_of(args.out, args.json)
+    if args.cpus_per_layer <= 0:
+        raise InputError(f"--cpus-per-layer ({args.cpus_per_layer:g}) must be positive")
+    import_ray()
+    with ExitStack() as stack:  # connected when there is something to spread
+        cluster = connected(args.address, num_cpus=args.num_cpus, ship=not args.no_ship)
+        spread = RaySpread(lambda: stack.enter_context(cluster), cpus=args.cpus_per_layer)
+        outcome = solve.run(args, spread=spread)
+    if not spread.tasks:
+        print("  note: this was solved here: layers depend on each other, or the solver takes them together")
+    return outcome
 
 
 def _labelled(row: dict[str, Any], seeds: int) -> dict[str, Any]:

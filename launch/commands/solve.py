@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(argv=())  # the words of the command line, for the placement file
 
 
-def run(args: argparse.Namespace) -> int:
-    """Solve, print, write."""
+def run(args: argparse.Namespace, spread: Any = None) -> int:
+    """Solve, print, write; `spread` searches layers elsewhere (`moeplace.placement.budget.Spread`)."""
     from moeplace.launch.solving.modes import choose, mode_table, verdict
     from moeplace.profiling.errors import FormatError
     from moeplace.profiling.files import require_folder_of
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         trace = load_trace(args.trace)
     except FormatError as no_trace:
         return _solve_loads(args, no_trace)
+    args.spread = spread
     if args.split_by != "sequence":
         _report_tags(args, trace)
     sides = split_sides(trace, args.fit, mix_text=args.mix, seed=args.seed)
@@ -112,7 +113,8 @@ def _solve_side(args: argparse.Namespace, train: Any, mode: str, seconds: float,
     cluster = build_cluster(args, train.num_experts)
     require_tiers(args, cluster.memory)
     problem = Problem.from_trace(train, cluster, mode=mode, **problem_options(args, train, cluster))
-    return problem, solve(problem, solver=args.solver, time_limit=seconds, seed=args.seed, report=report)
+    options = {"time_limit": seconds, "seed": args.seed, "report": report, "spread": args.spread}
+    return problem, solve(problem, solver=args.solver, **options)
 
 
 def _report_tags(args: argparse.Namespace, trace: Any) -> None:

@@ -31,6 +31,8 @@ TIED_SWEEPS = 30
 ones (16 runs of 30 sweeps reach less traffic than 2 of 300: top-6, 64 experts, 8 ranks, 20 moves)."""
 TIED_HOT = 0.03
 """Their first temperature, as `Effort.hot`."""
+PATIENCE = 10.0
+"""Times its work, and seconds besides, that a layer may take on a core of a cluster before the clock cuts in."""
 LEAST_FACTOR = 0.05
 """A run shortened below this share of its plan is not worth starting."""
 
@@ -54,13 +56,54 @@ def search_layers(
     """
     deadline = min(budget.elapsed + seconds, budget.time_limit)
     chosen = range(problem.num_layers) if layers is None else layers
+    if budget.spread is not None:
+        part, before = _Part(problem, budget.seed, cap, seconds, len(chosen), workers(), ties, plain), budget.elapsed
+        answers = budget.spread(_search_one, part, list(chosen), budget.report)
+        budget.waited.append(max(budget.elapsed - before - seconds, 0.0))
+        return [found for found, _ in answers], any(cut for _, cut in answers)
     with budget.alarm(deadline - budget.elapsed) as stop:
         return _Rounds(problem, budget, cap, seconds, deadline, chosen, stop, ties, plain).run()
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What a search of one layer needs to do elsewhere what it would do here.
+
+    Attributes:
+        problem, cap, ties, plain: as for `search_layers`.
+        seed: of the budget.
+        seconds, layers, cores: the time that so many layers share on so many cores, which gives each its work.
+    """
+
+    problem: Problem
+    seed: int
+    cap: float | None
+    seconds: float
+    layers: int
+    cores: int
+    ties: Ties | None
+    plain: bool
+
+
+def _search_one(part: _Part, layer: int) -> tuple[Found, bool]:
+    """All rounds of one layer, with the work that it would have had beside the others; only far slower cores cut it."""
+    limit = PATIENCE * part.seconds * part.cores / part.layers + PATIENCE
+    budget = Budget(limit, part.seed)
+    with budget.alarm(limit) as stop:
+        rounds = _Rounds(
+            part.problem, budget, part.cap, part.seconds, limit, (layer,), stop, part.ties, part.plain,
+            (part.layers, part.cores),
+        )  # fmt: skip
+        found, cut = rounds.run()
+    return found[0], cut
+
+
 @dataclass
 class _Rounds:
-    """The rounds, and what is known of them so far."""
+    """The rounds, and what is known of them so far.
+
+    `shared`: how many layers share the seconds, on how many cores; by default those of this search and this process.
+    """
 
     problem: Problem
     budget: Budget
@@ -71,6 +114,7 @@ class _Rounds:
     stop: np.ndarray
     ties: Ties | None
     plain: bool
+    shared: tuple[int, int] | None = None
     searches: dict[int, LayerSearch] = field(default_factory=dict)
     planned: float = 0.0
     spent: float = 0.0
@@ -79,7 +123,8 @@ class _Rounds:
     def __post_init__(self) -> None:
         bound = self.ties is not None and self.ties.bind
         copies = not self.plain and bool((self.problem.redundant_slots > 0).any())
-        self.efforts = round_efforts(self.problem, self.seconds, len(self.layers), bound, copies)
+        layers, cores = self.shared or (len(self.layers), workers())
+        self.efforts = round_efforts(self.problem, self.seconds, layers, bound, copies, cores)
         if self.plain:
             start = {layer: unreplicated(self.problem, layer) for layer in self.layers}
         elif self.ties is None:
@@ -92,7 +137,7 @@ class _Rounds:
     def run(self) -> tuple[list[Found], bool]:
         jobs = [(number, place) for number in range(len(self.efforts)) for place in range(len(self.layers))]
         cut = False
-        with ThreadPoolExecutor(workers()) as pool:
+        with ThreadPoolExecutor(workers() if self.shared is None else 1) as pool:
             for done, shortened in enumerate(pool.map(self._one, jobs)):
                 cut |= shortened
                 self.budget.report((done + 1) / len(jobs))
@@ -127,7 +172,7 @@ class _Rounds:
         if number == 1:  # the first full round is shortened alike for every layer, so that none is left out
             return min(1.0, left * workers() / (slowness * effort.seconds * (len(self.layers) - place)))
         # Any other is run in full or not at all.
-        room = 0.5 * self.seconds if number == 0 else 0.7 * slowness * effort.seconds
+        room = 0.5 * self.seconds if number == 0 and self.shared is None else 0.7 * slowness * effort.seconds
         return 1.0 if left > room else 0.0
 
 
@@ -140,16 +185,18 @@ def searches_within(problem: Problem, seconds: float) -> int:
 
 
 def round_efforts(
-    problem: Problem, seconds: float, layers: int, bound: bool = False, copies: bool | None = None
-) -> list[Effort]:
+    problem: Problem, seconds: float, layers: int, bound: bool = False, copies: bool | None = None,
+    cores: int | None = None,
+) -> list[Effort]:  # fmt: skip
     """A quick round, then as many full ones as fill `seconds`, by the rates measured below.
 
     Where moves are limited or priced (`bound`), more and shorter ones: see `TIED_SWEEPS`. `copies` says whether there
-    are replicas to search, by default where there is room for any.
+    are replicas to search, by default where there is room for any; `cores`, by default those of this process, share
+    the work.
     """
     assert problem.trace is not None
     copies = bool((problem.redundant_slots > 0).any()) if copies is None else copies
-    per_layer = FILL * seconds * workers() / layers
+    per_layer = FILL * seconds * (cores or workers()) / layers
     tokens = min(problem.trace.num_tokens, MOST_TOKENS)
     slots, top_k = problem.cluster.num_slots, problem.top_k
     levels = 2.0 if problem.cluster.num_nodes > 1 else 1.0

@@ -16,7 +16,9 @@ import pytest
 from moeplace.launch.cli import main
 from moeplace.launch.commands.ray_jobs import add_arguments
 from moeplace.launch.on_ray.cluster import packaged
+from moeplace.launch.on_ray.spread import RaySpread
 from moeplace.launch.on_ray.submit import when_agents_are_up
+from moeplace.placement.placement_file import load_placement
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.traces.file import save_trace
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -28,11 +30,11 @@ from moeplace.runtime.service.options import ServiceOptions
 from tests.shared_data import tiny_moe_path
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[3]
 FLOORS = ("profiling", "placement", "runtime", "launch")
-WAIT = 60.0
+WAIT = 180.0
 QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
 
@@ -84,6 +86,33 @@ def test_a_sweep_gives_what_compare_gives(
             assert row[key] == plain[row["solver"]][key]
     assert {row["status"] for row in rows[4:]} == {"failed"}  # it is for small instances
     assert "failed: viterbi" in capsys.readouterr().out
+
+
+def test_a_solve_finds_what_solve_finds(
+    cluster: Any, trace_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same placement, layer by layer on workers; what cannot be spread is solved here, and that is said."""
+    words = [str(trace_path), "--ranks", "4", "--objective", "traffic", "--time-limit", "2"]
+    assert main(["solve", *words, "--out", str(tmp_path / "plain.json")]) == 0
+    _use(cluster, monkeypatch)
+    assert main(["ray", "solve", *words, "--out", str(tmp_path / "spread.json")]) == 0
+    assert "this was solved here" not in capsys.readouterr().out
+    plain, spread = (load_placement(tmp_path / name) for name in ("plain.json", "spread.json"))
+    assert spread.digest == plain.digest
+    assert main(["ray", "solve", *words, "--solver", "lpt"]) == 0
+    assert "this was solved here" in capsys.readouterr().out
+    assert main(["ray", "solve", *words, "--cpus-per-layer", "0"]) == 1
+    assert "--cpus-per-layer (0) must be positive" in capsys.readouterr().err
+
+
+def test_a_layer_that_fails_ends_the_solve_in_a_sentence(cluster: Any) -> None:
+    """Whatever it was, and no other layer goes on."""
+    with pytest.raises(MoeplaceError, match=r"a layer could not be searched on the Ray cluster: .*7 is too many"):
+        RaySpread(lambda: cluster)(_refuse, 7, [0, 1, 2], lambda share: None)
+
+
+def _refuse(shared: int, item: int) -> int:
+    raise ValueError(f"{shared} is too many")
 
 
 def _use(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
