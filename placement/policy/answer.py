@@ -17,6 +17,7 @@ class Answer:
         imbalance: (L,) float64 that the map reaches, 1 without load; NaN where nothing was planned.
         across: (L,) int64, those of the moves that no rank of the node held.
         reason: why the previous map was kept; None = this is a plan.
+        note: why this is a plan by loads alone although a trace was given; None = the trace was used, or none given.
     """
 
     map: np.ndarray
@@ -25,6 +26,7 @@ class Answer:
     imbalance: np.ndarray
     across: np.ndarray
     reason: str | None = None
+    note: str | None = None
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter((self.map, self.moves, self.bound))

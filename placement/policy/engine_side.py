@@ -28,6 +28,8 @@ class Asked:
         groups: expert groups of the router.
         before: (L, S) map in force in the width that is asked for, -1 = a slot of a rank that is new; None = none yet.
         wait: for the compiler, because ranks cannot compare what they found.
+        replica_rule: of the engine.
+        use_trace: whether `MOEPLACE_TRACE` counts, where it is set.
     """
 
     load: np.ndarray
@@ -37,6 +39,8 @@ class Asked:
     groups: int
     before: np.ndarray | None
     wait: bool
+    replica_rule: str
+    use_trace: bool = True
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -45,11 +49,12 @@ class Asked:
 
 
 def planned(asked: Asked) -> Answer:
-    """A plan from the loads, near the map in force, within the limits of the environment.
+    """A plan from the loads and the trace of the environment, near the map in force, within its limits.
 
     Where ranks came their slots must be filled, whatever moves: then limits on moves do not count.
     """
-    limits = Settings.of_environment().limits
+    settings = Settings.of_environment()
+    limits = settings.limits
     if asked.before is not None and (asked.before < 0).any():
         limits = {name: value for name, value in limits.items() if not name.startswith("max_moves")}
     return plan(
@@ -60,6 +65,8 @@ def planned(asked: Asked) -> Answer:
         groups=asked.groups,
         previous=asked.before,
         wait=asked.wait,
+        trace=settings.trace if asked.use_trace else None,
+        replica_rule=asked.replica_rule,
         **limits,
     )
 

@@ -21,12 +21,15 @@ class Settings:
     Attributes:
         policy: `MOEPLACE_POLICY`, "moeplace" or "moeplace-file": replaces the engine's own; None = nothing does.
         placement: `MOEPLACE_PLACEMENT`, the placement file of "moeplace-file".
+        trace: `MOEPLACE_TRACE`, the recorded trace that "moeplace" plans with besides the loads.
         limits: of `plan`: `MOEPLACE_MAX_MOVES`, `MOEPLACE_MAX_MOVES_PER_RANK`, `MOEPLACE_MAX_MOVES_ACROSS_NODES`,
-            `MOEPLACE_MOVE_PRICE`, `MOEPLACE_TIME_LIMIT`, those that are set.
+            `MOEPLACE_MOVE_PRICE`, `MOEPLACE_TIME_LIMIT`, `MOEPLACE_MAX_IMBALANCE`, `MOEPLACE_TRACE_TIME_LIMIT`, those
+            that are set.
     """
 
     policy: str | None = None
     placement: str | None = None
+    trace: str | None = None
     limits: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -43,7 +46,14 @@ class Settings:
             for name, kind in _LIMITS.items()
             if f"MOEPLACE_{name.upper()}" in given
         }
-        return cls(policy, placement, limits)
+        if limits.get("max_imbalance", 1) < 1:
+            raise ValueError(f"MOEPLACE_MAX_IMBALANCE ({limits['max_imbalance']:g}) must be a number of at least 1")
+        return cls(policy, placement, given.get("MOEPLACE_TRACE"), limits)
+
+    def check_trace(self) -> None:
+        """Raises ValueError where the trace is no file that can be read."""
+        if self.trace is not None and not (os.path.isfile(self.trace) and os.access(self.trace, os.R_OK)):
+            raise ValueError(f"MOEPLACE_TRACE ({self.trace}) must be a file that can be read")
 
 
 _LIMITS: dict[str, type[int] | type[float]] = {
@@ -52,6 +62,8 @@ _LIMITS: dict[str, type[int] | type[float]] = {
     "max_moves_across_nodes": int,
     "move_price": float,
     "time_limit": float,
+    "max_imbalance": float,
+    "trace_time_limit": float,
 }
 
 

@@ -4,7 +4,9 @@ import os
 
 import numpy as np
 
+from moeplace.placement.policy.affinity import Ask, with_affinity
 from moeplace.placement.policy.balance import balance
+from moeplace.placement.policy.recording import Recording
 from moeplace.placement.policy.request import Request
 from moeplace.profiling.kernel_cache import NO_WARM_UP, POLICY_WARM_UP, mark_compiled
 
@@ -15,8 +17,12 @@ def use_kernels() -> None:
     load_TLE = np.arange(1.0, 1 + 3 * 2 * experts).reshape(3, 2, experts)
     start_LS = np.tile(np.arange(ranks * 3) % experts, (2, 1))
     short_LS = np.where(np.arange(ranks * 3) < 6, start_LS, -1)
+    tokens_LTK = np.arange(2 * 40 * 3).reshape(2, 40, 3) * 3 % experts
+    recording = Recording(tokens_LTK.astype(np.int32), np.full(2, experts), np.arange(2), 2)
     for previous in (None, start_LS, short_LS):
-        balance(Request(load_TLE, ranks, 3, nodes=2, groups=2, previous=previous, max_moves=4))
+        request = Request(load_TLE, ranks, 3, nodes=2, groups=2, previous=previous, max_moves=4)
+        with_affinity(request, balance(request.without_limits()), Ask(recording, "nearest-static", 1.1, 0.01))
+        balance(request)
 
 
 if __name__ == "__main__":

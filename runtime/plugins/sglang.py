@@ -7,10 +7,14 @@ own and the plan stays near it.
 
 Ranks are not asked whether they agree: after a change of width SGLang asks one of them alone. They agree because they
 plan the same from the same loads; each waits for the compiler, once per installation, instead of answering differently.
+A trace is a file, which a node may lack: with one they compare, in the group that SGLang has just summed the loads in,
+and plan by loads alone where they differ, and after a change of width.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,8 +84,8 @@ def rebalance_experts(
         load_TLE = tokens_per_expert.detach().cpu().numpy()
         before = _map_in_force(num_physical_experts)
         ranks = num_physical_experts // num_local_physical_experts
-        asked = Asked(load_TLE, ranks, num_local_physical_experts, num_nodes, num_groups or 1, before, wait=True)
-        answer = planned(asked)
+        asked = Asked(load_TLE, ranks, num_local_physical_experts, num_nodes, num_groups or 1, before, True, _rule())
+        answer = _planned_alike(asked, tokens_per_expert.device)
         if answer.reason is not None and (before is None or _unfit(answer, load_TLE, num_local_physical_experts)):
             _log.warning("moeplace leaves this map to SGLang's own balancer: %s", answer.reason)
             return by_engine()
@@ -89,6 +93,45 @@ def rebalance_experts(
     except Exception:
         _log.exception("moeplace leaves this map to SGLang's own balancer")
         return by_engine()
+
+
+def _planned_alike(asked: Asked, device: torch.device) -> Answer:
+    """The same plan on all ranks: with the trace where all find the same with it, else by loads alone."""
+    by_loads = replace(asked, use_trace=False)
+    if Settings.of_environment().trace is None or not _all_are_asked():
+        return planned(by_loads)
+    answer = planned(asked)
+    if ranks_agree(answer, device):
+        return answer
+    _log.error("moeplace plans by loads alone: ranks found different plans with their files of MOEPLACE_TRACE")
+    return planned(by_loads)
+
+
+def ranks_agree(answer: Answer, device: torch.device) -> bool:
+    """Whether all ranks have the same plan; a rank that is alone agrees with itself."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2:
+        return True
+    digest = int.from_bytes(hashlib.sha256(answer.map.tobytes()).digest()[:6], "little")
+    found = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
+    return found[0].item() == -found[1].item()
+
+
+def _all_are_asked() -> bool:
+    """Whether SGLang asks every rank now, as it does until it has scaled."""
+    try:
+        from sglang.srt.elastic_ep.elastic_ep import ElasticEPStateManager
+    except ImportError:
+        return False
+    state = ElasticEPStateManager.instance()
+    return state is None or not state.has_scaled
+
+
+def _rule() -> str:
+    """Name of the replica rule that SGLang follows (`placement/cost/replica_rule`)."""
+    from sglang.srt.runtime_context import get_exec
+
+    return "nearest-static" if get_exec().moe.ep_dispatch_algorithm in (None, "static") else "random"
 
 
 def _unfit(answer: Answer, load_TLE: np.ndarray, slots_per_rank: int) -> bool:

@@ -21,6 +21,8 @@ from moeplace.placement.policy.in_force import of_width
 from moeplace.placement.policy.settings import BALANCE, FILE, Settings
 
 _log = logging.getLogger("moeplace.policy")
+RULE = "hash"
+"""Which replica serves a token (`placement/cost/replica_rule`)."""
 
 
 class Balance:
@@ -52,7 +54,7 @@ class Balance:
         steady = old_LS is not None and old_LS.shape[1] == num_replicas and bool((old_LS >= 0).all())
         before = None if old_LS is None else of_width(old_LS, num_replicas)
         load_LE = weight.detach().cpu().numpy()
-        asked = Asked(load_LE, num_ranks, num_replicas // num_ranks, num_nodes, num_groups, before, wait=not steady)
+        asked = Asked(load_LE, num_ranks, num_replicas // num_ranks, num_nodes, num_groups, before, not steady, RULE)
         shape = (*load_LE.shape, num_replicas)
         try:
             answer = cls.answer(asked)
@@ -85,6 +87,7 @@ def register() -> None:
         ValueError: an environment variable breaks its rule; the server stops before it loads anything.
     """
     settings = Settings.of_environment()
+    settings.check_trace()
     from vllm.distributed.eplb.policy import EPLB_POLICIES  # it checks its names against the configuration's: first
 
     EPLB_POLICIES.update(POLICIES)

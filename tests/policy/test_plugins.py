@@ -1,5 +1,6 @@
 """The plug-ins without their engines: settings, files, widths that change, ranks that disagree."""
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -13,6 +14,9 @@ from moeplace.placement.placement import Placement
 from moeplace.placement.placement_file import save_placement
 from moeplace.placement.policy.in_force import fetched, of_width
 from moeplace.placement.policy.settings import Settings
+from moeplace.profiling.kernel_cache import NO_WARM_UP
+from moeplace.profiling.traces.file import save_trace
+from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.plugins import sglang, vllm
 from tests.seeds import TODAY
 
@@ -38,8 +42,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("vllm", "vllm.distributed", "vllm.distributed.eplb"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, policy.__name__, policy)
-    for name in ("POLICY", "PLACEMENT", "MAX_MOVES", "MAX_MOVES_PER_RANK", "MAX_MOVES_ACROSS_NODES", "MOVE_PRICE"):
-        monkeypatch.delenv(f"MOEPLACE_{name}", raising=False)
+    for name in [name for name in os.environ if name.startswith("MOEPLACE_") and name != NO_WARM_UP]:
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"MOEPLACE_MAX_MOVES_PER_RANK": "-1"}, "MOEPLACE_MAX_MOVES_PER_RANK (-1)"),
         ({"MOEPLACE_MOVE_PRICE": "nan"}, "MOEPLACE_MOVE_PRICE (nan) must be a number"),
         ({"MOEPLACE_TIME_LIMIT": "inf"}, "MOEPLACE_TIME_LIMIT (inf)"),
+        ({"MOEPLACE_MAX_IMBALANCE": "0.9"}, "MOEPLACE_MAX_IMBALANCE (0.9) must be a number of at least 1"),
+        ({"MOEPLACE_TRACE_TIME_LIMIT": "long"}, "MOEPLACE_TRACE_TIME_LIMIT (long)"),
     ],
 )
 def test_a_wrong_setting_is_named(environment: dict[str, str], said: str) -> None:
@@ -58,6 +64,33 @@ def test_a_wrong_setting_is_named(environment: dict[str, str], said: str) -> Non
     with pytest.raises(ValueError) as refusal:
         Settings.of_environment(environment)
     assert said in str(refusal.value)
+
+
+def test_a_trace_that_is_not_there_stops_vllm_at_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of a node without the file would plan differently from the others."""
+    monkeypatch.setenv("MOEPLACE_TRACE", str(tmp_path / "trace.npz"))
+    with pytest.raises(ValueError, match=r"MOEPLACE_TRACE \(.*trace.npz\) must be a file that can be read"):
+        vllm.register()
+    (tmp_path / "trace.npz").touch()
+    Settings.of_environment().check_trace()
+
+
+def test_a_trace_counts_where_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs come together on a rank; a trace of another model changes nothing."""
+    pairs = np.array([[0, 5], [1, 4], [2, 3]])
+    plain = vllm.Balance.rebalance_experts(LOAD, 8, 1, 1, 2, OLD)
+    monkeypatch.setenv("MOEPLACE_MAX_IMBALANCE", "3")
+    for experts in (6, 7):
+        trace = RoutingTrace(np.tile(pairs[:, None], (50, 2, 1)), np.full(2, experts))
+        save_trace(tmp_path / f"{experts}.npz", trace)
+        monkeypatch.setenv("MOEPLACE_TRACE", str(tmp_path / f"{experts}.npz"))
+        found = vllm.Balance.rebalance_experts(LOAD, 8, 1, 1, 2, OLD)
+        if experts == 7:
+            assert torch.equal(found, plain)
+            continue
+        for row in found.numpy():
+            for pair in pairs:
+                assert len(set(np.flatnonzero(np.isin(row, pair)) // 4)) == 1
 
 
 def test_limits_are_those_that_are_set() -> None:

@@ -38,6 +38,7 @@ def admit(folder: Path) -> Any:
         sys.modules[name] = module
     elastic: Any = types.ModuleType("sglang.srt.elastic_ep.elastic_ep")
     elastic.elastic_expanded_world_enabled = lambda: False
+    elastic.ElasticEPStateManager = types.SimpleNamespace(instance=lambda: None)
     runtime: Any = types.ModuleType("sglang.srt.runtime_context")
     runtime.get_device = runtime.get_exec = runtime.get_parallel = runtime.get_resources = lambda: context
     sys.modules[elastic.__name__], sys.modules[runtime.__name__] = elastic, runtime
