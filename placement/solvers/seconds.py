@@ -64,7 +64,9 @@ def fastest(problem: Problem, budget: Budget, search: Search, ties: Ties | None 
         drafts += found
     judge = Judge(problem, ties, held_imbalance(problem), budget.time_limit)
     trace = judging_trace(problem, budget.time_limit)
-    longest = judge.key(by_index)[1] if hardest is None else np.inf  # who asks for a plan wants none that is slower
+    # Who asks for a plan wants none that is slower than having none, nor than the one in force.
+    known = [by_index] * (hardest is None) + ([] if ties is None else [ties.rows_LS])
+    longest = min((judge.key(each)[1] for each in known), default=np.inf)
     choose = partial(_best, problem, trace, judge, longest)
     slots_LS, note = use_all_slots(problem, drafts, ties, judge, choose)
     return Draft(slots_LS, "time_limit" if cut else "feasible", notes=(note,) if note else ())

@@ -1,15 +1,18 @@
 """`objective="seconds"`: the shortest predicted step, and of those as short the one with least traffic or regret."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import moeplace.placement.solvers.seconds as seconds_module
 from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster, Link
 from moeplace.placement.objective import traffic
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
+from moeplace.placement.search.ties import ties_of
 from moeplace.placement.solvers.index_order import solve_index_order
 from moeplace.placement.solvers.lpt import solve_lpt
 from moeplace.placement.solvers.seconds import AS_FAST, AS_FAST_ON_ASSUMED_LINKS, fastest
@@ -74,3 +77,44 @@ def test_links_that_are_not_known_leave_the_least_regret(mode: Any, seed: int) -
     assert ours == pytest.approx(regret_C.min())
     for slowness in (3.0, 30.0, 1000.0):
         assert steps([choice], slowness)[0] <= steps(near, slowness).min() * ours * 1.01
+
+
+class Known:
+    """A judge to whom drafts are numbers: places in a list of seconds."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds = seconds
+
+    def key(self, draft: Any) -> tuple[tuple[float, ...], float, float]:
+        return (0.0,), self.seconds[draft], 0.0
+
+
+@pytest.mark.parametrize(("longest", "chosen"), [(np.inf, 2), (1.015, 2), (1.008, 1), (1.0, 1), (0.9, 1)])
+def test_what_slower_links_may_cost(longest: float, chosen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 %, but nothing longer than what is there already, except for what always counts as equal."""
+    problem = drafts_and_choice("coherent", 0)[0]
+    asked = SimpleNamespace(
+        links_assumed=True, redundant_slots=np.zeros(1), placement=lambda draft: draft, trace=problem.trace
+    )
+    monkeypatch.setattr(seconds_module, "_regrets", lambda problem, trace, placements: -np.array(placements))
+    judge = Known([1.0, 1.004, 1.012, 1.03])
+    assert seconds_module._best(asked, problem.trace, judge, longest, [0, 1, 2, 3]) == chosen
+
+
+@pytest.mark.parametrize("hardest", [None, 3.0])
+def test_what_is_there_already(hardest: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Index order, unless a cap may forbid it, and the placement in force."""
+    problem, drafts, _ = drafts_and_choice("coherent", 0)
+    given = []
+
+    def best(problem: Any, trace: Any, judge: Any, longest: float, drafts: Any) -> Any:
+        given.append(longest)
+        return drafts[0]
+
+    monkeypatch.setattr(seconds_module, "_best", best)
+    seconds = [problem.evaluate(draft).predicted_seconds for draft in drafts]
+    for previous in (None, *drafts[:4]):
+        asked = problem.replace(previous=previous, max_imbalance=hardest)
+        fastest(asked, Budget(1e9), lambda *_: ([drafts[0].slot_to_expert], False), ties_of(asked))
+        staying = np.inf if previous is None else problem.evaluate(previous).predicted_seconds
+        assert given[-1] == pytest.approx(min(staying, seconds[-1] if hardest is None else np.inf))
