@@ -25,7 +25,9 @@ SOURCES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing = "; ".join(f"{name} = {text}" for name, text in SOURCES.items())
-    parser.add_argument("source", metavar="FILE", help="file or folder to read")
+    parser.add_argument(
+        "sources", metavar="FILE", nargs="+", help="file or folder to read; several recordings of one model become one"
+    )
     parser.add_argument("--from", dest="source_format", required=True, choices=SOURCES, help=listing)
     parser.add_argument("--out", required=True, metavar="T", help="trace, load or placement file to write")
     parser.add_argument("--top-k", type=int, metavar="K", help="keep the first K experts of every token; 1 = primary")
@@ -69,8 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from moeplace.placement.engines import ENGINES, is_placement_file
+    from moeplace.profiling.errors import InputError
 
+    args.source = args.sources[0]
     if args.source_format in ENGINES and is_placement_file(args.source, args.source_format):
+        if len(args.sources) > 1:
+            raise InputError(f"{args.source} is a placement file: give one, not {len(args.sources)}")
         from moeplace.launch.commands.import_placement import run_import_placement
 
         args.engine, args.num_hidden_layers = args.source_format, args.num_hidden_layers or None
@@ -83,7 +89,7 @@ def _import_trace(args: argparse.Namespace) -> int:
     from moeplace.profiling.errors import InputError
     from moeplace.profiling.files import require_file
     from moeplace.profiling.imports.canonical import ImportOptions
-    from moeplace.profiling.imports.sources import import_from
+    from moeplace.profiling.imports.several import import_several
     from moeplace.profiling.model_facts import ModelFacts, read_model_facts
 
     if args.source_format in ONLY_PLACEMENTS:
@@ -109,7 +115,7 @@ def _import_trace(args: argparse.Namespace) -> int:
         workload_names=tuple(name.strip() for name in args.workload_names.split(",")) if args.workload_names else (),
         progress=sys.stderr.isatty(),
     )
-    imported = import_from(args.source_format, args.source, args.out, options)
+    imported = import_several(args.source_format, args.sources, args.out, options)
     print(imported.summary())
     if args.separate_adapters:
         print(_separate_adapters(imported))

@@ -1,0 +1,96 @@
+"""Several recordings of one model as one trace (or one file of loads)."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeplace.profiling.errors import InputError
+from moeplace.profiling.files import require_folder_of
+from moeplace.profiling.imports.canonical import Imported, ImportOptions
+from moeplace.profiling.imports.sources import import_from
+from moeplace.profiling.traces.file import load_trace, save_trace
+from moeplace.profiling.traces.loads import LoadStats, load_load, save_load
+from moeplace.profiling.traces.trace import RoutingTrace, concatenate
+
+
+def import_several(name: str, sources: Sequence[str | Path], out: str | Path, options: ImportOptions) -> Imported:
+    """Read every source in the named format; tokens one recording after another, loads added up.
+
+    Sequences of different recordings stay apart. Where the number of experts is not given, it is the greatest that any
+    recording shows.
+
+    Returns:
+        What the file holds; drops and remarks begin with the name of their source.
+
+    Raises:
+        InputError: recordings are of different models, some hold loads and others tokens, or one breaks a rule.
+        FormatError: a source is not in that format.
+    """
+    if len(sources) == 1:
+        return import_from(name, sources[0], out, options)
+    target = Path(out)
+    require_folder_of(target)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        parts = [import_from(name, each, Path(folder) / f"{i}.part", options) for i, each in enumerate(sources)]
+        kinds = {part.kind: str(source) for part, source in zip(parts, sources, strict=True)}
+        if len(kinds) > 1:
+            raise InputError(f"{kinds['load']} holds loads and {kinds['trace']} tokens: they cannot be one recording")
+        _require_one_model(parts, sources)
+        if parts[0].kind == "load":
+            stats = _added([load_load(part.path) for part in parts])
+            save_load(target, stats)
+            tokens, notes = 0, stats.notes
+            experts_L = np.asarray(stats.experts_per_layer)
+        else:
+            trace = concatenate(_alike([load_trace(part.path) for part in parts], options))
+            save_trace(target, trace)
+            tokens, notes, experts_L = trace.num_tokens, trace.notes, trace.experts_per_layer
+    dropped, remarks = (_said(parts, sources, what) for what in ("dropped", "remarks"))
+    return replace(
+        parts[0], path=target, num_tokens=tokens, num_experts=int(experts_L.max()), notes=notes,
+        experts_per_layer=tuple(experts_L.tolist()), dropped=dropped, remarks=remarks,
+    )  # fmt: skip
+
+
+def _said(parts: Sequence[Imported], sources: Sequence[str | Path], what: str) -> tuple[str, ...]:
+    """What was said of each source, with its name."""
+    pairs = zip(parts, sources, strict=True)
+    return tuple(f"{source}: {text}" for part, source in pairs for text in getattr(part, what))
+
+
+def _require_one_model(parts: Sequence[Imported], sources: Sequence[str | Path]) -> None:
+    for part, source in zip(parts[1:], sources[1:], strict=True):
+        for what, name in (("MoE layers", "num_layers"), ("top-k", "top_k"), ("decoder layers", "layer_ids")):
+            ours, first = getattr(part, name), getattr(parts[0], name)
+            if ours != first:
+                raise InputError(f"{source} has other {what} ({_short(ours)}) than {sources[0]} ({_short(first)})")
+
+
+def _short(value: Any) -> str:
+    return str(value) if not isinstance(value, tuple) else ", ".join(map(str, value[:8])) + ", ..." * (len(value) > 8)
+
+
+def _alike(traces: list[RoutingTrace], options: ImportOptions) -> list[RoutingTrace]:
+    """The traces with the experts that any of them shows.
+
+    Raises:
+        InputError: there are null experts, whose ids follow those of a number of experts that nobody gave.
+    """
+    most_L = np.max([trace.experts_per_layer for trace in traces], axis=0)
+    differ = any((trace.experts_per_layer != most_L).any() for trace in traces)
+    if differ and options.null_experts:
+        raise InputError("recordings with null experts must say how many experts there are: give --num-experts")
+    return [replace(trace, experts_per_layer=most_L, validate=False) if differ else trace for trace in traces]
+
+
+def _added(parts: Sequence[LoadStats]) -> LoadStats:
+    most_L = np.max([np.asarray(part.experts_per_layer) for part in parts], axis=0)
+    load_LE = np.zeros((len(most_L), int(most_L.max())), np.int64)
+    for part in parts:
+        load_LE[:, : part.num_experts] += part.load
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    return replace(parts[0], load=load_LE, experts_per_layer=most_L, notes=notes)

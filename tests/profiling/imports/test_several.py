@@ -1,0 +1,79 @@
+"""Several recordings of one model are one trace, and several counts of loads one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moeplace.launch.cli import main
+from moeplace.profiling.traces.file import load_trace
+from moeplace.profiling.traces.loads import load_load
+from tests.seeds import TODAY
+
+
+def record(path: Path, ids_TLK: np.ndarray, sequence_T: np.ndarray) -> Path:
+    np.savez(path, experts=ids_TLK, sequence_ids=sequence_T)
+    return path
+
+
+@pytest.mark.parametrize("seed", [0, TODAY])
+def test_tokens_follow_each_other_and_sequences_stay_apart(seed: int, tmp_path: Path) -> None:
+    """In the order of the files; sequences that have one id in two files are two, on the sides that they had."""
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    files, ids, sequences = [], [], []
+    for number in range(3):
+        tokens = int(rng.integers(5, 40))
+        ids.append(np.argsort(rng.random((tokens, 2, 7 - number)), axis=2)[..., :2])  # the last file shows fewest
+        sequences.append(np.sort(rng.integers(0, 6, tokens)))
+        files.append(str(record(tmp_path / f"{number}.npz", ids[-1], sequences[-1])))
+    assert main(["import", *files, "--from", "npz", "--out", str(tmp_path / "t.trace")]) == 0
+    trace = load_trace(tmp_path / "t.trace")
+    assert np.array_equal(trace.topk_ids, np.concatenate(ids))
+    assert trace.experts_per_layer.tolist() == [
+        max(part[:, layer].max() + 1 for part in ids) for layer in range(2)
+    ] or (trace.experts_per_layer.tolist() == [max(part.max() + 1 for part in ids)] * 2)
+    owner = np.repeat(np.arange(3), [len(part) for part in ids])
+    pairs = {*zip(owner.tolist(), np.concatenate(sequences).tolist(), strict=True)}
+    triples = {*zip(owner.tolist(), np.concatenate(sequences).tolist(), trace.sequence_ids.tolist(), strict=True)}
+    assert len(triples) == len(pairs) == len(np.unique(trace.sequence_ids))
+    assert all(ours % 2 == own % 2 for _, own, ours in triples)
+    assert {path.name for path in tmp_path.iterdir()} == {"0.npz", "1.npz", "2.npz", "t.trace"}
+
+
+def test_loads_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where one count shows fewer experts."""
+    np.save(tmp_path / "a.npy", np.array([[1, 2, 3], [4, 5, 6]]))
+    np.save(tmp_path / "b.npy", np.array([[10, 0], [0, 10]]))
+    files = [str(tmp_path / name) for name in ("a.npy", "b.npy")]
+    assert main(["import", *files, "--from", "load", "--out", str(tmp_path / "l.npz")]) == 0
+    assert load_load(tmp_path / "l.npz").load.tolist() == [[11, 2, 3], [4, 15, 6]]
+    assert "2 layers x 3 experts" in capsys.readouterr().out
+
+
+def test_what_is_no_recording_of_one_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one sentence that names the file; no file is written."""
+    rng = np.random.default_rng(0)
+
+    def random_ids(layers: int, top_k: int, experts: int = 8) -> np.ndarray:
+        return np.argsort(rng.random((16, layers, experts)), axis=2)[..., :top_k]
+
+    record(tmp_path / "a.npz", random_ids(2, 2), np.arange(16) // 4)
+    record(tmp_path / "layers.npz", random_ids(3, 2), np.arange(16) // 4)
+    record(tmp_path / "top.npz", random_ids(2, 1), np.arange(16) // 4)
+    record(tmp_path / "few.npz", random_ids(2, 2, experts=4), np.arange(16) // 4)
+    out = tmp_path / "t.trace"
+    for other, words, sentence in (
+        ("layers.npz", [], "layers.npz has other MoE layers (3) than"),
+        ("top.npz", [], "top.npz has other top-k (1) than"),
+        ("few.npz", ["--null-experts", "1"], "give --num-experts"),
+        ("absent.npz", [], "absent.npz"),
+    ):
+        files = [str(tmp_path / "a.npz"), str(tmp_path / other)]
+        assert main(["import", *files, "--from", "npz", "--out", str(out), *words]) == 1
+        *warnings, said = capsys.readouterr().err.strip().splitlines()
+        assert sentence in said
+        assert all("warning: " in line for line in warnings)
+        assert {path.suffix for path in tmp_path.iterdir()} == {".npz"}
+    assert main(["import", str(tmp_path / "a.npz"), str(tmp_path / "few.npz"), "--from", "npz", "--out", "no/t"]) == 1
+    assert "the folder no does not exist" in capsys.readouterr().err
