@@ -10,7 +10,7 @@ from moeplace.placement.placement import Placement
 Status = Literal["optimal", "feasible", "time_limit", "infeasible"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draft:
     """What a solver hands in; `solve` evaluates and bounds it.
 

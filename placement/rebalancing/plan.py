@@ -22,7 +22,7 @@ STEPS_PER_SECOND = 60_000
 _NO_LIMIT = 2**31 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Where experts should be.
 

@@ -18,7 +18,7 @@ from moeplace.placement.search.swaps import Near, no_ties
 from moeplace.profiling.errors import InfeasibleError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ties:
     """Ties of all layers.
 

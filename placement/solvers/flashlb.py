@@ -51,7 +51,7 @@ def loads_of_steps(problem: Problem) -> Iterator[np.ndarray]:
         yield np.stack([np.bincount(ids[ids >= 0], minlength=experts) for ids in parts]).astype(np.float64)
 
 
-@dataclass
+@dataclass(eq=False)
 class Search:
     """One layer.
 

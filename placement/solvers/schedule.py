@@ -98,7 +98,7 @@ def _search_one(part: _Part, layer: int) -> tuple[Found, bool]:
     return found[0], cut
 
 
-@dataclass
+@dataclass(eq=False)
 class _Rounds:
     """The rounds, and what is known of them so far.
 

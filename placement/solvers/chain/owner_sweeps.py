@@ -88,7 +88,7 @@ def _planned(problem: Problem, seconds: float, allowed: float) -> _Plan:
     return _Plan(passes, float(min(affordable * stride / passes, 1.0)), stride)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sweep:
     """The plan as ranks, and the tokens of every layer; `rank_LS` changes."""
 

@@ -49,7 +49,7 @@ MOST_SWEEPS = 4
 TOLERANCE = 1e-9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerAnswer:
     """Which rank holds which expert (E, R) 0/1, and whether it is proven optimal for the model."""
 

@@ -217,6 +217,13 @@ def test_an_exchange_takes_one_round() -> None:
     assert [len(transfers) for transfers in plan.rounds] == [2]
 
 
+def test_a_move_inside_a_rank_takes_no_buffer() -> None:
+    """Expert 0 makes room in its rank and 1 arrives through the one buffer: one round."""
+    old, new = one_layer([0, -1, 1, -1], [2, 2], 2), one_layer([1, 0, 1, -1], [2, 2], 2)
+    plan = plan_migration(old, new, staging_bytes=1)
+    assert (plan.local_bytes, plan.bytes, len(plan.rounds)) == (1, 1, 1)
+
+
 def test_a_cycle_beyond_the_budget_is_split() -> None:
     """0,1 | 2,3 -> 2,3 | 1,0 is one cycle of four; with one buffer it becomes two exchanges after a local one."""
     old, new = one_layer([0, 1, 2, 3], [2, 2], 4), one_layer([2, 3, 1, 0], [2, 2], 4)
