@@ -52,6 +52,15 @@ def over_steps(load_TE: np.ndarray, row: np.ndarray, ranks: int) -> float:
     return busiest * ranks / load_TE.sum() if load_TE.sum() else 1.0
 
 
+def test_by_default_all_ranks_are_on_one_node() -> None:
+    """What is not said: no fetch crosses nodes, so none is held back."""
+    given = {"load": [[9.0, 1, 1, 1]], "ranks": 2, "slots_per_rank": 3, "previous": [[0, 1, 0, 2, 3, 2]]}
+    answer = plan(**given, max_moves_across_nodes=0, wait=True)
+    assert answer.moves[0] > 0
+    assert answer.across.tolist() == [0]
+    assert plan(**given, nodes=2, max_moves_across_nodes=0, wait=True).moves.tolist() == [0]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("limits", [{}, {"max_moves": 2}, {"max_moves_per_rank": 1}])
 def test_every_slot_has_an_expert_and_every_expert_a_slot(seed: int, limits: dict[str, int]) -> None:

@@ -1,6 +1,7 @@
 """Calibration files, and the time of experts that both evaluation and runtime predict with."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,15 @@ def test_overheads_by_mode_and_form() -> None:
     assert MEASURED.layer_overhead("coherent") == -5e-7
     assert MEASURED.layer_overhead("allgather") == 4e-6
     assert MEASURED.apply(Cluster.uniform(2, slots_per_rank=1)).inter == MEASURED.inter
+
+
+def test_sizes_other_than_measured_are_told_beyond_two_percent() -> None:
+    """A size that a side does not know is no difference."""
+    measured = replace(MEASURED, conditions={"expert_bytes": 1000, "batch": 64, "hidden_size": 0})
+    wanted = {"expert_bytes": 985.0, "batch": 60, "hidden_size": 128, "kv_dim": 8}
+    assert measured.other_sizes(wanted) == {"batch": (64, 60)}
+    assert measured.other_sizes({"expert_bytes": 1015.0, "batch": 0}) == {}
+    assert measured.other_sizes({"expert_bytes": 970.0}) == {"expert_bytes": (1000, 970.0)}
 
 
 @pytest.mark.parametrize("name", ["batch", "hidden_size", "dtype_bytes"])

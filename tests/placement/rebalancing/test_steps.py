@@ -9,7 +9,17 @@ import pytest
 
 from moeplace.placement.rebalancing.packing import pack_with_replicas
 from moeplace.placement.rebalancing.search import fill_empty, seat_missing
-from moeplace.placement.rebalancing.seating import Floor, Seating, empty_seating, floor_of, remember, sit
+from moeplace.placement.rebalancing.seating import (
+    Floor,
+    Seating,
+    empty_seating,
+    floor_of,
+    remember,
+    repoint,
+    set_times,
+    sit,
+    swap,
+)
 from moeplace.placement.rebalancing.steps import (
     ACROSS,
     FREE,
@@ -229,6 +239,32 @@ def test_steps_are_worth_what_they_say_and_few_are_better(kind: str, least: floa
             worth.append(step.score / best)
     assert len(worth) >= SCENES // 4
     assert np.mean(np.array(worth) > 1 - 1e-9) >= (least if seed == 0 else least - 0.2)
+
+
+def holders(tables: Seating) -> list[list[int]]:
+    """Ranks that hold each expert."""
+    return [sorted(row[:count].tolist()) for row, count in zip(tables.holder_EH, tables.holders_E, strict=True)]
+
+
+@pytest.mark.parametrize("seed", [0, TODAY])
+def test_tables_follow_the_slots(seed: int) -> None:
+    """After any swaps and re-pointed slots, of experts in two slots of a rank too, they are those of the slots."""
+    print("seed", seed)
+    for number in range(SCENES):
+        s, rng = scene(seed, number), np.random.default_rng((seed, number, 3))
+        tables = s.seating()
+        for _ in range(6):
+            now_S, (a, b), i = tables.slots_S, rng.permutation(len(s.now_S))[:2], int(rng.integers(EXPERTS))
+            if now_S[a] >= 0 and s.floor.rank_S[a] != s.floor.rank_S[b]:
+                swap(a, b, s.floor, tables)
+            elif now_S[a] < 0 or (now_S == now_S[a]).sum() > 1:
+                repoint(a, i, s.floor, tables)
+            set_times(s.floor, tables)
+            fresh = s._replace(now_S=now_S.copy()).seating()
+            assert holders(tables) == holders(fresh), number
+            for table in ("on_ER", "count_E", "moves", "fetched_R"):
+                assert getattr(tables, table).tolist() == getattr(fresh, table).tolist(), (number, table)
+            assert tables.time_R == pytest.approx(fresh.time_R), number
 
 
 def share_of(row_S: np.ndarray, e: int, load_E: np.ndarray) -> float:

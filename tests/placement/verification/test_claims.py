@@ -16,7 +16,7 @@ from moeplace.launch.cli import main
 from moeplace.placement.bounds.certificate import certificate
 from moeplace.placement.bounds.problem import held_imbalance, prove
 from moeplace.placement.budget import Budget
-from moeplace.placement.cluster import Cluster
+from moeplace.placement.cluster import Cluster, Link
 from moeplace.placement.objective import measure
 from moeplace.placement.placement_file import save_placement
 from moeplace.placement.problem import Problem
@@ -36,12 +36,15 @@ from tests.seeds import FIXED_AND_TODAY
 @pytest.mark.parametrize("mode", ["dispatch-combine", "coherent", "allgather"])
 def test_bounds_agree(seed: int, mode: str) -> None:
     """Both rooms prove the same: closed forms and relaxation; replicas, nodes, speeds, distances, ragged, caps."""
-    for slots in ((4, [6, 4, 5, 4]), (5, [5, 3, 4, 4]))[seed % 2]:
+    for turn, slots in enumerate(((4, [6, 4, 5, 4]), (5, [5, 3, 4, 4]))[seed % 2]):
         trace = skewed_trace(seed, tokens=120, layers=3, experts=16, top_k=1 + seed % 3, ragged=0.3 * (seed % 2))
-        cluster = Cluster.uniform(4, slots_per_rank=slots, ranks_per_node=[4, 2, 1][seed // 3 % 3])
+        node_R = np.array([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1]][(seed + turn) % 3])
+        cluster = Cluster.uniform(4, slots_per_rank=slots).replace(node_of_rank=node_R)
         if seed % 4 == 1:
             line = np.arange(4.0)
             cluster = cluster.replace(speed_of_rank=np.array([1.0, 1, 0.5, 2]), distance_RR=abs(line[:, None] - line))
+        elif turn:  # nodes share a port
+            cluster = cluster.replace(inter=Link(1e-5, 1e10, 0.7e10))
         problem = Problem.from_trace(trace, cluster, mode=mode, max_imbalance=1.2 if seed % 3 else None)
         caps_L = held_imbalance(problem)
         ours = prove(problem, time_limit=30.0, caps_L=caps_L)  # all iterations, however busy the machine
