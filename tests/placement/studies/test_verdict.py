@@ -14,7 +14,7 @@ from moeplace.placement.solve import solve
 from moeplace.placement.studies.carry_over import carry_over
 from moeplace.placement.studies.held_out import Gain, HeldOut, gain, ratio
 from moeplace.placement.studies.learning_curve import CurvePoint, enough_tokens, learning_curve
-from moeplace.placement.studies.verdict import Terms, judge
+from moeplace.placement.studies.verdict import Terms, _Ground, judge
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.synthetic.traces import planted
 from moeplace.profiling.traces.sampling import sequence_rows
@@ -71,6 +71,14 @@ def test_a_placement_that_pays_is_recommended() -> None:
         if option.over_plain is not None:
             plain = next(o for o in verdict.options if o.mode == option.mode and o.over_plain is None)
             assert option.fitted_seconds <= plain.fitted_seconds + 1e-12
+
+
+def test_the_baseline_is_the_mode_that_suits_index_order_best() -> None:
+    """By all held-out tokens, whatever samples of them say."""
+    trace = routing(1, tokens=256)
+    before = {mode: np.array([3.0, 1.0, 1.0]) for mode in MODES} | {"coherent": np.array([2.0, 9.0, 9.0])}
+    ground = _Ground(trace, judges(trace), TERMS, TERMS.cluster, before)
+    assert ground.baseline == "coherent"
 
 
 def test_uniform_routing_is_left_alone() -> None:
