@@ -147,20 +147,30 @@ def test_identity_path_stays_everywhere() -> None:
 @given(seed=st.integers(0, 999))
 @settings(max_examples=4, deadline=None)
 def test_balance_programs_of_moetuner(seed: int) -> None:
-    """min-max equals brute force; L1 equals brute force on its own objective."""
+    """min-max of time equals brute force, also where ranks differ in speed; L1 on its own objective does too."""
     load_E = np.random.default_rng(seed).integers(1, 100, 6).astype(float)
     sizes_R, start_E = np.full(3, 2), np.repeat(np.arange(3), 2)
     states_ME = enumerate_states(sizes_R)
     load_MR = np.stack([(states_ME == rank) @ load_E for rank in range(3)], axis=1)
-    for balance, best in (
-        ("max", load_MR.max(axis=1).min()),
-        ("l1", np.abs(load_MR - load_E.sum() / 3).sum(axis=1).min()),
-    ):
-        answer_E = balance_clusters(load_E, sizes_R, np.ones(3), start_E, 10.0, balance=balance, gap=0.0)
-        assert answer_E is not None
-        load_R = np.bincount(answer_E, load_E)
-        value = load_R.max() if balance == "max" else np.abs(load_R - load_E.sum() / 3).sum()
-        assert value == pytest.approx(best)
+    for speed_R in (np.ones(3), np.array([1.0, 0.5, 2.0])):
+        fair_R = load_E.sum() * speed_R / speed_R.sum()
+        for balance, best in (
+            ("max", (load_MR / speed_R).max(axis=1).min()),
+            ("l1", np.abs(load_MR - fair_R).sum(axis=1).min()),
+        ):
+            answer_E = balance_clusters(load_E, sizes_R, speed_R, start_E, 10.0, balance=balance, gap=0.0)
+            assert answer_E is not None
+            load_R = np.bincount(answer_E, load_E)
+            value = (load_R / speed_R).max() if balance == "max" else np.abs(load_R - fair_R).sum()
+            assert value == pytest.approx(best)
+
+
+def test_a_mapping_program_that_is_too_large_is_not_begun() -> None:
+    """16 ranks, two layers: more constraints than a second can write."""
+    cost_RR = Cluster.uniform(16, slots_per_rank=1, ranks_per_node=8).cost_RR
+    rank_LR, note = moetuner._map_clusters(np.ones((1, 16, 16)), cost_RR, Budget(1.0), "cbc", "max", 0.0)
+    assert "too large" in note
+    assert np.sort(rank_LR, axis=1).tolist() == [list(range(16))] * 2
 
 
 @given(seed=st.integers(0, 999), objective=st.sampled_from(["max", "sum"]))

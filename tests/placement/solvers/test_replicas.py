@@ -13,7 +13,7 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.layout import UNLIMITED
 from moeplace.placement.search.nets import layer_nets
-from moeplace.placement.search.swaps import no_ties
+from moeplace.placement.search.swaps import Near, no_ties
 from moeplace.placement.solve import solve
 from moeplace.placement.solvers.layer.search import Effort, LayerSearch
 from moeplace.placement.solvers.replicas.bit_search import anneal_bits
@@ -26,6 +26,7 @@ from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_problem, skewed_trace
 from tests.placement.random_placements import random_placement
+from tests.seeds import FIXED_AND_TODAY
 
 GO_ON = np.zeros(1, np.uint8)
 
@@ -103,6 +104,25 @@ def test_copies_never_worsen_a_layer(seed, cap):
     evaluation = problem.evaluate(problem.placement(slots_S[None]))
     over = np.maximum(evaluation.load_LR[0] - limit, 0).sum()
     assert value == pytest.approx(300 * evaluation.ranks_per_token + 1e3 * over)
+
+
+@pytest.mark.parametrize("seed", FIXED_AND_TODAY)
+def test_ties_count_in_what_a_tied_run_chooses(seed: int) -> None:
+    """It reports replay and bias of its row, and is as good as its first start, however dear new places are."""
+    print("seed", seed)
+    problem = skewed_problem(seed, ranks=4, slots=4, trace={"tokens": 300, "layers": 1, "experts": 12, "top_k": 3})
+    start_S = random_placement(np.random.default_rng(seed), layers=1, experts=12, slots_of_rank=[4] * 4)
+    row_S, rank_S = start_S.slot_to_expert[0].astype(np.int32), np.repeat(np.arange(4), 4)
+    new_ER = np.ones((16, 4), np.uint8)
+    new_ER[row_S, rank_S] = 0
+    search = replica_search(problem, np.full(4, UNLIMITED))
+    for dear in (0.0, 2.0, 40.0):
+        near = Near(dear * new_ER, new_ER, 8.0)
+        value, slots_S = search.run_tied([row_S], near, 0.1, 0.01, np.random.default_rng(seed))
+        held = slots_S >= 0
+        bias = near.bias_ER[slots_S[held], rank_S[held]].sum()
+        assert value == pytest.approx(search.value(slots_S) + bias)
+        assert value <= search.value(row_S) + 1e-9
 
 
 @settings(max_examples=60, deadline=None)
