@@ -87,6 +87,12 @@ def rules_table(part: dict[str, Any]) -> str:
     return table(header, rows) if rows else ""
 
 
+def solved_with(part: dict[str, Any]) -> str:
+    """How the placements of the replays were found."""
+    flags = {one["top_k"]: one["solve"] for one in part["runs"]}
+    return "; ".join(f"top-{top_k} solved by `moeplace solve t.trace {flags[top_k]}`" for top_k in sorted(flags))
+
+
 def replay_table(part: dict[str, Any]) -> str:
     """One row a run: seconds of a step over the seeds, speedup, error of the prediction."""
     rows = []
@@ -161,7 +167,7 @@ def tables(figures: dict[str, Any]) -> Iterator[str]:
         part = figures["replay"]
         yield (
             f"`bench replay` between {part['hosts']} emulated hosts of 2 ranks, {part['link']}, batch 256, "
-            f"hidden 2048, bfloat16. {spread_words} {says(part['conditions'])}"
+            f"hidden 2048, bfloat16; {solved_with(part)}. {spread_words} {says(part['conditions'])}"
         )
         yield replay_table(part)
     if "elastic" in figures:

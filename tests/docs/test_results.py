@@ -31,7 +31,10 @@ def figures() -> dict[str, Any]:
     run = {"placement": "index-order", "mode": "dispatch-combine", "form": "plain", "seconds_per_step": 2.0,
            "speedup": 1.0, "prediction_error": 0.01, "bytes_inter_node": 4e6}  # fmt: skip
     solved = {**run, "placement": "p.json", "mode": "coherent", "form": "", "seconds_per_step": 1.0}
-    replays = [{"top_k": 1, "goal": 2.2, "runs": [run, {**solved, "speedup": speedup}]} for speedup in (2.0, 2.1)]
+    replays = [
+        {"top_k": 1, "goal": 2.2, "solve": "--ranks 4", "runs": [run, {**solved, "speedup": speedup}]}
+        for speedup in (2.0, 2.1)
+    ]
     elastic = [
         {
             "mode": "coherent", "requests": 10, "lost": 0, "changed": 0, "median_step_seconds": 0.05,
@@ -63,6 +66,7 @@ def test_what_is_not_reached_is_said() -> None:
     """An aim of the speedup, of the worst step, of a stay rate (more is better)."""
     found = figures()
     assert "**not reached**: 2.2" in result_pages.replay_table(found["replay"])
+    assert result_pages.solved_with(found["replay"]) == "top-1 solved by `moeplace solve t.trace --ranks 4`"
     assert "**not reached**: worst step <= 1.5" in result_pages.elastic_table(found["elastic"])
     row = {"figures": ["stay_rate"], "goal": [0.51], "solved": [{"stay_rate": 0.5}]}
     assert result_pages.reached(row) == "**not reached**: stay rate >= 0.51"

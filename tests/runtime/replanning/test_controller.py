@@ -30,6 +30,8 @@ from moeplace.runtime.replanning.controller import Change, Controller, Controlle
 from moeplace.runtime.replanning.event_log import EventLog, read_events
 from moeplace.runtime.replanning.review_process import Outcome, ReviewFailure, ReviewProcess
 
+pytestmark = pytest.mark.clock(0.1)
+
 RANKS, LAYERS, EXPERTS, WINDOW = 4, 3, 16, 2048
 LINK = Link(latency=1e-6, bandwidth=1e9)  # slow, so that copies decide
 CLUSTER = Cluster.uniform(RANKS, slots_per_rank=EXPERTS // RANKS, intra=LINK)
