@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from moeplace.placement.bounds.problem import problem_bounds
+from moeplace.placement.bounds.traffic import _complement_spectrum
 from moeplace.placement.cluster import Cluster, Link
 from moeplace.placement.cost.calibration import Calibration, ExpertTime
 from moeplace.placement.cost.steps import StepShape
@@ -82,3 +83,14 @@ def test_keys_and_values_cross_to_every_node() -> None:
     assert bound == pytest.approx((2 * inside + across) * 1e7 / 4, rel=1e-5)
     placed = problem.evaluate(index_order(np.full(1, 4), np.full(4, 1), cluster.node_of_rank, mode="coherent"))
     assert placed.predicted_seconds >= bound
+
+
+@pytest.mark.parametrize("size", [2, 5, 9])
+def test_the_spectrum_beside_equal_entries(size: int) -> None:
+    """Of a doubly centred matrix, on the vectors that sum to 0: all eigenvalues but the 0 of equal entries, falling."""
+    rng = np.random.default_rng(size)
+    matrix = rng.normal(size=(size, size))
+    centre = np.eye(size) - 1 / size
+    basis = np.linalg.qr(np.column_stack([np.ones(size), rng.normal(size=(size, size - 1))]))[0][:, 1:]
+    expected = np.linalg.eigvalsh(basis.T @ (matrix + matrix.T) @ basis)[::-1]
+    assert _complement_spectrum(centre @ (matrix + matrix.T) @ centre) == pytest.approx(expected)

@@ -111,6 +111,17 @@ def test_stair_keeps_what_is_balanced_and_its_limits(seed: int):
                 assert np.array_equal(old, row)
 
 
+def test_stair_says_how_many_layers_break_a_limit():
+    """One layer of three would change, but nothing may move."""
+    previous = Problem.from_load(np.ones((3, 4)), Cluster.uniform(2, slots_per_rank=2))
+    start = previous.placement(np.tile(np.arange(4), (3, 1)))
+    load = np.array([[1.0, 1, 1, 1], [9, 9, 1, 1], [0, 0, 0, 0]])
+    problem = Problem.from_load(load, previous.cluster, previous=start, max_moves=0)
+    draft = get_solver("stair")(problem, Budget(60.0))
+    assert np.array_equal(draft.slot_to_expert, start.slot_to_expert)
+    assert draft.notes == ("1 layers keep their slots: their plan breaks a limit on moves",)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_alignment_moves_least_and_changes_no_rank(seed: int):
     """Ranks are the same sets under other names; experts that stay are in their slots; no renaming fetches less."""

@@ -12,6 +12,7 @@ from moeplace.placement.objective import measure
 from moeplace.placement.problem import Problem
 from moeplace.placement.solvers import get_solver
 from moeplace.placement.statement import state
+from moeplace.placement.verification.claims import AGREEMENT, _at_most, _same
 from moeplace.placement.verification.legality import broken_caps, broken_rules
 from moeplace.placement.verification.statement import Statement
 from moeplace.placement.verification.values import values_of
@@ -131,3 +132,12 @@ def test_a_statement_without_a_key_is_refused(key: str) -> None:
     del document[key]
     with pytest.raises(FormatError, match=key):
         Statement.from_document(document)
+
+
+@pytest.mark.parametrize("found", [-3.0, 0.0, 1e-4, 20.0])
+def test_claims_hold_up_to_rounding(found: float) -> None:
+    """Other machines round otherwise: a share of the value, next to nothing where it is 0; a bound may be lower."""
+    little = AGREEMENT * max(abs(found), 1e-9)
+    for stated, same, at_most in ((0.5, True, True), (-0.5, True, True), (1.5, False, False), (-1.5, False, True)):
+        assert _same("x", found + stated * little, found).holds is same
+        assert _at_most("x", found + stated * little, found).holds is at_most
