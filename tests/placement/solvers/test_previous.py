@@ -13,7 +13,8 @@ from moeplace.placement.result import SolveResult
 from moeplace.placement.search.ties import ties_of
 from moeplace.placement.solve import solve
 from moeplace.placement.solvers.lpt import solve_lpt
-from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_replicas
+from moeplace.placement.solvers.replicas.on_the_way import add_replicas_on_the_way, search_chain_with_replicas
+from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_trace
 from tests.placement.oracles import traffic_of
 from tests.placement.random_placements import random_placement
@@ -183,3 +184,17 @@ def test_old_replicas_come_back_only_within_the_cap(max_moves: int | None, seed:
         kept = imbalance_of(problem, problem.placement(slots_LS))
         limit = cap if max_moves is None else max(cap, imbalance_of(problem, previous.replace(mode="coherent")).max())
         assert (kept <= limit + 1e-9).all()
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3, None])
+def test_replicas_on_the_way_use_all_moves_there_are(most: int | None) -> None:
+    """Two empty slots on each rank, all tokens cross: four replicas save a copy each, as many come as may."""
+    crossing = np.array([[0, 2], [1, 3], [2, 0], [3, 1]])
+    trace = RoutingTrace(np.tile(crossing, (5, 1))[:, :, None], np.full(2, 4))
+    cluster = Cluster.uniform(2, slots_per_rank=4)
+    rows_LS = np.tile([0, 1, -1, -1, 2, 3, -1, -1], (2, 1))
+    free = Problem.from_trace(trace, cluster, mode="coherent", objective="traffic")
+    problem = free.replace(previous=free.placement(rows_LS), max_moves=most)
+    found_LS = add_replicas_on_the_way(problem, Budget(60.0), rows_LS, None, ties_of(problem))
+    assert (found_LS[0] == rows_LS[0]).all()
+    assert (found_LS[1] >= 0).sum() == 4 + (4 if most is None else most)

@@ -66,7 +66,9 @@ def test_what_swaps_cannot_reach_is_left_to_the_program(seed: int) -> None:
         parts = rng.integers(1000, 3000, (3, 4)).astype(float)
         load_S = np.concatenate([parts.ravel(), 10_000 - parts.sum(axis=0)])
         cost_SR, start_S = rng.integers(0, 50, (16, 4)).astype(float), np.repeat(np.arange(4), 4)
-        plain, closed = (assign_capped(cost_SR, load_S, np.full(4, 1e4), start_S, close=close) for close in (False, True))
+        plain, closed = (
+            assign_capped(cost_SR, load_S, np.full(4, 1e4), start_S, close=close) for close in (False, True)
+        )
         if np.bincount(plain.rank_S, load_S).max() > 1e4:
             assert plain.rank_S.tolist() == start_S.tolist()
             assert plain.bound == -np.inf
