@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from moeplace.placement.bounds.problem import problem_bounds
+from moeplace.placement.bounds.relaxation import _cap_to_sum
+from moeplace.placement.bounds.seconds import _most_at_home
 from moeplace.placement.bounds.traffic import _complement_spectrum
 from moeplace.placement.cluster import Cluster, Link
 from moeplace.placement.cost.calibration import Calibration, ExpertTime
@@ -94,3 +96,24 @@ def test_the_spectrum_beside_equal_entries(size: int) -> None:
     basis = np.linalg.qr(np.column_stack([np.ones(size), rng.normal(size=(size, size - 1))]))[0][:, 1:]
     expected = np.linalg.eigvalsh(basis.T @ (matrix + matrix.T) @ basis)[::-1]
     assert _complement_spectrum(centre @ (matrix + matrix.T) @ centre) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("slots", "share"), [(1, 0.5), ([1, 2], 0.75), (2, 1.0)])
+def test_an_expert_is_at_home_on_one_rank_and_on_one_more_by_replica(slots: int | list[int], share: float) -> None:
+    """Two experts, each asked for once from either rank."""
+    trace = RoutingTrace(np.array([0, 0, 1, 1])[:, None, None], np.full(1, 2))
+    assert _most_at_home(Problem.from_trace(trace, Cluster.uniform(2, slots_per_rank=slots)), trace, 0) == share
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_nearest_entries_within_limits_that_sum_to_so_much(seed: int) -> None:
+    """All are lowered by the same, but for those that end at a limit."""
+    rng = np.random.default_rng(seed)
+    values, top = rng.normal(rng.integers(-3, 4), 2.0, 9), 1.5
+    total = float(rng.uniform(1, 12))
+    found = _cap_to_sum(values, top, total)
+    assert found.sum() == pytest.approx(total)
+    assert ((found >= 0) & (found <= top)).all()
+    inside = (found > 1e-9) & (found < top - 1e-9)
+    tau = float((values - found)[inside].mean())
+    assert found == pytest.approx(np.clip(values - tau, 0, top))

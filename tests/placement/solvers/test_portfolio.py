@@ -14,6 +14,8 @@ from moeplace.placement.search.alignment import align_ranks
 from moeplace.placement.search.hedge import risk_matrix
 from moeplace.placement.solve import solve
 from moeplace.placement.solvers.layer.search import LayerSearch
+from moeplace.placement.solvers.lpt import solve_lpt
+from moeplace.placement.solvers.schedule import search_layers
 from moeplace.placement.solvers.seconds import fastest
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_trace
@@ -95,3 +97,15 @@ def test_a_price_is_weighed_against_a_mean_over_layers(layers: int, share: float
     problem = Problem.from_trace(trace, cluster, objective="traffic", previous=previous, move_price=price)
     found = solve(problem, time_limit=0.3).placement
     assert problem.evaluate(found).ranks_per_token == (1.0 if moves else 2.0)
+
+
+@pytest.mark.usefixtures("still_clock")
+def test_work_that_there_is_time_for_is_done() -> None:
+    """No time passes: nothing is cut, and every layer is better than packed."""
+    trace = skewed_trace(5, tokens=300, layers=2, experts=16)
+    problem = Problem.from_trace(trace, Cluster.uniform(4, slots_per_rank=4), objective="traffic")
+    found, cut = search_layers(problem, Budget(0.05), None, 0.05)
+    assert not cut
+    packed = problem.placement(solve_lpt(problem, Budget(1.0)).slot_to_expert)
+    plan = problem.placement(np.stack([row_S for _, row_S in found]))
+    assert problem.evaluate(plan).ranks_per_token < 0.98 * problem.evaluate(packed).ranks_per_token
