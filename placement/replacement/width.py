@@ -160,11 +160,8 @@ def _even_out(held_R: list[set[int]], room_R: list[int], share_E: np.ndarray) ->
         # All that is too much elsewhere is here already: one of those copies goes, and another expert gets a copy.
         copies = {e: sum(e in held for held in held_R) for held in held_R for e in held}
         held_R[receiver].add(min(set(copies) - held_R[receiver], key=lambda e: (copies[e], -share_E[e], e)))
-        for donor in donors:
-            spare = [e for e in held_R[donor] if copies[e] > 1]
-            if spare:
-                held_R[donor].remove(max(spare, key=lambda e: (copies[e], -e)))
-                break
+        if donors:
+            held_R[donors[0]].remove(max(held_R[donors[0]], key=lambda e: (copies[e], -e)))
     for rank in ranks:  # more copies than ranks to hold them: drop those that exist elsewhere
         while len(held_R[rank]) > room_R[rank]:
             copies = {e: sum(e in held for held in held_R) for e in held_R[rank]}
