@@ -1,9 +1,12 @@
 """Bounds on seconds worked out by hand: links cost next to nothing, or all but one term does."""
 
+import os
+
 import networkx as nx
 import numpy as np
 import pytest
 
+from moeplace.placement.bounds.layers import THREADS
 from moeplace.placement.bounds.problem import problem_bounds
 from moeplace.placement.bounds.relaxation import _cap_to_sum
 from moeplace.placement.bounds.seconds import _most_at_home
@@ -117,3 +120,7 @@ def test_the_nearest_entries_within_limits_that_sum_to_so_much(seed: int) -> Non
     inside = (found > 1e-9) & (found < top - 1e-9)
     tau = float((values - found)[inside].mean())
     assert found == pytest.approx(np.clip(values - tau, 0, top))
+
+
+def test_bounds_take_no_more_threads_than_cores() -> None:
+    assert 1 <= THREADS <= (os.cpu_count() or 1)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from moeplace.placement.replacement.rule import ReplacementRule, ServiceHistory
+from moeplace.placement.replacement.review import Review
+from moeplace.placement.replacement.rule import Decision, ReplacementRule, ServiceHistory
 from moeplace.profiling.errors import InputError
 
 RULE = ReplacementRule(least_gain=0.125, quiet_steps=100, stall_seconds=1.0)
@@ -68,3 +69,8 @@ def test_values_out_of_range_are_refused() -> None:
     for name, value in (("least_gain", 1.0), ("least_gain", -0.1), ("quiet_steps", -1), ("stall_seconds", -1.0)):
         with pytest.raises(InputError, match=rf"{name} \({value}\) must"):
             ReplacementRule(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_review_that_keeps_promises_nothing() -> None:
+    review = Review(Decision("keep", "within noise"), {}, None, None)
+    assert (review.candidate, review.promised_seconds, review.plan) == (None, 0.0, None)

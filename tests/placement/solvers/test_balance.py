@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
+from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.search.packing import pack_slots
 from moeplace.placement.solve import solve
+from moeplace.placement.solvers import balance
 from moeplace.placement.solvers.replicas.even_split import anneal_even
 from moeplace.placement.solvers.replicas.exact_search import Schedule
 from moeplace.placement.solvers.replicas.seats import seat
@@ -83,3 +85,17 @@ def test_the_kernel_says_what_the_slots_say(seed):
     assert value <= before + 1e-9
     assert set(range(12)) <= set(row_S.tolist())
     assert all(len(set(held)) == len(held) for held in row_S.reshape(4, 5).tolist())
+
+
+def test_planned_work_grows_with_time_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the cores or twice the time: twice the moves, shared by the layers that are left."""
+    problem = Problem.from_load(two_heavy(0), Cluster.uniform(8, slots_per_rank=2))
+    work: list[float] = []
+    monkeypatch.setattr(balance, "_run", lambda *job: work.append(job[-1]) or (np.inf, job[4]))
+    for cores, limit in ((1, 1.0), (2, 1.0), (1, 2.0)):
+        monkeypatch.setattr(balance, "workers", lambda cores=cores: cores)
+        balance.solve_balance(problem, Budget(limit))
+    once, twice_cores, twice_time = np.split(np.array(work), 3)
+    assert len(once) == balance.ROUNDS
+    assert twice_cores == pytest.approx(2 * once)
+    assert twice_time == pytest.approx(2 * once)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from moeplace.placement.cost.evaluation import Evaluation
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import Draft
-from moeplace.placement.solvers.exact import moetuner
+from moeplace.placement.solvers.exact import cpsat, moetuner, optimizers
 from moeplace.placement.solvers.exact.cpsat import solve_cpsat
 from moeplace.placement.solvers.exact.exflow import greedy_chain, solve_exflow
 from moeplace.placement.solvers.exact.moetuner import balance_clusters, mapping_cost, solve_moetuner
@@ -281,3 +283,32 @@ def test_optimizers_import_in_either_order(first: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_solver_that_fails_finds_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not a traceback: the published models go on with what they have."""
+    broken = tmp_path / "cbc"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(optimizers, "pulp_cbc_path", str(broken))
+    start_E = np.array([0, 0, 1, 1])
+    load_E = np.arange(4.0)
+    assert balance_clusters(load_E, np.full(2, 2), np.ones(2), start_E, 10.0) is None
+    problem = skewed_problem(0, **CHAIN)
+    assert judge(problem, solve_exflow(problem, Budget(2.0))).stay_rate >= 0
+
+
+def test_cpsat_searches_in_what_writing_the_program_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which every look at it takes a second: no search is given more than its time less that."""
+    ticks, given = itertools.count(), []
+
+    class Engine(cpsat.cp_model.CpSolver):
+        def solve(self, model):  # type: ignore[no-untyped-def]
+            given.append(self.parameters.max_time_in_seconds)
+            return super().solve(model)
+
+    monkeypatch.setattr(cpsat, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(cpsat.cp_model, "CpSolver", Engine)
+    solve_cpsat(skewed_problem(7, trace={"layers": 1, "top_k": 2}), Budget(20.0))
+    assert given
+    assert max(given) <= 19.0

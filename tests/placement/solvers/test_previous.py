@@ -1,5 +1,6 @@
 """Solving again from a placement in force: never worse than staying, caps kept, prices paid, in every mode."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from moeplace.placement.problem import Problem
 from moeplace.placement.result import SolveResult
 from moeplace.placement.search.ties import ties_of
 from moeplace.placement.solve import solve
+from moeplace.placement.solvers.layer import search as layer_search
+from moeplace.placement.solvers.layer.search import Effort, LayerSearch
 from moeplace.placement.solvers.lpt import solve_lpt
 from moeplace.placement.solvers.replicas.on_the_way import add_replicas_on_the_way, search_chain_with_replicas
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -198,3 +201,44 @@ def test_replicas_on_the_way_use_all_moves_there_are(most: int | None) -> None:
     found_LS = add_replicas_on_the_way(problem, Budget(60.0), rows_LS, None, ties_of(problem))
     assert (found_LS[0] == rows_LS[0]).all()
     assert (found_LS[1] >= 0).sum() == 4 + (4 if most is None else most)
+
+
+def tied_search(**options: Any) -> tuple[Problem, LayerSearch]:
+    """(three layers on four ranks with their placement in force, the search of the first)."""
+    trace = skewed_trace(3, tokens=100, layers=3, experts=8, top_k=2)
+    free = Problem.from_trace(trace, Cluster.uniform(4, slots_per_rank=2), objective="traffic")
+    problem = free.replace(previous=free.placement(np.tile(np.arange(8), (3, 1))), **options)
+    return problem, LayerSearch(problem, 0, None, 0.0, np.zeros(1, np.uint8), ties_of(problem))
+
+
+@pytest.mark.parametrize("price", [0.1, 3.0])
+def test_a_layer_pays_for_moves_what_the_objective_does(price: float) -> None:
+    """A search sums over the tokens of one layer, the objective is a mean over those of all: the price is scaled."""
+    problem, search = tied_search(move_price=price)
+    before_LS = np.tile(np.arange(8), (3, 1))
+    after_LS = before_LS.copy()
+    after_LS[0, [0, 2]] = 2, 0  # two moves
+    before, after = (value_of(problem, problem.placement(rows)) for rows in (before_LS, after_LS))
+    seen = search.penalised(np.array([1, 0, 0, 1, 2, 2, 3, 3])) - search.penalised(np.arange(8) // 2)
+    assert seen == pytest.approx(100 * 3 * (after - before))
+
+
+def test_a_warm_run_is_cooler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in force is a good plan, which heat would forget."""
+    _, search = tied_search()
+    heat: list[float] = []
+    monkeypatch.setattr(layer_search, "anneal_layer", lambda *_, hot, **__: heat.append(hot))
+    search.run(Effort(hot=0.2, warm=True), np.random.default_rng(0))
+    assert len(heat) == 1
+    assert 0 < heat[0] < 0.2
+
+
+def test_runs_begin_at_the_mended_rows_and_at_those_before_in_turn() -> None:
+    """Even numbers at the first, odd ones at the other."""
+    problem, _ = tied_search()
+    ties = ties_of(problem)
+    assert ties is not None
+    both = replace(ties, stay_LS=ties.rows_LS[:, ::-1])
+    for number in range(6):
+        assert both.start(1, number).tolist() == list(range(8) if number % 2 == 0 else reversed(range(8)))
+        assert ties.start(1, number).tolist() == list(range(8))

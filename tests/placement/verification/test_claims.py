@@ -51,10 +51,10 @@ def test_bounds_agree(seed: int, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["dispatch-combine", "coherent", "allgather"])
 def test_bounds_agree_on_nodes_of_two_and_three_ranks(mode: str, dated_seed: int) -> None:
-    """Whose ranks are gateways for unlike numbers of homes, and have unlike shares of a port."""
+    """Whose ranks are gateways for unlike numbers of homes; sharing a port; with paths that are longer one way."""
     trace = skewed_trace(dated_seed, tokens=120, experts=16)
-    line = np.arange(7.0)
-    for port, distance_RR in ((np.inf, None), (0.7e10, None), (0.7e10, abs(line[:, None] - line))):
+    one_way_RR = np.triu(np.random.default_rng(dated_seed).uniform(1, 4, (7, 7)), 1)
+    for port, distance_RR in ((np.inf, None), (0.7e10, None), (np.inf, one_way_RR + 0.5 * one_way_RR.T)):
         cluster = Cluster.uniform(7, slots_per_rank=[3, 2, 2, 3, 2, 2, 2], inter=Link(1e-5, 1e10, port))
         nodes = cluster.replace(node_of_rank=np.array([0, 0, 1, 1, 1, 2, 2]), distance_RR=distance_RR)
         assert_bounds_agree(Problem.from_trace(trace, nodes, mode=mode))

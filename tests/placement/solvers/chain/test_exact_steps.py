@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moeplace.placement.budget import Budget
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.problem import Problem
+from moeplace.placement.search.annealing import COOLING_STEPS
 from moeplace.placement.search.layout import packed_start
+from moeplace.placement.solvers.chain import driver
 from moeplace.placement.solvers.chain.capped import assign_capped, repaired
 from moeplace.placement.solvers.chain.driver import _chain_of
 from moeplace.placement.solvers.chain.polish import keeps, layer_costs, moved_tokens, polish, refined
@@ -149,3 +152,14 @@ def test_refined_plans_are_at_their_best(options: dict[str, Any]) -> None:
     assert keeps(best, chain)
     assert polish(best, chain, lambda: False) == 0
     assert moved_tokens(best, chain) == pytest.approx(before)
+
+
+def test_every_temperature_is_passed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of a run follow each other from the hottest step to the closing descent."""
+    _, chain, rank_LS = small_chain(0, 1.3)
+    pieces: list[tuple[int, int]] = []
+    monkeypatch.setattr(driver, "anneal_chain", lambda _, __, ___, cooling, *____: pieces.append(cooling[2:4]))
+    assert not driver._one_run(rank_LS, chain, 1.0, 1000, 1e9, 0, Budget(1e9), np.zeros(1, np.uint8))
+    assert pieces[0][0] == 0
+    assert all(until == first for (_, until), (first, _) in itertools.pairwise(pieces))
+    assert pieces[-1][1] == COOLING_STEPS + 1
