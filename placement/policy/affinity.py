@@ -21,7 +21,7 @@ from moeplace.placement.cost.in_turn import InTurn
 from moeplace.placement.cost.replica_rule import get_rule, replica_ranks
 from moeplace.placement.policy.answer import Answer
 from moeplace.placement.policy.balance import imbalance_over_steps
-from moeplace.placement.policy.gathering import FORBIDDEN, Bounds, Search, gather
+from moeplace.placement.policy.gathering import FORBIDDEN, SWEPT, Bounds, Search, gather
 from moeplace.placement.policy.recording import Recording
 from moeplace.placement.policy.request import Request
 from moeplace.placement.policy.seats import kept_items, needed_slots, row_of
@@ -44,9 +44,9 @@ SEARCHES = 3
 """Of a layer."""
 TABLE_SHARE = 0.3
 """Of the time, for the tables of a search and for judging: it says how many tokens there may be."""
-TOKEN_SECONDS, PROPOSAL_SECONDS, SWAP_SECONDS = 1.0e-7, 3e-8, 1.6e-10
-"""Tables, per token and expert; a proposal; its swap, if it is accepted, per token of an item and level, on average
-over proposals (64 experts on 8 ranks, 2048 and 6831 tokens, one core of 2024)."""
+TOKEN_SECONDS, PROPOSAL_SECONDS, SWAP_SECONDS = 1.0e-7, 6e-8, 1.1e-10
+"""Tables, per token and expert; a proposal, and on average its swap per token of an item, at each level (64 experts on
+8 ranks with 2048 and 6831 tokens, 256 on 32 in 4 nodes with 4300; one core of 2024)."""
 SEED = 20
 _NO_LIMIT = 1 << 19
 
@@ -139,8 +139,8 @@ class _Layer:
         seconds = ask.seconds / max(request.shape[0], 1) / SEARCHES
         self._ids_TK = ids_TK[evenly(len(ids_TK), int(seconds * TABLE_SHARE / TOKEN_SECONDS / ids_TK.shape[1]))]
         per_item = self._ids_TK.size / len(self._balanced_S)
-        each = PROPOSAL_SECONDS + per_item * SWAP_SECONDS * (2 if self._node_weight > 0 else 1)
-        self._proposals = int((1.0 - TABLE_SHARE) * seconds / COOLING_STEPS / each)
+        each = (PROPOSAL_SECONDS + per_item * SWAP_SECONDS) * (2 if self._node_weight > 0 else 1)
+        self._proposals = int((1.0 - TABLE_SHARE) * seconds / COOLING_STEPS / (1.0 + SWEPT) / each)
 
     def best_row(self) -> np.ndarray:
         """(S,) the cheapest arrangement that is within the cap and the limits; among near ones what moves least."""

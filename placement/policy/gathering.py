@@ -7,9 +7,9 @@ What changes places are *items*: the slots of a layer with what they hold. How m
 which of them serves a token is drawn beforehand, as an engine's replica rule does without regard to the token's other
 experts; so a layer with replicas is one without, and the tables of `search/nets` price a swap exactly.
 
-Simulated annealing, then sweeps over all pairs until none gains. Load above a limit is priced, dearer and dearer; moves
-above theirs too, by a price that finds its own height (`search/annealing`) and, late, by one like that of load. Only
-arrangements within all limits are kept.
+Simulated annealing, then sweeps over pairs until none gains or a third more work is done. Load above a limit is priced,
+dearer and dearer; moves above theirs too, by a price that finds its own height (`search/annealing`) and, late, by one
+like that of load. Only arrangements within all limits are kept.
 
 Shape letters: I items = S slots, R ranks, N nodes.
 """
@@ -37,6 +37,8 @@ COLD = 0.03
 """Last temperature as a share of the first."""
 SWEEPS = 6
 """Most sweeps over all pairs at the end."""
+SWEPT = 1.0 / 3.0
+"""Most pairs tried in them, as a share of the proposals before."""
 
 
 class Bounds(NamedTuple):
@@ -149,9 +151,14 @@ def _sweep(cost, nets, ranks, nodes, bounds, search, done):  # type: ignore[no-u
     code_IR, weight, items = bounds.code_IR, search.node_weight, len(nets.load_E)
     price = 1e3 * (1.0 + weight)
     wall = 1e3 * price * load_I.sum()
+    left, first = int(SWEPT * COOLING_STEPS * search.proposals), random_below(search.state, items)
     for _ in range(SWEEPS):
         gained = False
-        for a in range(items):
+        for number in range(items):
+            a = (first + number) % items
+            if left <= 0:
+                return cost
+            left -= a
             for b in range(a):
                 g, h = rank_I[a], rank_I[b]
                 if g == h or code_IR[a, h] < 0 or code_IR[b, g] < 0:

@@ -55,6 +55,7 @@ def instance(seed: int) -> dict[str, Any]:
         "nodes": nodes,
         "previous": np.stack(rows),
         "trace": RoutingTrace(ids[:600], np.full(3, experts)),
+        "trace_time_limit": 0.2,
     }
 
 
@@ -138,6 +139,17 @@ def test_limits_on_moves_hold_with_a_trace(seed: int, limits: dict[str, int]) ->
         assert all(count <= limit for count, limit in zip(found, allowed, strict=True)), found
         alone = imbalance(plain.map[layer].astype(int), given["load"][layer], given["ranks"])
         reached = imbalance(answer.map[layer].astype(int), given["load"][layer], given["ranks"])
+        assert reached <= max(1.1, alone) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.01])
+def test_little_time_is_no_harm(seconds: float) -> None:
+    """What is found is within the cap, or balances as loads alone do."""
+    given = instance(1)
+    answer, plain = plan(**{**given, "trace_time_limit": seconds}, wait=True), by_loads(given)
+    assert answer.note is None
+    for layer, load_E in enumerate(given["load"]):
+        reached, alone = (imbalance(each.map[layer].astype(int), load_E, given["ranks"]) for each in (answer, plain))
         assert reached <= max(1.1, alone) * (1 + 1e-6)
 
 

@@ -13,6 +13,7 @@ import torch
 from moeplace.placement.placement import Placement
 from moeplace.placement.placement_file import save_placement
 from moeplace.placement.policy.in_force import fetched, of_width
+from moeplace.placement.policy.readiness import kernels
 from moeplace.placement.policy.settings import Settings
 from moeplace.profiling.kernel_cache import NO_WARM_UP
 from moeplace.profiling.traces.file import save_trace
@@ -77,6 +78,7 @@ def test_a_trace_that_is_not_there_stops_vllm_at_its_start(tmp_path: Path, monke
 
 def test_a_trace_counts_where_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs come together on a rank; a trace of another model changes nothing."""
+    assert kernels().ready(wait=True)  # vLLM's ranks keep their map until then
     pairs = np.array([[0, 5], [1, 4], [2, 3]])
     plain = vllm.Balance.rebalance_experts(LOAD, 8, 1, 1, 2, OLD)
     monkeypatch.setenv("MOEPLACE_MAX_IMBALANCE", "3")

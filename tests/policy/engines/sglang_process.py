@@ -77,7 +77,32 @@ def main(folder: Path) -> dict[str, Any]:
             }
         )
         context.expert_location_metadata = made
+    found["repeated"] = repeated(context, expert_location.ExpertLocationMetadata)
     return found
+
+
+def repeated(context: Any, metadata: Any) -> dict[str, Any]:
+    """Serve with a map of SGLang's own balancer, which has experts twice on a rank, and plan from there."""
+    import torch
+    from sglang.srt.eplb.eplb_algorithms import deepseek
+
+    popularity = 1.0 / torch.arange(1, EXPERTS + 1) ** 2
+    load = (1000 * popularity * torch.ones(1, LAYERS, EXPERTS)).int()
+    load[:, 0] = 0
+    own = deepseek.rebalance_experts(
+        weight=load.sum(dim=0), num_replicas=SLOTS, num_groups=None, num_nodes=1, num_gpus=RANKS,
+        enable_hierarchical=False,
+    )  # fmt: skip
+    context.expert_location_metadata = metadata._init_raw(
+        ep_size=RANKS, physical_to_logical_map=own[0], logical_to_all_physical_map=own[1]
+    )
+    made = metadata.init_by_eplb(None, load.flip(2))
+    return {
+        "before": own[0].tolist(),
+        "map": made.physical_to_logical_map.tolist(),
+        "slots": made.logical_to_all_physical_map.tolist(),
+        "counts": made.logical_to_all_physical_map_num_valid.tolist(),
+    }
 
 
 if __name__ == "__main__":

@@ -42,6 +42,17 @@ def test_the_hook_plans_near_the_map_in_force() -> None:
     assert any(moves)
 
 
+def test_a_map_with_repeated_experts_is_planned_from() -> None:
+    """SGLang's own balancer puts an expert twice on a rank: such a slot is one that may be given to another."""
+    (found,) = finish(start("sglang_process", FOLDER, MOEPLACE_POLICY="moeplace", MOEPLACE_MAX_MOVES="3"))
+    each = found["repeated"]
+    ranks = [row[i : i + 6] for row in each["before"] for i in range(0, 24, 6)]
+    assert any(len(set(held)) < 6 for held in ranks)
+    check(each, twice=True)
+    moves = [fetched(*rows) for rows in zip(each["before"], each["map"], strict=True)]
+    assert 0 < max(moves) <= 3
+
+
 def check(each: dict[str, Any], *, twice: bool = False) -> None:
     """Every expert has a slot, none twice on a rank unless it may be, and the three answers are of one map."""
     for row, slots_E, counts_E in zip(each["map"], each["slots"], each["counts"], strict=True):

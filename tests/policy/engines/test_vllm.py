@@ -35,6 +35,11 @@ def test_the_configuration_takes_our_policies() -> None:
         (row,) = found["elastic"][name]
         assert len(row) == slots
         assert set(row) == {0, 1, 2, 3, 4, 5}
+    for own, ours in zip(*found["repeated"], strict=True):
+        assert any(len(set(held)) < 6 for held in (own[:6], own[6:]))
+        assert len(ours) == 12
+        assert set(ours) == {0, 1, 2, 3, 4, 5}
+        assert ours != own
     assert found["hopeless"]
 
 
@@ -63,18 +68,20 @@ def test_weights_follow_the_map(mode: str, traced: bool, tmp_path: Path) -> None
     found = finish(*(start("vllm_rank", rank, 2, tmp_path / "store", mode, FOLDER, **environment) for rank in range(2)))
     first, second = found
     assert first["policy"] == second["policy"] == "Balance"
-    moved = 0
+    moved = doubled = 0
     for one, other in zip(first["rounds"], second["rounds"], strict=True):
         assert one["map"] == other["map"]
         for layer, row in enumerate(one["map"]):
             weights = one["weights"][layer] + other["weights"][layer]
             assert weights == [1000 * layer + expert for expert in row]
+            moved += row != one["before"][layer]
+            doubled += len(set(row[:6])) < 6 or len(set(row[6:])) < 6
             if traced:
                 assert sum(len({slot // 6 for slot, e in enumerate(row) if e in pair}) == 1 for pair in PAIRS) >= 3
             else:
                 assert imbalance(row, one["load"][layer]) <= imbalance(one["before"][layer], one["load"][layer])
-            moved += row != one["before"][layer]
     assert moved
+    assert bool(doubled) == traced
 
 
 def imbalance(row: list[int], load_E: list[int]) -> float:

@@ -56,6 +56,7 @@ def main() -> dict[str, Any]:
         "still checked": refusal(lambda: EPLBConfig(**nccl)),
         "policies": {name: policy.__name__ for name, policy in EPLB_POLICIES.items()},
         "elastic": elastic(EPLB_POLICIES["moeplace"]),
+        "repeated": repeated(EPLB_POLICIES["moeplace"]),
         "hopeless": hopeless(EPLB_POLICIES["moeplace"]),
     }
 
@@ -73,6 +74,16 @@ def elastic(policy: Any) -> dict[str, Any]:
         "first": policy.rebalance_experts(load, 8, 1, 1, 2, None).tolist(),
         "same": policy.rebalance_experts(load, 8, 1, 1, 2, old).tolist(),
     }
+
+
+def repeated(policy: Any) -> list[Any]:
+    """[a map of vLLM's own policy, which has experts twice on a rank; ours from there, for other loads]."""
+    import torch
+    from vllm.distributed.eplb.policy import DefaultEplbPolicy
+
+    load = torch.tensor([[900, 400, 30, 20, 10, 5], [5, 10, 900, 20, 30, 800]], dtype=torch.int32)
+    own = DefaultEplbPolicy.rebalance_experts(load, 12, 1, 1, 2, None)
+    return [own.tolist(), policy.rebalance_experts(load.flip(1), 12, 1, 1, 2, own).tolist()]
 
 
 def hopeless(policy: Any) -> bool:
