@@ -242,3 +242,11 @@ def test_runs_begin_at_the_mended_rows_and_at_those_before_in_turn() -> None:
     for number in range(6):
         assert both.start(1, number).tolist() == list(range(8) if number % 2 == 0 else reversed(range(8)))
         assert ties.start(1, number).tolist() == list(range(8))
+
+
+def test_one_rank_has_nothing_to_balance() -> None:
+    """It holds what it held, within any limit on moves."""
+    free = Problem.from_load(np.arange(1, 7).reshape(2, 3), Cluster.uniform(1, slots_per_rank=4))
+    start = free.placement(np.array([[0, 1, 2, -1], [2, 0, 1, -1]]))
+    draft = solve_lpt(free.replace(previous=start, max_moves=1), Budget(1.0))
+    assert np.array_equal(np.sort(draft.slot_to_expert), np.sort(start.slot_to_expert))

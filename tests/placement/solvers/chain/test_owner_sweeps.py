@@ -9,7 +9,8 @@ from moeplace.placement.objective import measure
 from moeplace.placement.problem import Problem
 from moeplace.placement.search.annealing import seed_state
 from moeplace.placement.solvers import get_solver
-from moeplace.placement.solvers.chain.owner_sweeps import _Sweep, applies, sweep_owners
+from moeplace.placement.solvers.chain import owner_sweeps
+from moeplace.placement.solvers.chain.owner_sweeps import _planned, _Sweep, applies, sweep_owners
 from moeplace.placement.solvers.chain.owners import follow_owners, swap_owned
 from moeplace.placement.solvers.index_order import solve_index_order
 from moeplace.profiling.synthetic.traces import ragged, topics
@@ -91,3 +92,14 @@ def test_where_sweeps_apply() -> None:
     assert not applies(coherent(tokens(0, 2).primary()))
     assert not applies(coherent(tokens(0, 2)).replace(mode="dispatch-combine"))
     assert not applies(coherent(tokens(0, 2)).replace(cluster=Cluster.uniform(4, slots_per_rank=5)))
+
+
+def test_planned_sweeps_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes x pairs of slots x what a swap costs is what one core does in the time, less a reserve."""
+    monkeypatch.setattr(owner_sweeps, "workers", lambda: 1)
+    problem = coherent(tokens(0, 3))  # 3 layers of 16 slots: 360 pairs; 500 tokens, each with 3 of 16 experts
+    for seconds in (0.001, 0.002):
+        plan = _planned(problem, seconds, 1.0)
+        swap = 2 * 500 * 3 / 16 * 3 * owner_sweeps._SECONDS_PER_TOKEN / plan.stride
+        assert plan.share < 1
+        assert plan.passes * plan.share * 360 * swap == pytest.approx(owner_sweeps._FILL * seconds)
