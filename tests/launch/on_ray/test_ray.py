@@ -92,7 +92,7 @@ def test_a_solve_finds_what_solve_finds(
     cluster: Any, trace_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same placement, layer by layer on workers; what cannot be spread is solved here, and that is said."""
-    words = [str(trace_path), "--ranks", "4", "--objective", "traffic", "--time-limit", "2"]
+    words = [str(trace_path), "--ranks", "4", "--objective", "traffic", "--time-limit", "0.5"]
     assert main(["solve", *words, "--out", str(tmp_path / "plain.json")]) == 0
     _use(cluster, monkeypatch)
     assert main(["ray", "solve", *words, "--out", str(tmp_path / "spread.json")]) == 0
