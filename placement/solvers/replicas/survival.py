@@ -111,7 +111,7 @@ def _swap_replicas(held_ER, arrive_QE, worth_ER, node_R, limit_R, min_nodes, sto
         _add_loads(e, 1.0, held_ER, arrive_QE, node_R, load_R)
     for _ in range(4 * experts):
         over = np.maximum(load_R - limit_R, 0.0).sum()
-        if over <= 0.0:
+        if over <= 1e-9 * load_R.sum():  # what is left is rounding
             return
         best, move = 0.0, (-1, -1, -1, -1)
         for g in range(num_ranks):
