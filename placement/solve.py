@@ -13,7 +13,7 @@ from moeplace.placement.objective import load_imbalance, measure, measured
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import CAP_ROUNDING, Problem
 from moeplace.placement.result import Draft, SolveResult
-from moeplace.placement.solvers import get_solver
+from moeplace.placement.solvers import Solver, get_solver
 from moeplace.placement.solvers.previous import keep_close, moved_summary
 from moeplace.placement.solvers.replicas.drawn import applies as is_drawn
 from moeplace.placement.solvers.replicas.drawn import keep_drawn_caps
@@ -63,15 +63,8 @@ def solve(
     compile_once()
     started = time.monotonic()
     budget = Budget(time_limit * (1 - _BOUND_SHARE), seed, started, report, spread)
-    asked, draft = problem, search(problem, budget)
-    caps_L = held_imbalance(problem)
-    if problem.previous is not None:
-        draft = keep_close(problem, draft, caps_L, time_limit)
-    if problem.replica_budget == "global":
-        problem, draft = with_layout(problem, draft)
-    if caps_L is not None and solver not in PUBLISHED:
-        with budget.alarm(1.05 * time_limit + 0.5 - budget.elapsed) as stop:
-            draft = within_caps(asked, draft, caps_L, budget.rng(0), stop)
+    asked, caps_L = problem, held_imbalance(problem)
+    problem, draft = _drafted(problem, search, budget, caps_L, time_limit, mend=solver not in PUBLISHED)
     placement = problem.placement(draft.slot_to_expert)
     name, objective, values, imbalance_L = _measured(problem, placement)
     broken = broken_cap(imbalance_L, caps_L) or broken_survival(problem, placement)
@@ -102,6 +95,21 @@ def solve(
         statement=state(asked, objective=name, caps_L=None if broken else caps_L),
         certificate=certificate(proofs, by_search=by_search),
     )
+
+
+def _drafted(
+    asked: Problem, search: Solver, budget: Budget, caps_L: np.ndarray | None, time_limit: float, *, mend: bool
+) -> tuple[Problem, Draft]:
+    """(the problem of the draft's own slots, what the solver found: near the previous placement and within caps)."""
+    problem, draft = asked, search(asked, budget)
+    if asked.previous is not None:
+        draft = keep_close(asked, draft, caps_L, time_limit)
+    if asked.replica_budget == "global":
+        problem, draft = with_layout(asked, draft)
+    if caps_L is not None and mend:
+        with budget.alarm(1.05 * time_limit + 0.5 - budget.elapsed) as stop:
+            draft = within_caps(asked, draft, caps_L, budget.rng(0), stop)
+    return problem, draft
 
 
 def within_caps(

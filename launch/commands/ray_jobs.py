@@ -133,9 +133,9 @@ def _solve(args: argparse.Namespace) -> int:
     import_ray()
     with ExitStack() as stack:  # connected when there is something to spread
         cluster = connected(args.address, num_cpus=args.num_cpus, ship=not args.no_ship)
-        spread = RaySpread(lambda: stack.enter_context(cluster), cpus=args.cpus_per_layer)
-        outcome = solve.run(args, spread=spread)
-    if not spread.tasks:
+        args.spread = RaySpread(lambda: stack.enter_context(cluster), cpus=args.cpus_per_layer)
+        outcome = solve.run(args)
+    if not args.spread.tasks:
         print("  note: this was solved here: layers depend on each other, or the solver takes them together")
     return outcome
 

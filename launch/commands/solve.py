@@ -35,11 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cluster_arguments(parser)
     add_problem_arguments(parser)
     add_policy_arguments(parser)
-    parser.set_defaults(argv=())  # the words of the command line, for the placement file
+    # The words of the command line, for the placement file; where layers are searched (`moeplace ray solve`).
+    parser.set_defaults(argv=(), spread=None)
 
 
-def run(args: argparse.Namespace, spread: Any = None) -> int:
-    """Solve, print, write; `spread` searches layers elsewhere (`moeplace.placement.budget.Spread`)."""
+def run(args: argparse.Namespace) -> int:
+    """Solve, print, write."""
     from moeplace.launch.solving.modes import choose, mode_table, verdict
     from moeplace.profiling.errors import FormatError
     from moeplace.profiling.files import require_folder_of
@@ -50,7 +51,6 @@ def run(args: argparse.Namespace, spread: Any = None) -> int:
         trace = load_trace(args.trace)
     except FormatError as no_trace:
         return _solve_loads(args, no_trace)
-    args.spread = spread
     if args.split_by != "sequence":
         _report_tags(args, trace)
     sides = split_sides(trace, args.fit, mix_text=args.mix, seed=args.seed)

@@ -163,7 +163,7 @@ def _sweep(cost, nets, ranks, nodes, bounds, search, done):  # type: ignore[no-u
                 g, h = rank_I[a], rank_I[b]
                 if g == h or code_IR[a, h] < 0 or code_IR[b, g] < 0:
                     continue
-                delta = float(swap_gain(a, b, g, h, ranks))
+                delta = float(swap_gain(a, b, g, h, ranks))  # as above: a function for both costs 3 times the time
                 if weight > 0 and node_I[a] != node_I[b]:
                     delta += weight * swap_gain(a, b, node_I[a], node_I[b], nodes)
                 over = overload_change(done.load_R, bounds.limit_R, g, h, load_I[a] - load_I[b])

@@ -14,7 +14,7 @@ from moeplace.profiling.imports.canonical import Imported, ImportOptions
 from moeplace.profiling.imports.sources import import_from
 from moeplace.profiling.traces.file import load_trace, save_trace
 from moeplace.profiling.traces.loads import LoadStats, load_load, save_load
-from moeplace.profiling.traces.trace import RoutingTrace, concatenate
+from moeplace.profiling.traces.trace import concatenate
 
 
 def import_several(name: str, sources: Sequence[str | Path], out: str | Path, options: ImportOptions) -> Imported:
@@ -35,7 +35,11 @@ def import_several(name: str, sources: Sequence[str | Path], out: str | Path, op
     target = Path(out)
     require_folder_of(target)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        parts = [import_from(name, each, Path(folder) / f"{i}.part", options) for i, each in enumerate(sources)]
+
+        def read(options: ImportOptions) -> list[Imported]:
+            return [import_from(name, each, Path(folder) / f"{i}.part", options) for i, each in enumerate(sources)]
+
+        parts = read(options)
         kinds = {part.kind: str(source) for part, source in zip(parts, sources, strict=True)}
         if len(kinds) > 1:
             raise InputError(f"{kinds['load']} holds loads and {kinds['trace']} tokens: they cannot be one recording")
@@ -46,7 +50,9 @@ def import_several(name: str, sources: Sequence[str | Path], out: str | Path, op
             tokens, notes = 0, stats.notes
             experts_L = np.asarray(stats.experts_per_layer)
         else:
-            trace = concatenate(_alike([load_trace(part.path) for part in parts], options))
+            if len({_experts(part) for part in parts}) > 1:
+                parts = read(replace(options, num_experts=_most_experts(parts, options)))
+            trace = concatenate([load_trace(part.path) for part in parts])
             save_trace(target, trace)
             tokens, notes, experts_L = trace.num_tokens, trace.notes, trace.experts_per_layer
     dropped, remarks = (_said(parts, sources, what) for what in ("dropped", "remarks"))
@@ -74,20 +80,28 @@ def _short(value: Any) -> str:
     return str(value) if not isinstance(value, tuple) else ", ".join(map(str, value[:8])) + ", ..." * (len(value) > 8)
 
 
-def _alike(traces: list[RoutingTrace], options: ImportOptions) -> list[RoutingTrace]:
-    """The traces with the experts that any of them shows.
+def _experts(part: Imported) -> tuple[int, ...]:
+    """Experts of each layer."""
+    return part.experts_per_layer or (part.num_experts,) * part.num_layers
+
+
+def _most_experts(parts: Sequence[Imported], options: ImportOptions) -> tuple[int, ...]:
+    """Experts of each layer that any of them shows.
 
     Raises:
-        InputError: there are null experts, whose ids follow those of a number of experts that nobody gave.
+        InputError: a trace of ours says itself how many there are, or there are null experts, whose ids follow those of
+            a number of experts that nobody gave.
     """
-    most_L = np.max([trace.experts_per_layer for trace in traces], axis=0)
-    differ = any((trace.experts_per_layer != most_L).any() for trace in traces)
-    if differ and options.null_experts:
+    if not all(part.experts_per_layer for part in parts):
+        counts = sorted({part.num_experts for part in parts})
+        raise InputError(f"traces with {counts[0]} and with {counts[-1]} experts per layer are not of one model")
+    if options.null_experts:
         raise InputError("recordings with null experts must say how many experts there are: give --num-experts")
-    return [replace(trace, experts_per_layer=most_L, validate=False) if differ else trace for trace in traces]
+    return tuple(max(counts) for counts in zip(*map(_experts, parts), strict=True))
 
 
 def _added(parts: Sequence[LoadStats]) -> LoadStats:
+    """One count of all, with the experts that any of them has."""
     most_L = np.max([np.asarray(part.experts_per_layer) for part in parts], axis=0)
     load_LE = np.zeros((len(most_L), int(most_L.max())), np.int64)
     for part in parts:

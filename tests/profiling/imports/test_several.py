@@ -41,6 +41,36 @@ def test_tokens_follow_each_other_and_sequences_stay_apart(seed: int, tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"0.npz", "1.npz", "2.npz", "t.trace"}
 
 
+def test_sizes_of_the_model_are_those_of_all_recordings(tmp_path: Path) -> None:
+    """Also where recordings show different numbers of experts."""
+    rng = np.random.default_rng(0)
+    files = []
+    for experts in (8, 6, 5):
+        ids = np.argsort(rng.random((40, 2, experts)), axis=2)[..., :2]
+        files.append(str(record(tmp_path / f"{experts}.npz", ids, np.arange(40) // 4)))
+    out = tmp_path / "t.trace"
+    assert main(["import", *files, "--from", "npz", "--expert-bytes", "100", "--kv-dim", "7", "--out", str(out)]) == 0
+    trace = load_trace(out)
+    assert trace.experts_per_layer.tolist() == [8, 8]
+    assert trace.expert_bytes.tolist() == [[100] * 8] * 2
+    assert trace.kv_dim == 7
+
+
+def test_files_that_say_their_experts_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Traces of ours have a fixed number."""
+    rng = np.random.default_rng(0)
+    files = []
+    for experts in (8, 6):
+        ids = np.argsort(rng.random((40, 2, experts)), axis=2)[..., :2]
+        source = str(record(tmp_path / f"{experts}.npz", ids, np.arange(40) // 4))
+        files.append(str(tmp_path / f"{experts}.trace"))
+        assert main(["import", source, "--from", "npz", "--num-experts", str(experts), "--out", files[-1]]) == 0
+    both = ["import", *files, "--from", "npz", "--out", str(tmp_path / "t.trace")]
+    assert main(both) == 1
+    assert "traces with 6 and with 8 experts per layer are not of one model" in capsys.readouterr().err
+    assert not (tmp_path / "t.trace").exists()
+
+
 def test_loads_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where one count shows fewer experts."""
     np.save(tmp_path / "a.npy", np.array([[1, 2, 3], [4, 5, 6]]))
