@@ -11,10 +11,11 @@ import numpy as np
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.files import require_folder_of
 from moeplace.profiling.imports.canonical import Imported, ImportOptions
+from moeplace.profiling.imports.canonical.findings import ranges
 from moeplace.profiling.imports.sources import import_from
 from moeplace.profiling.traces.file import load_trace, save_trace
 from moeplace.profiling.traces.loads import LoadStats, load_load, save_load
-from moeplace.profiling.traces.trace import concatenate
+from moeplace.profiling.traces.trace import RoutingTrace, concatenate
 
 
 def import_several(name: str, sources: Sequence[str | Path], out: str | Path, options: ImportOptions) -> Imported:
@@ -43,22 +44,25 @@ def import_several(name: str, sources: Sequence[str | Path], out: str | Path, op
         kinds = {part.kind: str(source) for part, source in zip(parts, sources, strict=True)}
         if len(kinds) > 1:
             raise InputError(f"{kinds['load']} holds loads and {kinds['trace']} tokens: they cannot be one recording")
-        _require_one_model(parts, sources)
+        whole: RoutingTrace | LoadStats
         if parts[0].kind == "load":
-            stats = _added([load_load(part.path) for part in parts])
-            save_load(target, stats)
-            tokens, notes = 0, stats.notes
-            experts_L = np.asarray(stats.experts_per_layer)
+            counts = [load_load(part.path) for part in parts]
+            _require_one_model(counts, sources)
+            whole = _added(counts)
+            save_load(target, whole)
         else:
+            traces = [load_trace(part.path) for part in parts]
+            _require_one_model(traces, sources)
             if len({_experts(part) for part in parts}) > 1:
                 parts = read(replace(options, num_experts=_most_experts(parts, options)))
-            trace = concatenate([load_trace(part.path) for part in parts])
-            save_trace(target, trace)
-            tokens, notes, experts_L = trace.num_tokens, trace.notes, trace.experts_per_layer
+                traces = [load_trace(part.path) for part in parts]
+            whole = concatenate(traces)
+            save_trace(target, whole)
     dropped, remarks = (_said(parts, sources, what) for what in ("dropped", "remarks"))
     return replace(
-        parts[0], path=target, num_tokens=tokens, num_experts=int(experts_L.max()), notes=notes,
-        experts_per_layer=tuple(experts_L.tolist()), dropped=dropped, remarks=remarks,
+        parts[0], path=target, num_tokens=sum(part.num_tokens for part in parts), num_experts=whole.num_experts,
+        notes=whole.notes, experts_per_layer=tuple(np.asarray(whole.experts_per_layer).tolist()),
+        dropped=dropped, remarks=remarks,
     )  # fmt: skip
 
 
@@ -68,16 +72,17 @@ def _said(parts: Sequence[Imported], sources: Sequence[str | Path], what: str) -
     return tuple(f"{source}: {text}" for part, source in pairs for text in getattr(part, what))
 
 
-def _require_one_model(parts: Sequence[Imported], sources: Sequence[str | Path]) -> None:
-    for part, source in zip(parts[1:], sources[1:], strict=True):
+def _require_one_model(found: Sequence[RoutingTrace | LoadStats], sources: Sequence[str | Path]) -> None:
+    for one, source in zip(found[1:], sources[1:], strict=True):
         for what, name in (("MoE layers", "num_layers"), ("top-k", "top_k"), ("decoder layers", "layer_ids")):
-            ours, first = getattr(part, name), getattr(parts[0], name)
+            ours, first = (_shown(getattr(each, name, None)) for each in (one, found[0]))
             if ours != first:
-                raise InputError(f"{source} has other {what} ({_short(ours)}) than {sources[0]} ({_short(first)})")
+                raise InputError(f"{source} has other {what} ({ours}) than {sources[0]} ({first})")
 
 
-def _short(value: Any) -> str:
-    return str(value) if not isinstance(value, tuple) else ", ".join(map(str, value[:8])) + ", ..." * (len(value) > 8)
+def _shown(value: Any) -> str:
+    """A number, or decoder layers as ranges."""
+    return ranges(value) if isinstance(value, np.ndarray) else str(value)
 
 
 def _experts(part: Imported) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from moeplace.placement.solvers.index_order import solve_index_order
 from moeplace.placement.solvers.lpt import solve_lpt
 from moeplace.placement.solvers.seconds import AS_FAST, AS_FAST_ON_ASSUMED_LINKS, fastest
 from moeplace.profiling.synthetic.traces import planted
+from tests.placement.instances import skewed_problem
 from tests.seeds import TODAY
 
 
@@ -118,3 +119,19 @@ def test_what_is_there_already(hardest: float | None, monkeypatch: pytest.Monkey
         fastest(asked, Budget(1e9), lambda *_: ([drafts[0].slot_to_expert], False), ties_of(asked))
         staying = np.inf if previous is None else problem.evaluate(previous).predicted_seconds
         assert given[-1] == pytest.approx(min(staying, seconds[-1] if hardest is None else np.inf))
+
+
+def test_a_price_in_seconds_is_one_in_traffic() -> None:
+    """Searches see traffic alone: a second is worth the traffic that the placement in force has in one."""
+    problem = skewed_problem(0, ranks=4, slots=1, objective="seconds", move_price=2e-6, trace={"tokens": 200})
+    start = problem.placement(solve_index_order(problem, Budget(1.0)).slot_to_expert)
+    tied = problem.replace(previous=start, expert_bytes=np.full((2, 4), 10.0))
+    ties = ties_of(tied)
+    priced = seconds_module._priced_in_traffic(tied, ties, 1e9)
+    evaluation = problem.evaluate(start)
+    per_second = evaluation.ranks_per_token / evaluation.predicted_seconds
+    assert ties is not None
+    assert priced is not None
+    np.testing.assert_allclose(priced.price_LE, ties.price_LE * per_second)
+    assert (priced.price_LE > 0).all()
+    assert seconds_module._priced_in_traffic(tied, None, 1e9) is None

@@ -1,5 +1,6 @@
 """Several recordings of one model are one trace, and several counts of loads one."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +108,53 @@ def test_what_is_no_recording_of_one_model_is_refused(tmp_path: Path, capsys: py
         assert {path.suffix for path in tmp_path.iterdir()} == {".npz"}
     assert main(["import", str(tmp_path / "a.npz"), str(tmp_path / "few.npz"), "--from", "npz", "--out", "no/t"]) == 1
     assert "the folder no does not exist" in capsys.readouterr().err
+
+
+def test_loads_and_tokens_are_not_one_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Some formats have both."""
+    np.save(tmp_path / "counts.npy", np.array([[1, 2, 3], [4, 5, 6]]))
+    tokens = [[[0, 1], [1, 2]]] * 8
+    (tmp_path / "tokens.jsonl").write_text(json.dumps({"routed_experts": tokens, "prompt_tokens": 8}) + "\n")
+    files = [str(tmp_path / name) for name in ("counts.npy", "tokens.jsonl")]
+    for order in (files, files[::-1]):
+        assert main(["import", *order, "--from", "vllm", "--out", str(tmp_path / "t.trace")]) == 1
+        assert f"{files[0]} holds loads and {files[1]} tokens" in capsys.readouterr().err
+
+
+def test_loads_of_layers_with_unlike_numbers_of_experts(tmp_path: Path) -> None:
+    """Each layer keeps its own number."""
+    counts = [{"0": [1, 2, 3], "1": [4, 5]}, {"0": [10, 0, 0], "1": [0, 10]}]
+    files = [str(tmp_path / f"{number}.json") for number in range(2)]
+    for path, count in zip(files, counts, strict=True):
+        Path(path).write_text(json.dumps(count))
+    words = ["--from", "load", "--num-experts", "3,2", "--out", str(tmp_path / "l.npz")]
+    assert main(["import", *files, *words]) == 0
+    stats = load_load(tmp_path / "l.npz")
+    assert stats.load.tolist() == [[11, 2, 3], [4, 15, 0]]
+    assert stats.experts_per_layer is not None
+    assert stats.experts_per_layer.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_layers_at_other_places_are_another_model(
+    own: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the files are traces of ours, which say their layers, or counts that do."""
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((12, 3, 4)), axis=2)[..., :2]
+    files = []
+    for first in (0, 1):
+        name = str(tmp_path / f"{first}.trace")
+        source = str(record(tmp_path / f"{first}.npz", ids, np.arange(12) // 3))
+        words = ["--from", "npz", "--num-experts", "4", "--layer-ids", f"{first}-{first + 2}", "--out", name]
+        assert main(["import", source, *words]) == 0
+        if not own:
+            name = str(tmp_path / f"{first}.json")
+            Path(name).write_text(json.dumps({str(layer): [1, 2, 3, 4] for layer in range(first, first + 3)}))
+        files.append(name)
+    capsys.readouterr()
+    out = tmp_path / "joined"
+    assert main(["import", *files, "--from", "npz" if own else "load", "--out", str(out)]) == 1
+    said = f"{files[1]} has other decoder layers (1-3) than {files[0]} (0-2)"
+    assert said in capsys.readouterr().err
+    assert not out.exists()
