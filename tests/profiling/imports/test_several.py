@@ -158,3 +158,14 @@ def test_layers_at_other_places_are_another_model(
     said = f"{files[1]} has other decoder layers (1-3) than {files[0]} (0-2)"
     assert said in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_null_experts_of_recordings_that_show_the_same(tmp_path: Path) -> None:
+    """Ids behind the real experts stay what they are."""
+    ids = np.tile(np.array([[[0, 4], [3, 1]]]), (8, 1, 1))
+    files = [str(record(tmp_path / f"{number}.npz", ids, np.arange(8) // 2)) for number in range(2)]
+    words = ["--from", "npz", "--null-experts", "1", "--num-experts", "4", "--out", str(tmp_path / "t.trace")]
+    assert main(["import", *files, *words]) == 0
+    trace = load_trace(tmp_path / "t.trace")
+    assert trace.topk_ids.tolist() == np.concatenate([ids, ids]).tolist()
+    assert (trace.null_experts, trace.experts_per_layer.tolist()) == (1, [4, 4])
