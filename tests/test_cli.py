@@ -121,6 +121,8 @@ def test_bad_input_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A missing or foreign input file: exit 1, one line that names the file, no traceback, nothing written."""
+    if name in ("ray import", "ray stats"):
+        pytest.skip("reads its files on a cluster; tests/launch/on_ray has them")
     file = tmp_path / "input.file"
     if content is not None:
         file.write_bytes(content)

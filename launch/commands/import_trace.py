@@ -113,9 +113,10 @@ def _import_trace(args: argparse.Namespace) -> int:
         drop_padding=args.drop_padding,
         strict=args.strict,
         workload_names=tuple(name.strip() for name in args.workload_names.split(",")) if args.workload_names else (),
-        progress=sys.stderr.isatty(),
+        progress=sys.stderr.isatty() and getattr(args, "elsewhere", None) is None,
     )
-    imported = import_several(args.source_format, args.sources, args.out, options)
+    elsewhere = getattr(args, "elsewhere", None)
+    imported = import_several(args.source_format, args.sources, args.out, options, elsewhere=elsewhere)
     print(imported.summary())
     if args.separate_adapters:
         print(_separate_adapters(imported))

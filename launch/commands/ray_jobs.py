@@ -1,10 +1,9 @@
-"""`moeplace ray`: sweeps and services on a Ray cluster, and other commands as its jobs."""
+"""`moeplace ray`: sweeps and services on a Ray cluster, other commands as its jobs or with their parts as its tasks."""
 
 import argparse
-from contextlib import ExitStack
 from typing import Any
 
-from moeplace.launch.commands import solve
+from moeplace.launch.commands import ray_parts
 from moeplace.launch.options.problem import add_cluster_arguments, add_problem_arguments, split_sides
 from moeplace.launch.options.replanning import add_replan_arguments, check_replan_arguments
 from moeplace.launch.progress import progress
@@ -12,7 +11,7 @@ from moeplace.launch.serving.front import serve_http, start_coordinator
 from moeplace.launch.serving.front_arguments import add_engine_arguments, add_front_arguments
 from moeplace.launch.solving.runs import DEFAULT_SOLVERS, print_rows, solvers_and_caps
 
-HELP = "on a Ray cluster: submit commands as jobs, compare solvers and solve in parallel, serve"
+HELP = "on a Ray cluster: submit commands as jobs; import, count, compare and solve in parallel; serve"
 EXAMPLE = "moeplace ray compare t.trace --ranks 8 --address local --num-cpus 2"
 
 
@@ -21,7 +20,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text, add, run_command in (
         ("submit", "run a command of moeplace as a job of a cluster", _add_submit, _submit),
         ("compare", "moeplace compare, one task per instance", _add_compare, _compare),
-        ("solve", "moeplace solve, one task per MoE layer: the same placement, sooner", _add_solve, _solve),
+        (
+            "solve",
+            "moeplace solve, one task per MoE layer: the same placement, sooner",
+            ray_parts.add_solve,
+            ray_parts.solve_,
+        ),
+        (
+            "import",
+            "moeplace import, one task per recording: one trace of all of them",
+            ray_parts.add_import,
+            ray_parts.import_,
+        ),
+        ("stats", "moeplace stats of many recordings, one task for each", ray_parts.add_stats, ray_parts.stats_),
         ("serve", "answer OpenAI-compatible HTTP requests, one actor per rank", _add_serve, _serve),
     ):
         sub = subparsers.add_parser(name, help=text, description=text)
@@ -65,22 +76,13 @@ def _submit(args: argparse.Namespace) -> int:
     )
 
 
-def _add_address(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Ray")
-    group.add_argument(
-        "--address", metavar="A", help='of the head; "local" = this process alone (default: $RAY_ADDRESS, or running)'
-    )
-    group.add_argument("--num-cpus", type=int, metavar="N", help="with --address local: CPUs (default: the machine's)")
-    group.add_argument("--no-ship", action="store_true", help="the cluster has this package installed")
-
-
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", metavar="T", nargs="+", help="routing traces")
     parser.add_argument("--solvers", default=DEFAULT_SOLVERS, metavar="A,B,...", help="default: %(default)s")
     parser.add_argument("--sweep", metavar="X,Y,...", help="caps on imbalance: trace the front of traffic and balance")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run with N seeds, from --seed up (1)")
     parser.add_argument("--json", metavar="FILE", help="write the table for machines")
-    _add_address(parser)
+    ray_parts.add_address(parser)
     parser.add_argument(
         "--cpus-per-instance", type=float, default=1.0, metavar="N", help="CPUs to reserve for each (1)"
     )
@@ -115,31 +117,6 @@ def _compare(args: argparse.Namespace) -> int:
     return 1 if len(failed) == len(rows) else 0
 
 
-def _add_solve(parser: argparse.ArgumentParser) -> None:
-    solve.add_arguments(parser)
-    _add_address(parser)
-    parser.add_argument("--cpus-per-layer", type=float, default=1.0, metavar="N", help="CPUs to reserve for each (1)")
-
-
-def _solve(args: argparse.Namespace) -> int:
-    from moeplace.launch.on_ray.cluster import connected, import_ray
-    from moeplace.launch.on_ray.spread import RaySpread
-    from moeplace.profiling.errors import InputError
-    from moeplace.profiling.files import require_folder_of
-
-    require_folder_of(args.out, args.json)
-    if args.cpus_per_layer <= 0:
-        raise InputError(f"--cpus-per-layer ({args.cpus_per_layer:g}) must be positive")
-    import_ray()
-    with ExitStack() as stack:  # connected when there is something to spread
-        cluster = connected(args.address, num_cpus=args.num_cpus, ship=not args.no_ship)
-        args.spread = RaySpread(lambda: stack.enter_context(cluster), cpus=args.cpus_per_layer)
-        outcome = solve.run(args)
-    if not args.spread.tasks:
-        print("  note: this was solved here: layers depend on each other, or the solver takes them together")
-    return outcome
-
-
 def _labelled(row: dict[str, Any], seeds: int) -> dict[str, Any]:
     """With the seed beside the solver's name, where there are several."""
     return row if seeds == 1 else {**row, "solver": f"{row['solver']} seed {row['seed']}"}
@@ -156,7 +133,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, required=True, metavar="R", help="ranks to begin with")
     parser.add_argument("--cpus-per-rank", type=float, default=1.0, metavar="N", help="CPUs to reserve for each (1)")
     parser.add_argument("--gpus-per-rank", type=float, default=0.0, metavar="N", help="GPUs to reserve for each (0)")
-    _add_address(parser)
+    ray_parts.add_address(parser)
     add_engine_arguments(parser.add_argument_group("ranks"))
     add_front_arguments(parser.add_argument_group("clients"))
     add_replan_arguments(parser)

@@ -1,36 +1,85 @@
 """`moeplace stats`: what a trace says about skew, affinity, stability, locality, and what placement would gain."""
 
 import argparse
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.progress import progress
 from moeplace.launch.solving.verdict import add_verdict_arguments, describe_judgement, judge_trace, names_cluster
+
+if TYPE_CHECKING:
+    from moeplace.profiling.scores.recordings import RecordingCounts
 
 HELP = "what a trace says: skew, affinity, stability, locality; what placement would gain on a cluster"
 EXAMPLE = "moeplace stats t.trace --ranks 8"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", metavar="T", help="trace file")
-    parser.add_argument("--json", metavar="F", help="write all figures, by layer and expert, to F")
+    add_score_arguments(parser)
     parser.add_argument("--compare", metavar="T2", help="a later trace: has the routing drifted from T to T2, and how "
                         "much of a placement's gain survives it?")  # fmt: skip
     parser.add_argument("--no-locality", action="store_true", help="leave out SRP and SCH")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of shuffles, bootstraps and searches (0)"
-    )
     add_verdict_arguments(parser)
 
 
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which traces, and where to."""
+    parser.add_argument(
+        "traces", metavar="T", nargs="+", help="trace file; several recordings of one model are counted one by one and "
+        "added up: skew, affinity and stability of all of them",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="F", help="write all figures, by layer and expert, to F")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of shuffles, bootstraps and searches (0)"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
+    if len(args.traces) > 1:
+        return _run_several(args)
+    return _run_one(args)
+
+
+def _run_several(args: argparse.Namespace) -> int:
+    from moeplace.profiling.errors import InputError
+    from moeplace.profiling.scores.recordings import count_file
+
+    if args.compare or names_cluster(args):
+        flag = "--compare" if args.compare else "a cluster"
+        raise InputError(
+            f"{flag} needs one trace, not {len(args.traces)}: join them by `moeplace import --from npz A B --out T`"
+        )
+    recordings = [(number, path, path) for number, path in enumerate(args.traces)]
+    report_recordings(args, (count_file(args.seed, recording) for recording in recordings))
+    return 0
+
+
+def report_recordings(args: argparse.Namespace, found: "Iterable[RecordingCounts]") -> None:
+    """Add up the counts of `args.traces`, in whatever order they come, print and write the scores."""
+    from moeplace.profiling.files import require_folder_of, write_json
+    from moeplace.profiling.scores.recordings import summarize_recordings
+
+    require_folder_of(args.json)
+    whole: RecordingCounts | None = None
+    with progress("recordings") as report:
+        for done, counts in enumerate(found, 1):
+            whole = counts if whole is None else whole.merge(counts)
+            report(done / len(args.traces))
+    assert whole is not None
+    document = summarize_recordings(whole, seed=args.seed)
+    if args.json:
+        write_json(args.json, document)
+    print("\n\n".join(sections(f"{len(args.traces)} recordings", document)))
+
+
+def _run_one(args: argparse.Namespace) -> int:
     from moeplace.profiling.files import require_folder_of, write_json
     from moeplace.profiling.scores.drift import measure_drift
     from moeplace.profiling.scores.summary import drift_document, summarize
     from moeplace.profiling.traces.file import load_trace
 
     require_folder_of(args.json)
-    trace = load_trace(args.trace)
+    trace = load_trace(args.traces[0])
     other = load_trace(args.compare) if args.compare else None
     with progress("scores") as report:
         document = summarize(trace, seed=args.seed, locality=not args.no_locality)
@@ -43,13 +92,15 @@ def run(args: argparse.Namespace) -> int:
             document |= judge_trace(args, trace, other, report)
     if args.json:
         write_json(args.json, document)
-    print("\n\n".join(sections(args.trace, document)))
+    print("\n\n".join(sections(args.traces[0], document)))
     return 0
 
 
 def sections(name: str, document: dict[str, Any]) -> Iterator[str]:
     """The parts of the report for people, in order; a further part is one more `yield`."""
     yield describe_trace(name, document["trace"])
+    if len(document.get("recordings", ())) > 1:
+        yield describe_recordings(document)
     yield describe_scores(document)
     if document["affinity"].get("by_workload"):
         yield describe_workloads(document)
@@ -80,6 +131,19 @@ def describe_trace(name: str, shape: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in shape["notes"])])
 
 
+def describe_recordings(document: dict[str, Any]) -> str:
+    """Sizes of every recording, and how far its load is from that of all."""
+    from moeplace.launch.tables import format_table
+
+    windows = document["stability"]["windows"]
+    columns = (document["recordings"], windows["skew_mean"], windows["load_tv_from_all"])
+    rows = [
+        [what["name"], what["tokens"], what["sequences"], skew, distance]
+        for what, skew, distance in zip(*columns, strict=True)
+    ]
+    return format_table(["recording", "tokens", "sequences", "load skew", "load against all (TV)"], rows)
+
+
 def describe_scores(document: dict[str, Any]) -> str:
     """Skew, affinity, co-activation and stability, one figure a line."""
     from moeplace.launch.tables import Cell, format_table
@@ -91,7 +155,7 @@ def describe_scores(document: dict[str, Any]) -> str:
         ["load skew, worst layer", load["skew_worst"]],
         ["load entropy / log2 E", load["entropy_mean"]],
         ["affinity between layers, bits", pairs["bits"]],
-        ["... after shuffling (chance)", pairs["control_bits"]],
+        [f"... after shuffling{_inside(document)} (chance)", pairs["control_bits"]],
         ["co-activation beyond popularity (TV)", document["coactivation"]["excess_tv_mean"]],
     ]
     if "train_test" in stability:
@@ -101,12 +165,10 @@ def describe_scores(document: dict[str, Any]) -> str:
         rows.append(["... random halves (chance)", stability["random_halves"]["transitions_tv"]])
     if "prefill_decode" in stability:
         rows.append(["load, prefill against decode (TV)", stability["prefill_decode"]["load_tv"]])
-    rows.append(
-        [f"load, {len(windows['skew_mean'])} windows against all (TV), worst", max(windows["load_tv_from_all"])]
-    )
-    rows.append(
-        ["load, window against the one before (TV), worst", max(windows["load_tv_from_previous"], default=None)]
-    )
+    are = windows.get("are", "windows")
+    rows.append([f"load, {len(windows['skew_mean'])} {are} against all (TV), worst", max(windows["load_tv_from_all"])])
+    before = max(windows["load_tv_from_previous"], default=None)
+    rows.append([f"load, {are.removesuffix('s')} against the one before (TV), worst", before])
     if load["unused_experts"]:
         rows.append(["experts without a token", load["unused_experts"]])
     legend = (
@@ -114,6 +176,11 @@ def describe_scores(document: dict[str, Any]) -> str:
         "common, near chance = stable)"
     )
     return f"{format_table(['score', 'value'], rows)}\n{legend}"
+
+
+def _inside(document: dict[str, Any]) -> str:
+    """Where tokens were shuffled, if not over the whole trace."""
+    return " in each recording" if document["stability"]["windows"].get("are") == "recordings" else ""
 
 
 def describe_workloads(document: dict[str, Any]) -> str:

@@ -1,13 +1,14 @@
-"""Layers that do not depend on each other, searched on the nodes of a Ray cluster: one task per layer."""
+"""Items that do not depend on each other, such as layers or recordings, on the nodes of a Ray cluster: a task each."""
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moeplace.profiling.errors import MoeplaceError
 
 TRIES = 2
-"""Workers that a layer may lose, besides its first, before the solve ends."""
+"""Workers that an item may lose, besides its first, before everything ends."""
 
 
 class RaySpread:
@@ -15,14 +16,15 @@ class RaySpread:
 
     Args:
         connect: gives the module, connected; called when there is something to spread.
-        cpus: reserved for a layer.
+        cpus: reserved for an item.
+        what: an item, for messages.
 
     Attributes:
         tasks: how many were run.
     """
 
-    def __init__(self, connect: Callable[[], Any], *, cpus: float = 1.0) -> None:
-        self._connect, self._cpus, self.tasks = connect, cpus, 0
+    def __init__(self, connect: Callable[[], Any], *, cpus: float = 1.0, what: str = "layer") -> None:
+        self._connect, self._cpus, self._what, self.tasks = connect, cpus, what, 0
         self._ray: Any = None
 
     def __call__(
@@ -30,32 +32,56 @@ class RaySpread:
     ) -> list[Any]:
         """[function(shared, item) for item in items], as many at once as the cluster has room for.
 
-        What is shared travels once to each node.
+        Raises:
+            MoeplaceError: see `each`.
+        """
+        found: dict[int, Any] = {}
+        for index, answer in self.each(function, shared, items):
+            found[index] = answer
+            report(len(found) / len(items))
+        return [found[index] for index in range(len(items))]
+
+    def each(self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """(index, function(shared, item)) of every item, as they are done; nothing is kept that was given.
+
+        What is shared travels once to each node. When the caller takes no more, the rest is ended.
 
         Raises:
-            MoeplaceError: there is no cluster, an item failed, or its workers were lost.
+            MoeplaceError: there is no cluster, an item failed, or its workers were lost. What the function itself
+                raises of these comes as it is.
         """
         ray = self._ray = self._ray or self._connect()
         task = ray.remote(num_cpus=self._cpus, max_retries=TRIES)(run_item)
         stored = ray.put(pickle.dumps((function, shared)))
-        refs = [task.remote(stored, item) for item in items]
-        self.tasks += len(refs)
-        waiting = list(refs)
+        index_of = {task.remote(stored, item): index for index, item in enumerate(items)}
+        self.tasks += len(index_of)
         try:
-            while waiting:
-                ended, waiting = ray.wait(waiting)
-                ray.get(ended)  # one that failed ends the others
-                report(1 - len(waiting) / len(refs))
-            return list(ray.get(refs))
+            while index_of:
+                ended, _ = ray.wait(list(index_of))
+                answer = ray.get(ended[0])
+                index = index_of.pop(ended[0])
+                if isinstance(answer, _Refusal):
+                    raise answer.error
+                yield index, answer
         except ray.exceptions.RayError as error:
             last = str(error).strip().splitlines()[-1][:200]
-            raise MoeplaceError(f"a layer could not be searched on the Ray cluster: {last}") from error
+            raise MoeplaceError(f"a {self._what} failed on the Ray cluster: {last}") from error
         finally:
-            for ref in waiting:
+            for ref in index_of:
                 ray.cancel(ref, force=True)
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """What a user can mend, on its way here."""
+
+    error: MoeplaceError
 
 
 def run_item(stored: bytes, item: Any) -> Any:
     """On a worker. Bytes of its own, because arrays that lie in Ray's store cannot be written to."""
     function, shared = pickle.loads(stored)  # from the driver of this job
-    return function(shared, item)
+    try:
+        return function(shared, item)
+    except MoeplaceError as error:
+        return _Refusal(error)

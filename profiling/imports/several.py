@@ -1,7 +1,7 @@
 """Several recordings of one model as one trace (or one file of loads)."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,29 @@ from moeplace.profiling.traces.file import load_trace, save_trace
 from moeplace.profiling.traces.loads import LoadStats, load_load, save_load
 from moeplace.profiling.traces.trace import RoutingTrace, concatenate
 
+Elsewhere = Callable[[Callable[[Any, Any], Any], Any, Sequence[Any]], Iterable[tuple[int, Any]]]
+"""(function, shared, items) -> (index, function(shared, item)) of every item, from wherever it was called."""
 
-def import_several(name: str, sources: Sequence[str | Path], out: str | Path, options: ImportOptions) -> Imported:
+
+def import_several(
+    name: str,
+    sources: Sequence[str | Path],
+    out: str | Path,
+    options: ImportOptions,
+    *,
+    elsewhere: Elsewhere | None = None,
+) -> Imported:
     """Read every source in the named format; tokens one recording after another, loads added up.
 
     Sequences of different recordings stay apart. Where the number of experts is not given, it is the greatest that any
     recording shows.
+
+    Args:
+        name: of the format.
+        sources: files or folders.
+        out: file to write.
+        options: for every source.
+        elsewhere: reads them on other machines, which must have them under the same paths; None = here.
 
     Returns:
         What the file holds; drops and remarks begin with the name of their source.
@@ -31,13 +48,15 @@ def import_several(name: str, sources: Sequence[str | Path], out: str | Path, op
         InputError: recordings are of different models, some hold loads and others tokens, or one breaks a rule.
         FormatError: a source is not in that format.
     """
-    if len(sources) == 1:
+    if len(sources) == 1 and elsewhere is None:
         return import_from(name, sources[0], out, options)
     target = Path(out)
     require_folder_of(target)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
 
         def read(options: ImportOptions) -> list[Imported]:
+            if elsewhere is not None:
+                return _read_elsewhere(elsewhere, (name, options), sources, Path(folder))
             return [import_from(name, each, Path(folder) / f"{i}.part", options) for i, each in enumerate(sources)]
 
         parts = read(options)
@@ -64,6 +83,27 @@ def import_several(name: str, sources: Sequence[str | Path], out: str | Path, op
         notes=whole.notes, experts_per_layer=tuple(np.asarray(whole.experts_per_layer).tolist()),
         dropped=dropped, remarks=remarks,
     )  # fmt: skip
+
+
+def _read_elsewhere(
+    elsewhere: Elsewhere, shared: tuple[str, ImportOptions], sources: Sequence[str | Path], folder: Path
+) -> list[Imported]:
+    """The parts in `folder`, read on other machines."""
+    paths = [str(Path(source).absolute()) for source in sources]
+    parts: dict[int, Imported] = {}
+    for index, (part, content) in elsewhere(read_part, shared, paths):
+        path = folder / f"{index}.part"
+        path.write_bytes(content)
+        parts[index] = replace(part, path=path)
+    return [parts[index] for index in range(len(sources))]
+
+
+def read_part(shared: tuple[str, ImportOptions], source: str) -> tuple[Imported, bytes]:
+    """What `import_from` says and writes; `shared` = (format, options)."""
+    name, options = shared
+    with tempfile.TemporaryDirectory(prefix="moeplace-import-") as folder:
+        part = import_from(name, source, Path(folder) / "part", options)
+        return part, part.path.read_bytes()
 
 
 def _said(parts: Sequence[Imported], sources: Sequence[str | Path], what: str) -> tuple[str, ...]:

@@ -51,9 +51,9 @@ def summarize(trace: RoutingTrace, *, seed: int, locality: bool = True) -> dict[
         "format": FORMAT,
         "seed": seed,
         "trace": _shape(trace, stats),
-        "load": _load(stats),
+        "load": load_figures(stats),
         "affinity": _affinity(trace, primary_LT, seed),
-        "coactivation": _coactivation(stats),
+        "coactivation": coactivation_figures(stats),
         "stability": _stability(trace, primary_LT, seed),
     }
     if trace.adapter is not None:
@@ -110,13 +110,18 @@ def _shape(trace: RoutingTrace, stats: RoutingStats) -> dict[str, Any]:
 
 def _null_share(trace: RoutingTrace, stats: RoutingStats) -> float:
     """Share of the assignments that go to null or zero-computation experts: computed nowhere, dispatched nowhere."""
+    return 1 - float(stats.load.sum()) / max(count_assigned(trace, stats), 1)
+
+
+def count_assigned(trace: RoutingTrace, stats: RoutingStats) -> int:
+    """Choices of all tokens, null experts included."""
     if not trace.null_experts:
-        return 0.0
-    assigned = sum(int(np.count_nonzero(piece >= 0)) for piece in chunks(trace.topk_ids))
-    return 1 - float(stats.load.sum()) / max(assigned, 1)
+        return int(stats.load.sum())
+    return sum(int(np.count_nonzero(piece >= 0)) for piece in chunks(trace.topk_ids))
 
 
-def _load(stats: RoutingStats) -> dict[str, Any]:
+def load_figures(stats: RoutingStats) -> dict[str, Any]:
+    """Skew and entropy, by layer and over all of them."""
     skew_L = load_skew(stats.load, stats.experts_per_layer)
     entropy_L = load_entropy(stats.load, stats.experts_per_layer)
     real_LE = np.arange(stats.num_experts) < stats.experts_per_layer[:, None]
@@ -131,12 +136,12 @@ def _load(stats: RoutingStats) -> dict[str, Any]:
 
 
 def _affinity(trace: RoutingTrace, primary_LT: np.ndarray, seed: int) -> dict[str, Any]:
-    document = _affinity_figures(affinity(primary_LT, trace.num_experts, seed=seed))
+    document = affinity_figures(affinity(primary_LT, trace.num_experts, seed=seed))
     if trace.workload is not None and 1 < len(trace.workload_names) <= _MOST_WORKLOADS:
         by_workload = {}
         for index, name in enumerate(trace.workload_names):
             part_LT = primary_LT[:, trace.workload == index]
-            by_workload[name] = _affinity_figures(affinity(part_LT, trace.num_experts, seed=seed))
+            by_workload[name] = affinity_figures(affinity(part_LT, trace.num_experts, seed=seed))
         document["by_workload"] = by_workload
     return document
 
@@ -154,7 +159,7 @@ def _adapters(trace: RoutingTrace, primary_LT: np.ndarray, seed: int) -> dict[st
         if own_T.any():
             skew_L = load_skew(loads[index], trace.experts_per_layer)
             document[name] = {
-                **_affinity_figures(affinity(primary_LT[:, own_T], trace.num_experts, seed=seed)),
+                **affinity_figures(affinity(primary_LT[:, own_T], trace.num_experts, seed=seed)),
                 "skew_mean": float(skew_L.mean()),
                 "skew_by_layer": skew_L.tolist(),
                 "experts_used_mean": float((loads[index] > 0).sum(axis=1).mean()),
@@ -163,7 +168,8 @@ def _adapters(trace: RoutingTrace, primary_LT: np.ndarray, seed: int) -> dict[st
     return document
 
 
-def _affinity_figures(score: Affinity) -> dict[str, Any]:
+def affinity_figures(score: Affinity) -> dict[str, Any]:
+    """Mutual information between neighbouring layers, with its control; None for a single layer."""
     has_boundary = len(score.bits) > 0
     return {
         "tokens": score.num_tokens,
@@ -175,7 +181,7 @@ def _affinity_figures(score: Affinity) -> dict[str, Any]:
     }
 
 
-def _coactivation(stats: RoutingStats) -> dict[str, Any]:
+def coactivation_figures(stats: RoutingStats) -> dict[str, Any]:
     """Distance of the co-activated pairs from pairs drawn by popularity alone, per layer."""
     distances = []
     upper = np.triu_indices(stats.num_experts, 1)

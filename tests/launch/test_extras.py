@@ -85,7 +85,12 @@ def commands_that_need(package: str, folder: Path) -> list[tuple[str, list[str]]
         return [("moeplace serve --http", serve)]
     if package == "ray":
         submit = ["ray", "submit", "--", "solve", trace]
-        return [("moeplace ray", submit), ("moeplace ray", ["ray", "compare", trace, "--ranks", "4"])]
+        return [
+            ("moeplace ray", submit),
+            ("moeplace ray", ["ray", "compare", trace, "--ranks", "4"]),
+            ("moeplace ray", ["ray", "stats", trace]),
+            ("moeplace ray", ["ray", "import", trace, "--from", "npz", "--out", "t"]),
+        ]
     solve = ["solve", trace, "--ranks", "4", "--out", out, "--solver"]
     if package == "ortools":
         return [(f"solver {name}", [*solve, name]) for name in ("cp-sat", "exflow-ilp", "moetuner-ilp")]

@@ -12,6 +12,7 @@ from moeplace.profiling.errors import InputError
 from moeplace.profiling.synthetic.traces import planted
 from moeplace.profiling.synthetic.workloads import make_workload
 from moeplace.profiling.traces.file import load_trace, save_trace
+from moeplace.profiling.traces.trace import RoutingTrace
 from tests.profiling import sources
 from tests.shared_data import text_paths, tiny_moe_path
 
@@ -59,6 +60,25 @@ def test_stats_of_odd_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         document = json.loads((tmp_path / "s.json").read_text())
         assert document["affinity"]["bits"] is None
     assert "no sequence ids" in capsys.readouterr().out
+
+
+def test_stats_of_several_recordings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their sum, a line for each; what needs their tokens together is refused with the way to join them."""
+    for number in (1, 2):
+        ids = np.full((6, 2, 1), number, np.int16)
+        trace = RoutingTrace(ids, np.full(2, 4), sequence_ids=np.arange(6) // 2)
+        save_trace(tmp_path / f"t{number}", trace)
+    names = [tmp_path / "t1", tmp_path / "t2"]
+    assert run("stats", *names, "--json", tmp_path / "s.json") == 0
+    text = capsys.readouterr().out
+    assert "2 recordings: 12 tokens in 6 sequences" in text
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith(str(tmp_path))}
+    assert rows == {str(name): ["6", "3", "4.0000", "0.5000"] for name in names}
+    document = json.loads((tmp_path / "s.json").read_text())
+    assert document["load"]["skew_mean"] == 2.0  # two of four experts have all of it
+    for flags, name in ((["--ranks", "2"], "a cluster"), (["--compare", tmp_path / "t1"], "--compare")):
+        with pytest.raises(InputError, match=f"{name} needs one trace, not 2: join them by `moeplace import"):
+            run("stats", *names, *flags)
 
 
 def test_stats_judges_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from moeplace.launch.on_ray.spread import RaySpread
 from moeplace.launch.on_ray.submit import when_agents_are_up
 from moeplace.placement.placement_file import load_placement
 from moeplace.profiling.errors import InputError, MoeplaceError
-from moeplace.profiling.traces.file import save_trace
+from moeplace.profiling.traces.file import load_trace, save_trace
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
@@ -88,12 +89,14 @@ def test_a_sweep_gives_what_compare_gives(
     assert "failed: viterbi" in capsys.readouterr().out
 
 
+@pytest.mark.clock(0.1)
 def test_a_solve_finds_what_solve_finds(
     cluster: Any, trace_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same placement, layer by layer on workers; what cannot be spread is solved here, and that is said."""
     words = [str(trace_path), "--ranks", "4", "--objective", "traffic", "--time-limit", "0.5"]
-    assert main(["solve", *words, "--out", str(tmp_path / "plain.json")]) == 0
+    for _ in range(2):  # the clock of the first one runs while kernels are loaded, too
+        assert main(["solve", *words, "--out", str(tmp_path / "plain.json")]) == 0
     _use(cluster, monkeypatch)
     assert main(["ray", "solve", *words, "--out", str(tmp_path / "spread.json")]) == 0
     assert "this was solved here" not in capsys.readouterr().out
@@ -105,9 +108,85 @@ def test_a_solve_finds_what_solve_finds(
     assert "--cpus-per-layer (0) must be positive" in capsys.readouterr().err
 
 
+def test_recordings_are_imported_as_import_does(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One trace of all of them; what a recording breaks is said in the words of `import`, and nothing is written."""
+    rng = np.random.default_rng(3)
+    for name in "abc":
+        np.savez(tmp_path / f"{name}.npz", experts=rng.integers(0, 8, (30, 2, 1)), sequence_ids=np.arange(30) // 7)
+    np.savez(tmp_path / "bad.npz", experts=np.full((4, 2, 1), -7))
+    monkeypatch.chdir(tmp_path)
+    words = ["a.npz", "b.npz", "c.npz", "--from", "npz", "--model", "m"]
+    assert main(["import", *words, "--out", "plain.trace"]) == 0
+    plain = capsys.readouterr().out
+    _use(cluster, monkeypatch)
+    assert main(["ray", "import", *words, "--out", "spread.trace"]) == 0
+    assert capsys.readouterr().out == plain.replace("plain.trace", "spread.trace")
+    assert load_trace(tmp_path / "spread.trace").equals(load_trace(tmp_path / "plain.trace"))
+    assert main(["ray", "import", "b.npz", "--from", "npz", "--out", "one.trace"]) == 0
+    assert load_trace(tmp_path / "one.trace").num_tokens == 30
+    capsys.readouterr()
+    words = ["a.npz", "bad.npz", "--from", "npz", "--strict"]
+    refusals = []
+    for command in (["import"], ["ray", "import"]):
+        assert main([*command, *words, "--out", "x.trace"]) == 1
+        refusals.append(capsys.readouterr().err.replace(f"{tmp_path}/", ""))
+    assert refusals[0] == refusals[1]
+    assert not (tmp_path / "x.trace").exists()
+
+
+def test_recordings_are_counted_as_stats_does(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same figures, and the same words."""
+    rng = np.random.default_rng(4)
+    for name in "abc":
+        ids = rng.integers(0, 6, (50, 3, 1)).astype(np.int16)
+        trace = RoutingTrace(ids, np.full(3, 6), sequence_ids=np.repeat(np.arange(10), 5))
+        save_trace(tmp_path / f"{name}.trace", trace)
+    monkeypatch.chdir(tmp_path)
+    words = ["c.trace", "a.trace", "b.trace", "--seed", "9"]
+    assert main(["stats", *words, "--json", "plain.json"]) == 0
+    plain = capsys.readouterr().out
+    _use(cluster, monkeypatch)
+    assert main(["ray", "stats", *words, "--json", "spread.json"]) == 0
+    assert capsys.readouterr().out == plain
+    found = [json.loads((tmp_path / name).read_text()) for name in ("plain.json", "spread.json")]
+    assert found[0] == found[1]
+    (tmp_path / "foreign.trace").write_bytes(b"not what it should be \xff\x00")
+    for name in ("none.trace", "foreign.trace"):
+        refusals = []
+        for command in (["stats"], ["ray", "stats"]):
+            assert main([*command, "a.trace", name]) == 1
+            refusals.append(capsys.readouterr().err.replace(f"{tmp_path}/", ""))
+        assert refusals[0] == refusals[1]
+        assert name in refusals[0]
+
+
+def test_tasks_that_nobody_waits_for_are_ended(cluster: Any, tmp_path: Path) -> None:
+    """Answers come as they are ready; who takes no more of them leaves nothing running."""
+    spread = RaySpread(lambda: cluster, cpus=1)
+    answers = spread.each(_until_there, str(tmp_path), ["first", "never", "later"])
+    (tmp_path / "first").touch()
+    assert next(answers) == (0, "first")
+    answers.close()
+    assert cluster.get(cluster.remote(num_cpus=2)(_one).remote(), timeout=WAIT) == 1  # all CPUs are free again
+
+
+def _until_there(folder: str, name: str) -> str:
+    while not (Path(folder) / name).exists():
+        time.sleep(0.01)
+    return name
+
+
+def _one() -> int:
+    return 1
+
+
 def test_a_layer_that_fails_ends_the_solve_in_a_sentence(cluster: Any) -> None:
     """Whatever it was, and no other layer goes on."""
-    with pytest.raises(MoeplaceError, match=r"a layer could not be searched on the Ray cluster: .*7 is too many"):
+    with pytest.raises(MoeplaceError, match=r"a layer failed on the Ray cluster: .*7 is too many"):
         RaySpread(lambda: cluster)(_refuse, 7, [0, 1, 2], lambda share: None)
 
 
