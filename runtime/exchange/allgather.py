@@ -6,11 +6,31 @@ would be.
 Shape letters: M tokens at home, R ranks.
 """
 
+from typing import NamedTuple, Self
+
 import torch
 
 from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.exchange.dispatch_combine import Copies
 from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime, RoutedTokens, Step, TokenRows, add_outputs
+from moeplace.runtime.exchange.row_layout import RowLayout
+
+
+class Copies(NamedTuple):
+    """Tokens as experts need them."""
+
+    hidden: torch.Tensor  # (N, D) normalised rows
+    slots: torch.Tensor  # (N, K) int64 global slots, -1 = none
+    weights: torch.Tensor  # (N, K) gate weights
+
+    @classmethod
+    def of(cls, runtime: MoeRuntime, layer: int, tokens: RoutedTokens) -> Self:
+        """Copies of tokens that know their experts."""
+        return cls(tokens.hidden, runtime.slots_for(layer, tokens.ids, tokens.token), tokens.weights)
+
+    @classmethod
+    def unpack(cls, layout: RowLayout, rows: torch.Tensor) -> Self:
+        """Copies from received rows."""
+        return cls(layout.view(rows, "x"), layout.view(rows, "slots").long(), layout.view(rows, "weights"))
 
 
 class AllGatherDispatcher:
@@ -43,7 +63,7 @@ class AllGatherDispatcher:
 
     def _gather(self, home: Copies, width: int) -> Copies:
         """(R * width) rows of all ranks; the padding of a rank has no experts."""
-        layout = home.layout()
+        layout = RowLayout.of_tokens(home.slots.shape[1], weights=home.weights, x=home.hidden)
         mine = torch.zeros(width, layout.row_bytes, dtype=torch.uint8, device=home.hidden.device)
         layout.view(mine, "slots").fill_(-1)
         tokens = len(home.slots)

@@ -9,34 +9,43 @@ out, since copies carry all slots of the token: partial sums need neither header
 them in the order of the tokens. A token without experts stays.
 
 With one expert per token a layer is one all-to-all. Whether any token of any rank needs the second exchange is in the
-flags of the first.
+flags of the first. Shared experts of tokens that stay are computed while it travels.
 
 Shape letters: M tokens of this rank before, N rows on it after the exchange, K top-k, R ranks.
 """
 
-from typing import Protocol
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.exchange.dispatch_combine import count_by_rank
+from moeplace.runtime.exchange.capacity import CapacityRule, OwnerMeans, make_rule, owned_shares, use_of_ranks
 from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime, Step, TokenRows, add_outputs
-from moeplace.runtime.exchange.rows import META, SPREAD, TOKEN, Capacity, Received, RowLayout, exchange_rows
+from moeplace.runtime.exchange.host_counts import choose_owner, count_by_rank
+from moeplace.runtime.exchange.moves import Moves, make_moves
+from moeplace.runtime.exchange.rows import SPREAD, Outgoing, Received, RowExchange, TokenCopies
 
 
-class CapacityRule(Protocol):
-    """How many rows fit into the message of a pair of ranks; a function of what both ranks know."""
+@dataclass(frozen=True, eq=False)
+class _Gathered:
+    """Rows on this rank after the first exchange: those that stayed, then those that came.
 
-    def rows(self, layer: int, source: int, target: int, step: Step) -> int:
-        """Room for copies from `source` to `target` in MoE layer `layer`."""
+    Attributes:
+        x: (N, D) residual stream.
+        hidden: (N, D) normalised.
+        token: (N,) int64 names on the host.
+        slots: (N, K) int64 global slots.
+        before: (N,) int64 the rank that owned each.
+        names: `token` on the device, where it is the tensor that rows came with.
+    """
 
-
-class BatchCapacity:
-    """Room for the whole batch: never exceeded. Costs nothing on the wire where messages may be short."""
-
-    def rows(self, layer: int, source: int, target: int, step: Step) -> int:
-        """See `CapacityRule`."""
-        return step.num_tokens
+    x: torch.Tensor
+    hidden: torch.Tensor
+    token: np.ndarray
+    slots: np.ndarray
+    before: np.ndarray
+    names: torch.Tensor | None
 
 
 class CoherentDispatcher:
@@ -44,123 +53,118 @@ class CoherentDispatcher:
 
     def __init__(self, runtime: MoeRuntime, group: RankGroup, *, capacity: CapacityRule | None = None) -> None:
         self.runtime, self.group = runtime, group
-        self.capacity = BatchCapacity() if capacity is None else capacity
+        self._rank_of_slot = runtime.tables.rank_of_slot.cpu().numpy()
+        self._moves: Moves = make_moves(group.device)
+        self._exchange = RowExchange(group, make_moves(group.device), kind="dispatch")
+        self._rule = capacity  # None = made when the first tokens tell how many experts they have
 
     def forward(self, layer: int, block: MoeBlock, rows: TokenRows, step: Step) -> TokenRows:
         """See `TokenDispatcher`. The row count of the step's ledger travels in the headers."""
         hidden = block.normalise(rows.x)
-        slots, weights = self.runtime.choose(layer, block, hidden, rows.token)
+        slots, weights = self.runtime.choose_on_host(layer, block, hidden, rows.token)
+        copies = TokenCopies(rows.names_on_host(), slots, {"weights": weights, "x": rows.x})
         with self.group.layer(layer, mode="coherent"):
-            return self._move(layer, block, rows, hidden, slots, weights, step)
+            return self._move(layer, block, rows, hidden, copies, step)
 
     def _move(
-        self,
-        layer: int,
-        block: MoeBlock,
-        rows: TokenRows,
-        hidden_M: torch.Tensor,
-        slots_MK: torch.Tensor,
-        weights_MK: torch.Tensor,
-        step: Step,
+        self, layer: int, block: MoeBlock, rows: TokenRows, hidden: torch.Tensor, copies: TokenCopies, step: Step
     ) -> TokenRows:
         runtime, rank = self.runtime, self.group.rank
-        count_MR = count_by_rank(runtime.tables.rank_of_slot[slots_MK], self.group.size)
-        layout = _layout(rows.x, slots_MK, weights_MK)
-        fields = {"token": rows.token, "slots": slots_MK, "weights": weights_MK, "x": rows.x}
-        received = self._dispatch(layer, layout, fields, count_MR, step)
-        stays = (count_MR[:, rank] > 0) | (count_MR.sum(1) == 0)
-        arrived = received.rows
-        # Rows on this rank now: those that stayed, then those that came.
-        x = torch.cat([rows.x[stays], layout.view(arrived, "x")])
-        token = torch.cat([rows.token[stays], layout.view(arrived, META)[:, TOKEN].long()])
-        slots = torch.cat([slots_MK[stays], layout.view(arrived, "slots").long()])
-        weights = torch.cat([weights_MK[stays], layout.view(arrived, "weights")])
-        hidden = torch.cat([hidden_M[stays], block.normalise(layout.view(arrived, "x"))])
-        before = torch.cat([torch.full_like(token[: len(token) - len(arrived)], rank), received.source()])
-        partial = runtime.computation.compute(layer, hidden, runtime.tables.local_slots(slots), weights)
+        wanted_MR = count_by_rank(self._rank_of_slot[copies.slots], self.group.size) > 0
+        flags = SPREAD if (np.count_nonzero(wanted_MR, axis=1) > 1).any() else 0
+        stays = np.flatnonzero(wanted_MR[:, rank] | ~wanted_MR.any(axis=1))
+        wanted_MR[:, rank] = False
+        received = self._dispatch(layer, copies, Outgoing.of(wanted_MR), flags, step)
+        here = self._gather(block, rows, hidden, copies, stays, received)
+        weights = self._join(copies.values["weights"], stays, received, "weights")
+        partial = runtime.compute(layer, here.hidden, here.slots, weights)
         if not received.flags & SPREAD:
             runtime.counters.single_exchange += 1
-            return TokenRows(add_outputs(x, partial, block.shared(hidden)), token)
-        count_NR = count_by_rank(runtime.tables.rank_of_slot[slots], self.group.size)
-        owner = choose_owner(count_NR, before)
-        mine = owner == rank
-        routed = self._collect(partial, token, count_NR, owner)
-        return TokenRows(add_outputs(x[mine], routed, block.shared(hidden[mine])), token[mine])
+            return self._rows(add_outputs(here.x, partial, block.shared(here.hidden)), here.token, here.names)
+        count_NR = count_by_rank(self._rank_of_slot[here.slots], self.group.size)
+        owner = choose_owner(count_NR, here.before)
+        mine = np.flatnonzero(owner == rank)
+        routed = self._collect(partial, here.token, count_NR, owner)
+        if len(mine) == len(owner):
+            return self._rows(add_outputs(here.x, routed, block.shared(here.hidden)), here.token, here.names)
+        index = self._moves.index(mine)
+        x, kept = here.x.index_select(0, index), here.hidden.index_select(0, index)
+        return self._rows(add_outputs(x, routed, block.shared(kept)), here.token[mine], None)
 
-    def _dispatch(
-        self,
-        layer: int,
-        layout: RowLayout,
-        fields: dict[str, torch.Tensor],
-        count_MR: torch.Tensor,
-        step: Step,
-    ) -> Received:
-        in_use = count_MR > 0
-        spread = bool((in_use.sum(1) > 1).any())
-        in_use[:, self.group.rank] = False
-        target, source = in_use.t().nonzero(as_tuple=True)
+    def _rows(self, x: torch.Tensor, token: np.ndarray, names: torch.Tensor | None) -> TokenRows:
+        return TokenRows(x, self._moves.index(token) if names is None else names, token)
+
+    def _dispatch(self, layer: int, copies: TokenCopies, outgoing: Outgoing, flags: int, step: Step) -> Received:
         ledger = step.ledger
         held = 0 if ledger is None else ledger.num_rows
-        received = exchange_rows(
-            self.group,
-            layout,
-            {name: value[source] for name, value in fields.items()},
-            target,
-            capacity=self._capacity(layer, step),
-            flags=SPREAD if spread else 0,
-            extra=held,
-            kind="dispatch",
-        )
+        rule = self._capacity_rule(copies.slots.shape[1])
+        capacity = rule.capacity(layer, step)
+        pending = self._exchange.start(copies.layout(), copies, outgoing, capacity=capacity, flags=flags, extra=held)
+        received = pending.finish()
+        rule.observe(layer, step, outgoing.counts, received.counts)
         if ledger is not None:
             ledger.announce([held if p == self.group.rank else n for p, n in enumerate(received.extras)])
-        self.runtime.counters.copies_sent += len(source)
+        self.runtime.counters.copies_sent += len(outgoing.source)
         return received
 
-    def _capacity(self, layer: int, step: Step) -> Capacity:
-        rank, rule = self.group.rank, self.capacity
-        return Capacity(
-            [rule.rows(layer, rank, peer, step) for peer in range(self.group.size)],
-            [rule.rows(layer, peer, rank, step) for peer in range(self.group.size)],
+    def _capacity_rule(self, top_k: int) -> CapacityRule:
+        if self._rule is None:
+            tables, group = self.runtime.tables, self.group
+            self._rule = make_rule(
+                group.rank,
+                OwnerMeans(use_of_ranks(tables, top_k), owned_shares(tables)),
+                num_layers=tables.num_layers,
+                num_ranks=group.size,
+                short_messages=group.short_messages,
+            )
+        return self._rule
+
+    def _join(self, own: torch.Tensor, stays: np.ndarray, received: Received, name: str) -> torch.Tensor:
+        """A field of the rows that stay, then of those that came."""
+        kept = None if len(stays) == len(own) else stays
+        return own if kept is None and not len(received.place) else received.join(self._moves, own, kept, name)
+
+    def _gather(
+        self,
+        block: MoeBlock,
+        rows: TokenRows,
+        hidden: torch.Tensor,
+        copies: TokenCopies,
+        stays: np.ndarray,
+        received: Received,
+    ) -> _Gathered:
+        rank = self.group.rank
+        if len(stays) == len(rows) and not len(received.place):  # nothing came or went
+            before = np.full(len(stays), rank)
+            return _Gathered(rows.x, hidden, copies.token, copies.slots, before, rows.token)
+        x = self._join(rows.x, stays, received, "x")
+        return _Gathered(
+            x,
+            block.normalise(x),
+            np.concatenate([copies.token[stays], received.token]),
+            np.concatenate([copies.slots[stays], received.slots]),
+            np.concatenate([np.full(len(stays), rank), received.source()]),
+            None,
         )
 
     def _collect(
-        self, partial: torch.Tensor, token: torch.Tensor, count_NR: torch.Tensor, owner: torch.Tensor
+        self, partial: torch.Tensor, token: np.ndarray, count_NR: np.ndarray, owner: np.ndarray
     ) -> torch.Tensor:
         """Sums of the tokens this rank owns now, in the order of their rows; partial sums of others are sent off."""
         rank, size = self.group.rank, self.group.size
-        mine = owner == rank
-        leaving = (~mine).nonzero().squeeze(1)
-        leaving = leaving[token[leaving].argsort()]
-        leaving = leaving[owner[leaving].argsort(stable=True)]  # by owner, then by token
-        sizes = torch.bincount(owner[leaving], minlength=size).tolist()
+        mine, leaving = np.flatnonzero(owner == rank), np.flatnonzero(owner != rank)
+        leaving = leaving[np.lexsort((token[leaving], owner[leaving]))]  # by owner, then by token
+        sizes = np.bincount(owner[leaving], minlength=size).tolist()
         # Every other rank in use for a token of mine sends one row, in the order of tokens.
         by_token = token[mine].argsort()
         helped = count_NR[mine][by_token] > 0
         helped[:, rank] = False
-        source, position = helped.t().nonzero(as_tuple=True)
-        expected = torch.bincount(source, minlength=size).tolist()
-        sums = partial.new_empty(len(position), partial.shape[1])
+        source, position = helped.T.nonzero()
+        expected = np.bincount(source, minlength=size).tolist()
+        sums = self._moves.room("returned", len(position), partial.shape[1], partial.dtype)
         self.runtime.counters.copies_sent += len(leaving)
-        self.group.all_to_all(sums, partial[leaving], expected, sizes, kind="return")
-        return partial[mine].index_add_(0, by_token[position], sums)
-
-
-def choose_owner(count_NR: torch.Tensor, before_N: torch.Tensor) -> torch.Tensor:
-    """(N,) int64 new owner of each token.
-
-    The rank that serves most of its experts; ties go to the owner before, then to the lowest rank; a token without
-    experts stays.
-
-    Args:
-        count_NR: (N, R) experts of each token on each rank.
-        before_N: (N,) owner before.
-    """
-    ranks = count_NR.shape[1]
-    index_R = torch.arange(ranks, device=count_NR.device)
-    score_NR = (2 * count_NR + (index_R == before_N[:, None])) * ranks + (ranks - 1 - index_R)
-    return torch.where(count_NR.any(1), torch.where(count_NR > 0, score_NR, -1).argmax(1), before_N)
-
-
-def _layout(x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> RowLayout:
-    top_k = slots.shape[1]
-    return RowLayout.of(slots=(torch.int32, top_k), weights=(weights.dtype, top_k), x=(x.dtype, x.shape[1]))
+        index = self._moves.index
+        off = partial.index_select(0, index(leaving))
+        self.group.all_to_all(sums, off, expected, sizes, kind="return")
+        own = partial if len(mine) == len(owner) else partial.index_select(0, index(mine))
+        return own.index_add_(0, index(by_token[position]), sums) if len(position) else own

@@ -51,10 +51,16 @@ class TokenRows:
     Attributes:
         x: (M, D) residual stream.
         token: (M,) int64 index of each token in the step's batch.
+        names: the same on the host, where it is known there.
     """
 
     x: torch.Tensor
     token: torch.Tensor
+    names: np.ndarray | None = None
+
+    def names_on_host(self) -> np.ndarray:
+        """(M,) int64 `token`; on a GPU that is not known yet the host waits for it."""
+        return self.token.cpu().numpy() if self.names is None else self.names
 
     def __len__(self) -> int:
         return len(self.token)
@@ -102,11 +108,33 @@ class MoeRuntime:
         ids, weights = block.route(hidden, token)
         return self.slots_for(layer, ids, token), weights
 
+    def choose_on_host(
+        self, layer: int, block: MoeBlock, hidden: torch.Tensor, token: torch.Tensor
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """`choose`, with the slots as numbers of this process: a GPU is waited for once."""
+        ids, weights = block.route(hidden, token)
+        return self.host_slots_for(layer, ids, token), weights
+
+    def host_slots_for(self, layer: int, ids: torch.Tensor, token: torch.Tensor) -> np.ndarray:
+        """`slots_for` as numbers of this process."""
+        if self.tables.replicated[layer]:
+            return self.slots_for(layer, ids, token).cpu().numpy()
+        return self.slots_on_host(layer, ids.cpu(), token)
+
+    def compute(self, layer: int, x: torch.Tensor, slots: np.ndarray, weights: torch.Tensor) -> torch.Tensor:
+        """Partial sums (N, D) of this rank's experts for rows whose global slots (N, K) are known on the host."""
+        tables = self.tables
+        own = slots - tables.slots_start
+        here = np.where((own >= 0) & (own < tables.slots_here) & (slots >= 0), own, -1)
+        if x.device.type == "cpu":
+            return self.computation.compute_on_host(layer, x, here, weights)
+        return self.computation.compute(layer, x, torch.from_numpy(here).to(x.device), weights)
+
     def slots_on_host(self, layer: int, ids: torch.Tensor, token: torch.Tensor) -> np.ndarray:
         """`slots_for` ids on the CPU, in a layer without replicas."""
         ids_MK = ids.numpy()
         if self.window is not None:
-            self.window.record(layer, ids_MK, token.numpy() if self.window.names_tokens else None)
+            self.window.record(layer, ids_MK, token.cpu().numpy() if self.window.names_tokens else None)
         slots: np.ndarray = self.tables.first_slot_host[layer][ids_MK]
         return slots
 

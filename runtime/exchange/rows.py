@@ -1,89 +1,67 @@
 """Rows on the wire: a token's hidden row with its header, and the exchange that moves such rows in one collective.
 
-A message from one rank to another is a block of equal rows; its header lies in the first row:
+A message from one rank to another is a block of equal rows (`row_layout`); its header lies in the first row: `count`
+says how many rows the message means, so no sizes are exchanged beforehand. An empty message is one row with count 0.
+Both sides know how many rows fit (`capacity`). What exceeds it follows in an extra round with exact sizes, of which
+every rank learns from the flags of the first round: all messages of a rank carry the same flags, and every rank hears
+from every other.
 
-    row    | meta: token, count, flags, extra | slots (K) | gate weights (K) | x (D) |
-             int32 x 4                           int32       float             hidden type
-
-`count` says how many rows the message means, so no sizes are exchanged beforehand. An empty message is one row with
-count 0. Both sides know how many rows fit (the capacity). What exceeds it follows in an extra round with exact sizes,
-of which every rank learns from the flags of the first round: all messages of a rank carry the same flags, and every
-rank hears from every other.
-
-Shape letters: R ranks, n copies to send, N rows received.
+Shape letters: R ranks, M rows of this rank, n copies to send, N rows received.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
+import numpy as np
 import torch
 
-from moeplace.runtime.comm.group import RankGroup
-
-META = "meta"
-META_WIDTH = 4
-TOKEN, COUNT, FLAGS, EXTRA = range(META_WIDTH)
+from moeplace.runtime.comm.group import PendingExchange, RankGroup
+from moeplace.runtime.exchange.capacity import Capacity
+from moeplace.runtime.exchange.moves import Moves
+from moeplace.runtime.exchange.row_layout import COUNT, META_WIDTH, TOKEN, RowLayout
 
 OVERFLOW = 1
 """Flag: some message of this rank exceeds its capacity."""
 SPREAD = 2
 """Flag: some token of this rank has experts on several ranks."""
 
-_ALIGNMENT = 8  # every field starts where any element type may start
 
-
-@dataclass(frozen=True)
-class RowField:
-    """A field of a row: `width` elements of `dtype`, `offset` bytes from its start."""
-
-    offset: int
-    dtype: torch.dtype
-    width: int
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.width * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class RowLayout:
-    """Where the fields of a row are.
+@dataclass(frozen=True, eq=False)
+class TokenCopies:
+    """Rows of this rank that can be sent.
 
     Attributes:
-        fields: name -> field; every layout has "meta".
-        row_bytes: size of a row, a multiple of 8.
+        token: (M,) int64 names.
+        slots: (M, K) int64 global slots, -1 = none.
+        values: field -> (M, width) tensors.
     """
 
-    fields: Mapping[str, RowField]
-    row_bytes: int
+    token: np.ndarray
+    slots: np.ndarray
+    values: Mapping[str, torch.Tensor]
+
+    def layout(self) -> RowLayout:
+        """How such rows travel."""
+        return RowLayout.of_tokens(self.slots.shape[1], weights=self.values["weights"], x=self.values["x"])
+
+
+@dataclass(frozen=True, eq=False)
+class Outgoing:
+    """Which row goes to whom.
+
+    Attributes:
+        source: (n,) int64 rows of this rank, by rank they go to, ascending within each.
+        counts: rows for each rank.
+    """
+
+    source: np.ndarray
+    counts: list[int]
 
     @classmethod
-    def of(cls, **fields: tuple[torch.dtype, int]) -> "RowLayout":
-        """A layout from name=(type, width), "meta" in front."""
-        placed: dict[str, RowField] = {}
-        end = 0
-        for name, (dtype, width) in {META: (torch.int32, META_WIDTH), **fields}.items():
-            placed[name] = RowField(end, dtype, width)
-            end = -(-placed[name].end // _ALIGNMENT) * _ALIGNMENT
-        return cls(placed, end)
-
-    def view(self, rows: torch.Tensor, name: str) -> torch.Tensor:
-        """(n, width) view of a field of (n, row_bytes) uint8 rows."""
-        field = self.fields[name]
-        return rows[:, field.offset : field.end].view(field.dtype)
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Rows that fit into the first round, known to both sides of every pair.
-
-    Attributes:
-        to_peer: (R,) rows of the message to each rank.
-        from_peer: (R,) rows of the message from each rank.
-    """
-
-    to_peer: Sequence[int]
-    from_peer: Sequence[int]
+    def of(cls, wanted_MR: np.ndarray) -> Self:
+        """From who wants a copy of each row; nobody sends to itself."""
+        return cls(wanted_MR.T.nonzero()[1], np.count_nonzero(wanted_MR, axis=0).tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,180 +69,185 @@ class Received:
     """What an exchange brought.
 
     Attributes:
-        rows: (N, row_bytes) uint8, by source rank, in the order in which the source listed them.
-        sent: rows sent to each rank.
+        layout: of the rows.
+        message: (., row_bytes) uint8, the rows among others; memory that the next exchange of the same kind takes.
+        place: (N,) int64, rows of `message`, by source rank, in the order in which the source listed them.
+        token: (N,) int64 their names.
+        slots: (N, K) int64.
         counts: rows from each rank.
         extras: the `extra` of each rank.
         flags: flags of all ranks, or-ed: equal on every rank.
     """
 
-    rows: torch.Tensor
-    sent: list[int]
+    layout: RowLayout
+    message: torch.Tensor
+    place: np.ndarray
+    token: np.ndarray
+    slots: np.ndarray
     counts: list[int]
     extras: list[int]
     flags: int
 
-    def source(self) -> torch.Tensor:
+    def source(self) -> np.ndarray:
         """(N,) int64, the rank each row came from."""
-        counts = torch.tensor(self.counts, device=self.rows.device)
-        return torch.repeat_interleave(torch.arange(len(self.counts), device=counts.device), counts)
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    def join(self, moves: Moves, own: torch.Tensor, kept: np.ndarray | None, name: str) -> torch.Tensor:
+        """Rows `kept` of a tensor (None = all), then a field of what was received."""
+        return moves.join(own, kept, self.message, self.layout.fields[name], self.place)
 
 
-def exchange_rows(
-    group: RankGroup,
-    layout: RowLayout,
-    fields: Mapping[str, torch.Tensor],
-    target: torch.Tensor,
-    *,
-    capacity: Capacity | None,
-    flags: int = 0,
-    extra: int = 0,
-    kind: str,
-) -> Received:
-    """Send each copy to its target rank: one all-to-all, and a second one only where some capacity is exceeded.
+class RowExchange:
+    """Exchanges of one kind, one after the other: their messages use the same memory."""
 
-    Args:
-        group: all its ranks must call this together.
+    def __init__(self, group: RankGroup, moves: Moves, *, kind: str) -> None:
+        """`kind`: the name under which collectives are counted, and memory kept."""
+        self.group, self.kind = group, kind
+        self._moves = moves
+        self._is_under_way = False
+
+    def start(
+        self,
+        layout: RowLayout,
+        copies: TokenCopies,
+        outgoing: Outgoing,
+        *,
+        capacity: Capacity,
+        flags: int = 0,
+        extra: int = 0,
+    ) -> "PendingRows":
+        """Send copies off; all ranks of the group must start and finish together.
+
+        Args:
+            capacity: see `Capacity`.
+            flags: flags of this rank beside OVERFLOW.
+            extra: a number for every other rank.
+        """
+        assert not self._is_under_way, f"the {self.kind} before has not been finished, and its memory is in use"
+        self._is_under_way = True
+        rank, wanted = self.group.rank, np.array(outgoing.counts)
+        room_R, from_R = _room(capacity.to_peer, rank), _room(capacity.from_peer, rank)
+        fits = np.minimum(wanted, room_R)
+        if (fits < wanted).any():
+            flags |= OVERFLOW
+        # What nobody meant to send is one row with count 0, or the whole room where messages cannot be short.
+        sizes = np.minimum(np.maximum(fits, 1), room_R) if self.group.short_messages else room_R
+        index = np.arange(len(outgoing.source)) - np.repeat(np.cumsum(wanted) - wanted, wanted)  # in its message
+        target = np.repeat(np.arange(len(wanted)), wanted)
+        sent = index < fits[target]
+        starts = np.cumsum(sizes) - sizes
+        heads = np.zeros((int(sizes.sum()), layout.head_words), np.int32)
+        peers = np.flatnonzero(sizes)
+        heads[starts[peers], COUNT] = wanted[peers]
+        heads[starts[peers], COUNT + 1 : META_WIDTH] = flags, extra
+        place = (starts[target] + index)[sent]
+        first = self._pack(layout, copies, outgoing.source[sent], heads, place, self.kind)
+        incoming = self._moves.room(f"{self.kind} received", int(from_R.sum()), layout.row_bytes)
+        work = self.group.start_all_to_all(incoming, first, from_R.tolist(), sizes.tolist(), kind=self.kind)
+        rest = outgoing.source[~sent], (wanted - fits).tolist()
+        return PendingRows(self, layout, copies, work, incoming, from_R, rest, flags)
+
+    def _pack(
+        self,
+        layout: RowLayout,
+        copies: TokenCopies,
+        source: np.ndarray,
+        heads: np.ndarray,
+        place: np.ndarray,
+        name: str,
+    ) -> torch.Tensor:
+        """A message with some rows of this rank in places of it."""
+        heads[place, TOKEN] = copies.token[source]
+        heads[place, META_WIDTH : META_WIDTH + copies.slots.shape[1]] = copies.slots[source]
+        message = self._moves.room(f"{name} sent", len(heads), layout.row_bytes)
+        self._moves.pack(message, layout, heads, place, source, copies.values)
+        return message
+
+    def _send_rest(
+        self, layout: RowLayout, copies: TokenCopies, rest: tuple[np.ndarray, list[int]], missing: list[int]
+    ) -> torch.Tensor:
+        """The extra round: what did not fit, with sizes that both sides know by now."""
+        self.group.counters.overflows += 1
+        source, sizes = rest
+        heads = np.zeros((len(source), layout.head_words), np.int32)
+        message = self._pack(layout, copies, source, heads, np.arange(len(source)), f"{self.kind} rest")
+        late = self._moves.room(f"{self.kind} rest received", sum(missing), layout.row_bytes)
+        self.group.all_to_all(late, message, missing, sizes, kind=f"{self.kind} rest")
+        return late
+
+    def _end(self) -> None:
+        self._is_under_way = False
+
+
+@dataclass(frozen=True, eq=False)
+class PendingRows:
+    """Rows on their way; `finish` ends it.
+
+    Attributes:
+        exchange: whose they are.
         layout: of the rows.
-        fields: name -> (n, width) values; "token" -> (n,) goes into the header.
-        target: (n,) int64 rank of each copy, ascending, never this rank.
-        capacity: see `Capacity`; None = exchange sizes first, in a small collective of their own.
-        flags: flags of this rank beside OVERFLOW.
-        extra: a number for every other rank.
-        kind: the name under which the collective is counted.
+        copies: what they are copies of.
+        work: the collective.
+        incoming: where those of others will be, `rooms` rows for each rank.
+        rooms: (R,) int64.
+        rest: rows of this rank that did not fit, and how many for each rank.
+        flags: of this rank.
     """
-    wanted: list[int] = torch.bincount(target, minlength=group.size).tolist()  # split sizes: the host needs them
-    copies = _pack(layout, fields)
-    if capacity is None:
-        return _exchange_sized(group, copies, wanted, flags, extra, kind)
-    return _exchange_bounded(group, layout, copies, wanted, capacity, flags, extra, kind)
+
+    exchange: RowExchange
+    layout: RowLayout
+    copies: TokenCopies
+    work: PendingExchange
+    incoming: torch.Tensor
+    rooms: np.ndarray
+    rest: tuple[np.ndarray, list[int]]
+    flags: int
+
+    def finish(self) -> Received:
+        """Wait for the rows of other ranks; what did not fit follows in a collective more.
+
+        Raises:
+            PeerLostError: a peer is gone.
+        """
+        self.work.wait()
+        exchange, moves = self.exchange, self.exchange._moves
+        heads, message = moves.heads(self.incoming, self.layout), self.incoming
+        starts, peers = np.cumsum(self.rooms) - self.rooms, np.flatnonzero(self.rooms)
+        told_R3 = np.zeros((len(self.rooms), META_WIDTH - COUNT), np.int64)
+        told_R3[peers] = heads[starts[peers], COUNT:META_WIDTH]
+        counts, flags = told_R3[:, 0], int(np.bitwise_or.reduce(told_R3[:, 1], initial=self.flags))
+        arrived = np.minimum(counts, self.rooms)
+        place = _ranges(starts, arrived)
+        if flags & OVERFLOW:
+            missing = counts - arrived
+            late = exchange._send_rest(self.layout, self.copies, self.rest, missing.tolist())
+            heads = np.concatenate([heads, moves.heads(late, self.layout)])
+            message = torch.cat([message, late])
+            place = np.concatenate([place, np.arange(len(self.incoming), len(message))])
+            source = np.concatenate([np.repeat(np.arange(len(counts)), part) for part in (arrived, missing)])
+            place = place[source.argsort(kind="stable")]
+        head_N = heads[place]
+        exchange._end()
+        return Received(
+            self.layout,
+            message,
+            place,
+            head_N[:, TOKEN].astype(np.int64),
+            head_N[:, META_WIDTH : META_WIDTH + self.copies.slots.shape[1]].astype(np.int64),
+            counts.tolist(),
+            told_R3[:, 2].tolist(),
+            flags,
+        )
 
 
-def _exchange_sized(
-    group: RankGroup, copies: torch.Tensor, wanted: list[int], flags: int, extra: int, kind: str
-) -> Received:
-    """Sizes in one collective, rows in the next."""
-    mine = torch.tensor([[count, flags, extra] for count in wanted], dtype=torch.int64, device=copies.device)
-    theirs = torch.empty_like(mine)
-    group.all_to_all(theirs, mine, [1] * group.size, [1] * group.size, kind=f"{kind} sizes")
-    counts, peer_flags, extras = theirs.t().tolist()
-    incoming = copies.new_empty(sum(counts), copies.shape[1])
-    group.all_to_all(incoming, copies, counts, wanted, kind=kind)
-    return Received(incoming, wanted, counts, extras, _union(flags, peer_flags))
+def _room(capacity: Sequence[int], rank: int) -> np.ndarray:
+    """(R,) int64 rows of each message: at least the one that carries the header, none to oneself."""
+    room_R = np.maximum(np.asarray(capacity, np.int64), 1)
+    room_R[rank] = 0
+    return room_R
 
 
-def _exchange_bounded(
-    group: RankGroup,
-    layout: RowLayout,
-    copies: torch.Tensor,
-    wanted: list[int],
-    capacity: Capacity,
-    flags: int,
-    extra: int,
-    kind: str,
-) -> Received:
-    """One collective; headers inside; the rest, if any, in another."""
-    room_to = _room(capacity.to_peer, group.rank)
-    fits = [min(n, room) for n, room in zip(wanted, room_to, strict=True)]
-    if fits != wanted:
-        flags |= OVERFLOW
-    # What nobody meant to send is one row with count 0, or the whole room where messages cannot be short.
-    sizes = [min(max(n, 1), room) for n, room in zip(fits, room_to, strict=True)] if group.short_messages else room_to
-    outgoing = _place(copies, wanted, fits, sizes)
-    _write_headers(layout, outgoing, sizes, wanted, flags, extra)
-    rooms = _room(capacity.from_peer, group.rank)
-    incoming = outgoing.new_empty(sum(rooms), layout.row_bytes)
-    group.all_to_all(incoming, outgoing, rooms, sizes, kind=kind)
-    headers = _read_headers(layout, incoming, rooms)
-    counts, peer_flags, extras = ([header[i] for header in headers] for i in range(3))
-    blocks = _blocks(incoming, rooms, counts)
-    flags = _union(flags, peer_flags)
-    if flags & OVERFLOW:
-        blocks = _exchange_rest(group, copies, wanted, fits, blocks, counts, kind)
-    return Received(torch.cat(blocks), wanted, counts, extras, flags)
-
-
-def _room(capacity: Sequence[int], rank: int) -> list[int]:
-    """Rows of each message: at least the one that carries the header, none to oneself."""
-    return [0 if peer == rank else max(rows, 1) for peer, rows in enumerate(capacity)]
-
-
-def _union(flags: int, others: Sequence[int]) -> int:
-    for other in others:
-        flags |= other
-    return flags
-
-
-def _pack(layout: RowLayout, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """(n, row_bytes) rows from their fields; header entries other than the token are zero."""
-    token = fields["token"]
-    rows = torch.empty(len(token), layout.row_bytes, dtype=torch.uint8, device=token.device)
-    meta = layout.view(rows, META)
-    meta.zero_()
-    meta[:, TOKEN] = token
-    for name, value in fields.items():
-        if name != "token":
-            layout.view(rows, name).copy_(value)
-    return rows
-
-
-def _place(copies: torch.Tensor, wanted: list[int], fits: list[int], sizes: list[int]) -> torch.Tensor:
-    """The send buffer: the first `fits` copies of each rank at the start of its block of `sizes` rows."""
-    if fits == sizes and fits == wanted:
-        return copies
-    outgoing = copies.new_zeros(sum(sizes), copies.shape[1])
-    read = write = 0
-    for count, fit, size in zip(wanted, fits, sizes, strict=True):
-        if fit:
-            outgoing[write : write + fit] = copies[read : read + fit]
-        read += count
-        write += size
-    return outgoing
-
-
-def _write_headers(
-    layout: RowLayout, outgoing: torch.Tensor, sizes: list[int], wanted: list[int], flags: int, extra: int
-) -> None:
-    first = [sum(sizes[:peer]) for peer, size in enumerate(sizes) if size]
-    if not first:
-        return
-    headers = torch.tensor([[count, flags, extra] for count, size in zip(wanted, sizes, strict=True) if size])
-    layout.view(outgoing, META)[torch.tensor(first, device=outgoing.device), COUNT:] = headers.to(
-        outgoing.device, torch.int32
-    )
-
-
-def _read_headers(layout: RowLayout, incoming: torch.Tensor, rooms: list[int]) -> list[tuple[int, int, int]]:
-    """(count, flags, extra) of each rank; zeros for this one."""
-    peers = [peer for peer, room in enumerate(rooms) if room]
-    result = [(0, 0, 0)] * len(rooms)
-    if peers:
-        first = torch.tensor([sum(rooms[:peer]) for peer in peers], device=incoming.device)
-        for peer, header in zip(peers, layout.view(incoming, META)[first, COUNT:].tolist(), strict=True):
-            result[peer] = (header[0], header[1], header[2])
-    return result
-
-
-def _blocks(incoming: torch.Tensor, rooms: list[int], counts: list[int]) -> list[torch.Tensor]:
-    starts = [sum(rooms[:peer]) for peer in range(len(rooms))]
-    return [incoming[s : s + min(n, room)] for s, n, room in zip(starts, counts, rooms, strict=True)]
-
-
-def _exchange_rest(
-    group: RankGroup,
-    copies: torch.Tensor,
-    wanted: list[int],
-    fits: list[int],
-    blocks: list[torch.Tensor],
-    counts: list[int],
-    kind: str,
-) -> list[torch.Tensor]:
-    """The extra round: what did not fit, with sizes that both sides know by now."""
-    group.counters.overflows += 1
-    starts = [sum(wanted[:peer]) for peer in range(len(wanted))]
-    rest = torch.cat([copies[s + fit : s + n] for s, fit, n in zip(starts, fits, wanted, strict=True)])
-    missing = [n - len(block) for n, block in zip(counts, blocks, strict=True)]
-    late = copies.new_empty(sum(missing), copies.shape[1])
-    group.all_to_all(late, rest, missing, [n - fit for n, fit in zip(wanted, fits, strict=True)], kind=f"{kind} rest")
-    parts = late.split(missing)
-    return [torch.cat([block, part]) if len(part) else block for block, part in zip(blocks, parts, strict=True)]
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(sum of sizes,) int64: start, start + 1, ... of each range, one range after the other."""
+    ends = np.cumsum(sizes)
+    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - sizes), sizes)

@@ -58,6 +58,11 @@ class KvCache:
         self.keys[layer][row, :, position] = kv[:, : self._key_width].unflatten(1, self._key_shape)
         self.values[layer][row, :, position] = kv[:, self._key_width :].unflatten(1, self._value_shape)
 
+    def write_layers(self, layer: torch.Tensor, row: torch.Tensor, position: torch.Tensor, kv: torch.Tensor) -> None:
+        """`write` of rows of several decoder layers (n,) at once."""
+        self.all_keys[layer, row, :, position] = kv[:, : self._key_width].unflatten(1, self._key_shape)
+        self.all_values[layer, row, :, position] = kv[:, self._key_width :].unflatten(1, self._value_shape)
+
     def read(self, layer: int, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """K/V (n, c) at rows (n,) and positions (n,) of a decoder layer."""
         return flatten_kv(self.keys[layer][row, :, position], self.values[layer][row, :, position])

@@ -17,7 +17,7 @@ import torch
 
 from moeplace.runtime.comm.group import PendingExchange, RankGroup
 from moeplace.runtime.exchange.kv_ledger import KvLedger
-from moeplace.runtime.exchange.rows import TOKEN, RowLayout
+from moeplace.runtime.exchange.row_layout import TOKEN, RowLayout
 
 LAYER = TOKEN + 1
 
@@ -94,11 +94,11 @@ def _pack(ledger: KvLedger) -> tuple[torch.Tensor, RowLayout]:
     """(n, row_bytes) this rank's rows with their headers."""
     kv = torch.cat(ledger.rows)
     layout = RowLayout.of(kv=(kv.dtype, kv.shape[1]))
-    rows = torch.zeros(len(kv), layout.row_bytes, dtype=torch.uint8, device=kv.device)
+    rows = torch.empty(len(kv), layout.row_bytes, dtype=torch.uint8, device=kv.device)
     meta = layout.view(rows, "meta")
     meta[:, TOKEN] = torch.cat(ledger.tokens)
-    lengths = torch.tensor([len(token) for token in ledger.tokens], device=kv.device)
-    meta[:, LAYER] = torch.repeat_interleave(torch.tensor(ledger.layers, device=kv.device), lengths)
+    layer = np.repeat(np.array(ledger.layers, np.int32), [len(token) for token in ledger.tokens])
+    meta[:, LAYER] = torch.from_numpy(layer).to(kv.device)
     layout.view(rows, "kv").copy_(kv)
     return rows, layout
 
@@ -124,7 +124,7 @@ def _start_spread(
     incoming = [counts[peer] if links[peer, group.rank] else 0 for peer in range(group.size)]
     outgoing = [len(mine) if links[group.rank, peer] else 0 for peer in range(group.size)]
     rows = mine.new_empty(sum(incoming), mine.shape[1])
-    copies = mine.repeat(int(links[group.rank].sum()), 1)
+    copies = torch.cat([mine] * int(links[group.rank].sum())) if links[group.rank].any() else mine[:0]
     return rows, group.start_all_to_all(rows, copies, incoming, outgoing, kind="kv")
 
 

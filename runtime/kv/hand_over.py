@@ -66,11 +66,8 @@ def keep_shared(cache: KvCache, group: RankGroup, places: KvPlaces, ledger: KvLe
 
 def store_shared(cache: KvCache, places: KvPlaces, shared: SharedKv) -> None:
     """Keep rows of others in the places of their tokens."""
-    order = shared.layer.argsort(stable=True)
-    counts = torch.bincount(shared.layer, minlength=cache.num_layers).tolist()
-    for layer, index in enumerate(order.split(counts)):
-        token = shared.token[index]
-        cache.write(layer, places.row[token], places.position[token], shared.kv[index])
+    row, position = places.row.index_select(0, shared.token), places.position.index_select(0, shared.token)
+    cache.write_layers(shared.layer, row, position, shared.kv)
 
 
 def give_kv(cache: KvCache, group: RankGroup, places_R: Sequence[KvPlaces], receivers: Sequence[int]) -> None:

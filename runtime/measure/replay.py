@@ -27,7 +27,7 @@ from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.exchange.dispatcher import MoeRuntime, Step, TokenRows
 from moeplace.runtime.exchange.factory import make_dispatcher
 from moeplace.runtime.exchange.kv_ledger import KvLedger
-from moeplace.runtime.exchange.rows import RowLayout
+from moeplace.runtime.exchange.row_layout import RowLayout
 from moeplace.runtime.exchange.slot_tables import SlotTables
 from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.store import ExpertStore
