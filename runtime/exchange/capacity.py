@@ -101,11 +101,15 @@ class ExpectedRows:
         mean_RR = self._means.mean(layer, step)
         for side, (mean_R, rows) in enumerate(((mean_RR[self._rank], sent), (mean_RR[:, self._rank], received))):
             now_R = np.asarray(rows, np.float64) / np.maximum(mean_R, 1.0)
-            before_R = self._ratio_2LR[side, layer]
-            self._ratio_2LR[side, layer] = np.maximum(now_R, before_R - (before_R - now_R) * FORGETTING)
+            self._ratio_2LR[side, layer] = _follow(self._ratio_2LR[side, layer], now_R)
 
 
-def room_for(mean: np.ndarray) -> np.ndarray:
+def _follow(before: np.ndarray, now: np.ndarray | float) -> np.ndarray:
+    """An expectation after a pass: it rises at once and sinks slowly."""
+    return np.maximum(now, before - (before - now) * FORGETTING)
+
+
+def room_for(mean: np.ndarray | float) -> np.ndarray:
     """int64 rows that a Poisson number of this mean hardly ever exceeds."""
     return np.ceil(mean + DEVIATIONS * np.sqrt(mean)).astype(np.int64) + SPARE_ROWS
 
@@ -189,6 +193,46 @@ class OwnerMeans:
     def mean(self, layer: int, step: Step) -> np.ndarray:
         """See `Means`."""
         return step.num_tokens * (self.owned_R[:, None] * self.use_LR[layer][None, :])
+
+
+@dataclass(frozen=True, eq=False)
+class ReturnMeans:
+    """Partial sums to new owners, `coherent`: a token that needs a pair of ranks is owned by one of those it needs.
+
+    Attributes:
+        use_LR: see `use_of_ranks`.
+    """
+
+    use_LR: np.ndarray
+
+    def most(self, step: Step) -> np.ndarray:
+        """See `Means`: every token may need both ranks."""
+        ranks = self.use_LR.shape[1]
+        return _without_own(np.full((ranks, ranks), step.num_tokens))
+
+    def mean(self, layer: int, step: Step) -> np.ndarray:
+        """See `Means`."""
+        use_R = self.use_LR[layer]
+        return step.num_tokens * (use_R[:, None] * use_R[None, :]) / max(math.fsum(use_R), 1.0)
+
+
+class HeldRows:
+    """Room for the tokens that this rank owns after a layer; no other rank has to know it."""
+
+    def __init__(self, share: float, num_layers: int, *, expected: bool) -> None:
+        """`share` of all tokens that are expected here; room for all of them unless `expected`."""
+        self._mean, self._is_expected = share, expected
+        self._ratio_L = np.ones(num_layers)
+
+    def rows(self, layer: int, step: Step) -> int:
+        """Rows of a pass."""
+        if not self._is_expected:
+            return step.num_tokens
+        return min(int(room_for(step.num_tokens * self._mean * self._ratio_L[layer])), step.num_tokens)
+
+    def observe(self, layer: int, step: Step, rows: int) -> None:
+        """Rows that there were in a pass."""
+        self._ratio_L[layer] = _follow(self._ratio_L[layer], rows / max(step.num_tokens * self._mean, 1.0))
 
 
 def owned_shares(tables: SlotTables) -> np.ndarray:

@@ -20,7 +20,15 @@ import numpy as np
 import torch
 
 from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.exchange.capacity import CapacityRule, OwnerMeans, make_rule, owned_shares, use_of_ranks
+from moeplace.runtime.exchange.capacity import (
+    CapacityRule,
+    HeldRows,
+    OwnerMeans,
+    ReturnMeans,
+    make_rule,
+    owned_shares,
+    use_of_ranks,
+)
 from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime, Step, TokenRows, add_outputs
 from moeplace.runtime.exchange.host_counts import choose_owner, count_by_rank
 from moeplace.runtime.exchange.moves import Moves, make_moves
@@ -48,6 +56,15 @@ class _Gathered:
     names: torch.Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
+class CoherentRules:
+    """Rooms of the messages of both exchanges, and of the rows that a rank owns after a layer."""
+
+    dispatch: CapacityRule
+    back: CapacityRule
+    held: HeldRows
+
+
 class CoherentDispatcher:
     """One all-to-all per MoE layer; a second one in layers where some token has experts on several ranks."""
 
@@ -56,7 +73,8 @@ class CoherentDispatcher:
         self._rank_of_slot = runtime.tables.rank_of_slot.cpu().numpy()
         self._moves: Moves = make_moves(group.device)
         self._exchange = RowExchange(group, make_moves(group.device), kind="dispatch")
-        self._rule = capacity  # None = made when the first tokens tell how many experts they have
+        self._capacity = capacity
+        self._rules: CoherentRules | None = None  # made when the first tokens tell how many experts they have
 
     def forward(self, layer: int, block: MoeBlock, rows: TokenRows, step: Step) -> TokenRows:
         """See `TokenDispatcher`. The row count of the step's ledger travels in the headers."""
@@ -64,7 +82,9 @@ class CoherentDispatcher:
         slots, weights = self.runtime.choose_on_host(layer, block, hidden, rows.token)
         copies = TokenCopies(rows.names_on_host(), slots, {"weights": weights, "x": rows.x})
         with self.group.layer(layer, mode="coherent"):
-            return self._move(layer, block, rows, hidden, copies, step)
+            moved = self._move(layer, block, rows, hidden, copies, step)
+        self.rules_for(slots.shape[1]).held.observe(layer, step, len(moved))
+        return moved
 
     def _move(
         self, layer: int, block: MoeBlock, rows: TokenRows, hidden: torch.Tensor, copies: TokenCopies, step: Step
@@ -84,7 +104,7 @@ class CoherentDispatcher:
         count_NR = count_by_rank(self._rank_of_slot[here.slots], self.group.size)
         owner = choose_owner(count_NR, here.before)
         mine = np.flatnonzero(owner == rank)
-        routed = self._collect(partial, here.token, count_NR, owner)
+        routed = self._collect(layer, partial, here.token, count_NR, owner, step)
         if len(mine) == len(owner):
             return self._rows(add_outputs(here.x, routed, block.shared(here.hidden)), here.token, here.names)
         index = self._moves.index(mine)
@@ -97,7 +117,7 @@ class CoherentDispatcher:
     def _dispatch(self, layer: int, copies: TokenCopies, outgoing: Outgoing, flags: int, step: Step) -> Received:
         ledger = step.ledger
         held = 0 if ledger is None else ledger.num_rows
-        rule = self._capacity_rule(copies.slots.shape[1])
+        rule = self.rules_for(copies.slots.shape[1]).dispatch
         capacity = rule.capacity(layer, step)
         pending = self._exchange.start(copies.layout(), copies, outgoing, capacity=capacity, flags=flags, extra=held)
         received = pending.finish()
@@ -107,17 +127,24 @@ class CoherentDispatcher:
         self.runtime.counters.copies_sent += len(outgoing.source)
         return received
 
-    def _capacity_rule(self, top_k: int) -> CapacityRule:
-        if self._rule is None:
+    def rules_for(self, top_k: int) -> CoherentRules:
+        """Rooms for tokens with so many experts; alike on all ranks, which must use them in the same passes."""
+        if self._rules is None:
             tables, group = self.runtime.tables, self.group
-            self._rule = make_rule(
-                group.rank,
-                OwnerMeans(use_of_ranks(tables, top_k), owned_shares(tables)),
-                num_layers=tables.num_layers,
-                num_ranks=group.size,
-                short_messages=group.short_messages,
-            )
-        return self._rule
+            use_LR, owned_R = use_of_ranks(tables, top_k), owned_shares(tables)
+            rules = [
+                make_rule(
+                    group.rank,
+                    means,
+                    num_layers=tables.num_layers,
+                    num_ranks=group.size,
+                    short_messages=group.short_messages,
+                )
+                for means in (OwnerMeans(use_LR, owned_R), ReturnMeans(use_LR))
+            ]
+            held = HeldRows(float(owned_R[group.rank]), tables.num_layers, expected=not group.short_messages)
+            self._rules = CoherentRules(self._capacity or rules[0], rules[1], held)
+        return self._rules
 
     def _join(self, own: torch.Tensor, stays: np.ndarray, received: Received, name: str) -> torch.Tensor:
         """A field of the rows that stay, then of those that came."""
@@ -148,7 +175,13 @@ class CoherentDispatcher:
         )
 
     def _collect(
-        self, partial: torch.Tensor, token: np.ndarray, count_NR: np.ndarray, owner: np.ndarray
+        self,
+        layer: int,
+        partial: torch.Tensor,
+        token: np.ndarray,
+        count_NR: np.ndarray,
+        owner: np.ndarray,
+        step: Step,
     ) -> torch.Tensor:
         """Sums of the tokens this rank owns now, in the order of their rows; partial sums of others are sent off."""
         rank, size = self.group.rank, self.group.size
@@ -162,6 +195,8 @@ class CoherentDispatcher:
         source, position = helped.T.nonzero()
         expected = np.bincount(source, minlength=size).tolist()
         sums = self._moves.room("returned", len(position), partial.shape[1], partial.dtype)
+        assert self._rules is not None
+        self._rules.back.observe(layer, step, sizes, expected)
         self.runtime.counters.copies_sent += len(leaving)
         index = self._moves.index
         off = partial.index_select(0, index(leaving))

@@ -34,14 +34,14 @@ Meanwhile = Callable[[], None]
 
 @dataclass(frozen=True, eq=False)
 class Dispatched:
-    """What `combine` needs of a dispatch: what was sent, and what came from others."""
+    """What it takes to give sums back: what was sent, and what came from others."""
 
     outgoing: Outgoing
     received: Received
 
 
 @dataclass(frozen=True, eq=False)
-class _Rules:
+class DispatchRules:
     """Rooms of the messages between all ranks, and of those inside the node."""
 
     all: CapacityRule
@@ -53,13 +53,13 @@ class DispatchCombineDispatcher:
 
     def __init__(self, runtime: MoeRuntime, group: RankGroup, *, node_aware: bool = False) -> None:
         self.runtime, self.group = runtime, group
-        self._node = group.node_group() if node_aware and group.num_nodes > 1 else None
+        self.node = group.node_group() if node_aware and group.num_nodes > 1 else None
         self._rank_of_slot = runtime.tables.rank_of_slot.cpu().numpy()
         self._moves: Moves = make_moves(group.device)
         self._exchange = RowExchange(group, make_moves(group.device), kind="dispatch")
-        inside = None if self._node is None else RowExchange(self._node, make_moves(group.device), kind="dispatch")
+        inside = None if self.node is None else RowExchange(self.node, make_moves(group.device), kind="dispatch")
         self._inside = inside
-        self._rules: _Rules | None = None  # made when the first tokens tell how many experts they have
+        self._rules: DispatchRules | None = None  # made when the first tokens tell how many experts they have
 
     def forward(self, layer: int, block: MoeBlock, rows: TokenRows, step: Step) -> TokenRows:
         """See `TokenDispatcher`."""
@@ -85,14 +85,16 @@ class DispatchCombineDispatcher:
     ) -> torch.Tensor:
         home = TokenCopies(np.arange(len(slots)), slots, {"weights": weights, "x": hidden})
         with self.group.layer(layer, mode="dispatch-combine"):
-            if self._node is None:
+            if self.node is None:
                 return self._direct(layer, home, step, meanwhile)
-            return self._through_nodes(layer, home, step, self._node, meanwhile)
+            return self._through_nodes(layer, home, step, self.node, meanwhile)
 
     def _direct(self, layer: int, home: TokenCopies, step: Step, meanwhile: Meanwhile) -> torch.Tensor:
         wanted_MR = self._count(home.slots) > 0
         wanted_MR[:, self.group.rank] = False
-        sent = self._dispatch(self._exchange, self._rules_for(home).all, layer, step, home, wanted_MR, meanwhile)
+        sent = self._dispatch(
+            self._exchange, self.rules_for(home.slots.shape[1]).all, layer, step, home, wanted_MR, meanwhile
+        )
         sums = self._compute(layer, self._with(home, sent.received))
         own, foreign = sums[: len(home.slots)], sums[len(home.slots) :]
         return self._combine(self.group, "combine", sent, foreign, own)
@@ -100,7 +102,7 @@ class DispatchCombineDispatcher:
     def _through_nodes(
         self, layer: int, home: TokenCopies, step: Step, node: RankGroup, meanwhile: Meanwhile
     ) -> torch.Tensor:
-        rules, rank, mates = self._rules_for(home), self.group.rank, self.group.node_ranks
+        rules, rank, mates = self.rules_for(home.slots.shape[1]), self.group.rank, self.group.node_ranks
         assert self._inside is not None
         assert rules.node is not None
         gateway_MR = gateways_of(self._count(home.slots), self.group.node_of_rank)
@@ -121,10 +123,11 @@ class DispatchCombineDispatcher:
         """(N, R) experts of each row that each rank serves."""
         return count_by_rank(self._rank_of_slot[slots], self.group.size)
 
-    def _rules_for(self, home: TokenCopies) -> _Rules:
+    def rules_for(self, top_k: int) -> DispatchRules:
+        """Rooms for tokens with so many experts; alike on all ranks, which must use them in the same passes."""
         if self._rules is None:
-            tables, group, node = self.runtime.tables, self.group, self._node
-            use_LR = use_of_ranks(tables, home.slots.shape[1])
+            tables, group, node = self.runtime.tables, self.group, self.node
+            use_LR = use_of_ranks(tables, top_k)
 
             def rule(of: RankGroup, means: HomeMeans | NodeMeans) -> CapacityRule:
                 return make_rule(
@@ -136,7 +139,7 @@ class DispatchCombineDispatcher:
                 )
 
             inside = None if node is None else rule(node, NodeMeans(use_LR, group.node_ranks))
-            self._rules = _Rules(rule(group, HomeMeans(use_LR)), inside)
+            self._rules = DispatchRules(rule(group, HomeMeans(use_LR)), inside)
         return self._rules
 
     def _dispatch(

@@ -27,6 +27,7 @@ class ExpertComputation:
         self._pending = (
             torch.zeros(len(store.weights), 2, dtype=torch.int64, device=device) if device.type == "cuda" else None
         )
+        self._tentative: torch.Tensor | None = None  # of a step in fixed shapes, which may be dropped
 
     def compute(self, layer: int, x: torch.Tensor, slots: torch.Tensor, gate_weights: torch.Tensor) -> torch.Tensor:
         """Weighted sum over this rank's experts, for every row.
@@ -43,7 +44,7 @@ class ExpertComputation:
         with self._counters.timed("experts"):
             if x.device.type == "cpu":
                 return self._compute_present(layer, x, slots.numpy(), gate_weights)
-            return self._compute_all(layer, x, slots, gate_weights)
+            return self._compute_all(layer, x, slots, gate_weights, self._pending)
 
     def compute_on_host(
         self, layer: int, x: torch.Tensor, slots: np.ndarray, gate_weights: torch.Tensor
@@ -51,6 +52,30 @@ class ExpertComputation:
         """`compute` for rows on the CPU, whose slots are numbers of this process already."""
         with self._counters.timed("experts"):
             return self._compute_present(layer, x, slots, gate_weights)
+
+    def compute_fixed(
+        self, layer: int, x: torch.Tensor, slots: torch.Tensor, gate_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`compute` that reads nothing on the host, on any device; what it counts waits for `keep_counts`."""
+        with self._counters.timed("experts"):
+            if self._tentative is None:
+                with torch.inference_mode(False):  # else it could not be changed outside of it
+                    self._tentative = torch.zeros(len(self._store.weights), 2, dtype=torch.int64, device=x.device)
+            return self._compute_all(layer, x, slots, gate_weights, self._tentative)
+
+    def keep_counts(self) -> None:
+        """The step in fixed shapes stands."""
+        if self._tentative is not None:
+            if self._pending is None:
+                with torch.inference_mode(False):
+                    self._pending = torch.zeros_like(self._tentative)
+            self._pending += self._tentative
+            self._tentative.zero_()
+
+    def drop_counts(self) -> None:
+        """The step in fixed shapes is run again in another form."""
+        if self._tentative is not None:
+            self._tentative.zero_()
 
     def flush_counts(self) -> None:
         """Bring counts that wait on the GPU to the counters."""
@@ -98,7 +123,12 @@ class ExpertComputation:
         return out.flatten(0, 1).index_select(0, torch.from_numpy(place))
 
     def _compute_all(
-        self, layer: int, x_ND: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor
+        self,
+        layer: int,
+        x_ND: torch.Tensor,
+        slots_NK: torch.Tensor,
+        weights_NK: torch.Tensor,
+        counted: torch.Tensor | None,
     ) -> torch.Tensor:
         """On a GPU: fixed shapes and no copy to the host; absent assignments sort to the end and are masked."""
         rows, top_k = slots_NK.shape
@@ -106,8 +136,8 @@ class ExpertComputation:
         storage_M, source_M = self._store.rows_of(layer)[slots_NK.reshape(-1)].sort(stable=True)
         ones = torch.ones_like(storage_M)
         counts = torch.zeros(total + 1, dtype=torch.int64, device=x_ND.device).scatter_add_(0, storage_M, ones)[:total]
-        if self._pending is not None:
-            self._pending[layer] += torch.stack([counts.sum(), counts.count_nonzero()])
+        if counted is not None:
+            counted[layer] += torch.stack([counts.sum(), counts.count_nonzero()])
         absent_M = (storage_M == total)[:, None]
         x_MD = x_ND[source_M // top_k].masked_fill(absent_M, 0)
         out_MD = self._apply(layer, x_MD, storage_M.clamp(max=total - 1), counts.cumsum(0).to(torch.int32))
