@@ -55,7 +55,9 @@ class Ours:
         mode: str = "auto",
         group: RankGroup | None = None,
     ) -> None:
-        limits = EngineLimits(max_sequences=sequences, max_length=PROMPT + steps + 1)
+        limits = EngineLimits(
+            max_sequences=sequences, max_length=PROMPT + steps + 1, max_prefill_tokens=sequences * PROMPT
+        )
         self._engine = Engine(path, dtype=dtype, limits=limits, mode=mode, group=group)
         for number in range(sequences):
             prompt = tuple(prompts(sequences, self._engine.executor.decoder.vocabulary)[number].tolist())

@@ -71,6 +71,7 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {
         "median": statistics.median(ordered),
         "p95": ordered[int(0.95 * (len(ordered) - 1))],
+        "p99": ordered[int(0.99 * (len(ordered) - 1))],
         "worst": ordered[-1],
     }
 
@@ -78,13 +79,14 @@ def _spread(values: list[float]) -> dict[str, float]:
 class Server:
     """The server process."""
 
-    def __init__(self, model: str, streams: int, ranks: int) -> None:
-        """With a place in the batch for each of `streams`."""
+    def __init__(self, model: str, streams: int, ranks: int, *options: str) -> None:
+        """With a place in the batch for each of `streams`, and more options of `serve`."""
         command = [sys.executable, "-m", "moeplace.launch.cli", "serve", model, "--http", "127.0.0.1:0"]
         command += ["--max-sequences", str(streams), "--max-concurrent", str(4 * streams), "--stall-timeout", "5"]
         command += ["--max-body-bytes", str(MOST_BODY), "--dtype", "float32"]
         if ranks > 1:
             command += ["--ranks", str(ranks)]
+        command += options
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None

@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from moeplace.profiling.recording.cache_names import cache_keyword, cache_of
+from moeplace.runtime.engine.batch import Batch
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request, RunningSequence
@@ -66,14 +67,18 @@ class Ours:
         ]
         self.prefill()
 
-    @torch.inference_mode()
     def prefill(self) -> torch.Tensor:
-        lengths = [self._tokens] * len(self._sequences)
-        return self._executor.decoder.logits(self._executor.prefill(self._sequences, "allgather", lengths=lengths).x)
+        for sequence in self._sequences:
+            sequence.cached = 0
+        return self._run(self._tokens)
+
+    def decode(self) -> torch.Tensor:
+        return self._run(1)
 
     @torch.inference_mode()
-    def decode(self) -> torch.Tensor:
-        return self._executor.decoder.logits(self._executor.decode(self._sequences, "allgather").x)
+    def _run(self, tokens: int) -> torch.Tensor:
+        batch = Batch.of(self._sequences, [tokens] * len(self._sequences), has_prompts=tokens > 1)
+        return self._executor.decoder.logits(self._executor.run(batch, "allgather").x)
 
     def rewind(self) -> None:
         for sequence in self._sequences:

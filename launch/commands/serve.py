@@ -142,6 +142,7 @@ def _make_engine(args: argparse.Namespace, group: "RankGroup", inputs: dict[str,
         max_sequences=args.max_sequences,
         max_length=args.max_length,
         kv_bytes=args.kv_bytes,
+        max_prefill_tokens=args.max_prefill_tokens,
         tiers=tier_limits(args),
     )
     engine = Engine(

@@ -241,6 +241,7 @@ def _service_options(args: argparse.Namespace) -> "ServiceOptions":
             max_sequences=args.max_sequences,
             max_length=args.max_length,
             kv_bytes=args.kv_bytes,
+            max_prefill_tokens=args.max_prefill_tokens,
             tiers=tier_limits(args),
             staging_rows=1,
             recent_ids=replan_window(args),

@@ -24,6 +24,13 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, where a request does not say")
     parser.add_argument("--max-sequences", type=int, default=64, metavar="N", help="sequences in flight at once")
     parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence, completion included")
+    parser.add_argument(
+        "--max-prefill-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens of a pass that serves prompts, beside a token of every sequence that goes on (default: 512)",
+    )
     parser.add_argument("--kv-bytes", type=int, metavar="B", help="K/V memory of a rank")
     add_tier_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the checkpoint's)")

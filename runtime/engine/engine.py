@@ -4,8 +4,8 @@
     completions = engine.generate([Request("a", (1, 2, 3), max_new_tokens=8)])
 
 Every rank makes the same engine and calls the same methods; `generate` takes the requests of rank 0. A serving loop
-calls `add_request` (the same on every rank) and `step`. A step is one pass: the prefill of newly admitted requests if
-there are any, else one token for every running sequence; after a prefill, a token comes first.
+calls `add_request` (the same on every rank) and `step`. A step is one pass: one token for every running sequence, and
+chunks of prompts beside them while there are any.
 """
 
 import json
@@ -26,7 +26,6 @@ from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.engine.loading import load_experts
 from moeplace.runtime.engine.logprobs import TokenLogprob, WantedLogprobs
 from moeplace.runtime.engine.modes import ModeChooser, ModeRule, Phase, RecordedRouting
-from moeplace.runtime.engine.placed_experts import by_home
 from moeplace.runtime.engine.requests import Completion, Request, RunningSequence
 from moeplace.runtime.engine.sampler import Draw, draw_tokens
 from moeplace.runtime.engine.scheduler import Scheduler
@@ -48,7 +47,7 @@ class Stepped(NamedTuple):
         completions: requests that it finished.
         drawn: (request, index among its added tokens, token) of every token it added.
         note: what rank 0 told.
-        phase: of the pass, None = there was nothing to do.
+        phase: of the pass, None = there was nothing to do; "prefill" = it ran tokens of prompts, whatever else.
         logprobs: request -> of its token, where it wants that.
     """
 
@@ -153,6 +152,7 @@ class Engine:
             positions=self.executor.cache.positions,
             replicated=self._modes.rule.may_be_coherent,
             max_prefill_tokens=self.limits.max_prefill_tokens,
+            cuts_prompts=isinstance(self.executor, Executor),
         )
 
     @property
@@ -204,31 +204,22 @@ class Engine:
 
     def step_with_note(self, note: int) -> Stepped:
         """`step`, in which rank 0 tells all ranks a number: it travels with the tokens, in the same collective."""
-        scheduler = self.scheduler
-        sequences = [] if scheduler.owes_token and scheduler.running else scheduler.admit()
-        scheduler.owes_token = bool(sequences)
-        phase: Phase = "prefill" if sequences else "decode"
-        if sequences:
-            lengths = [len(sequence.token_ids) for sequence in sequences]
-            mode = self._choose("prefill", sum(lengths))
-            rows = self.executor.prefill(sequences, mode, lengths=lengths)
-            rows = _last_positions(rows, by_home(sequences))
-        elif self.scheduler.running:
-            sequences = list(self.scheduler.running)
-            rows = self.executor.decode(sequences, self._choose("decode", len(sequences)))
-        else:
+        batch = self.scheduler.next_batch()
+        if not batch.sequences:
             return Stepped([], [], self.tell(note), None)
-        ordered = by_home(sequences)
-        tokens, logprobs, heard = self._sample(rows, ordered, note)
+        phase: Phase = "prefill" if batch.has_prompts else "decode"
+        mode = self._choose(phase, batch.num_tokens)
+        rows = self.executor.run(batch, mode, share=batch.has_prompts and self._shares_kv(len(batch.sequences)))
+        complete = [sequence for sequence in batch.sequences if not sequence.num_missing]
+        tokens, logprobs, heard = self._sample(batch.last_rows(rows, complete), complete, note)
         drawn, told = [], {}
-        for index, (sequence, token) in enumerate(zip(ordered, tokens, strict=True)):
-            if sequence.cached == len(sequence.token_ids):  # else a known token was decoded once more
-                if index in logprobs:
-                    told[sequence.request.request_id] = sequence.logprobs[sequence.num_added] = logprobs[index]
-                drawn.append((sequence.request.request_id, sequence.num_added, token))
-                sequence.token_ids.append(token)
-        finished = self._finish(ordered)
-        if not scheduler.running:
+        for index, (sequence, token) in enumerate(zip(complete, tokens, strict=True)):
+            if index in logprobs:
+                told[sequence.request.request_id] = sequence.logprobs[sequence.num_added] = logprobs[index]
+            drawn.append((sequence.request.request_id, sequence.num_added, token))
+            sequence.token_ids.append(token)
+        finished = self._finish(batch.sequences)
+        if not self.scheduler.running:
             self.executor.settle()  # nobody knows when the next step comes
         return Stepped(finished, drawn, heard, phase, told)
 
@@ -268,6 +259,10 @@ class Engine:
         lengths = [len(s) for s in sequences] if prompt_lengths is None else list(prompt_lengths)
         return Scorer(self.executor, self.scheduler, self.group, self._choose).score(sequences, lengths)
 
+    def _shares_kv(self, num_sequences: int) -> bool:
+        """Whether passes without prompts will want K/V on every rank: they travel pass by pass, not at once then."""
+        return self.scheduler.replicated and self.group.size > 1 and self._choose("decode", num_sequences) == "coherent"
+
     def flush_counts(self) -> None:
         """Bring counts that wait on a GPU to the counters."""
         self.executor.runtime.computation.flush_counts()
@@ -282,7 +277,7 @@ class Engine:
 
     @torch.inference_mode()
     def _sample(
-        self, rows: TokenRows, ordered: list[RunningSequence], note: int
+        self, rows: TokenRows, ordered: Sequence[RunningSequence], note: int
     ) -> tuple[list[int], dict[int, TokenLogprob], int]:
         """The next token of each sequence: drawn where its hidden state is, then made known to all ranks; the note.
 
@@ -313,7 +308,7 @@ class Engine:
             stop_ids=self.stop_ids if request.stop_set is None else request.stop_set,
         )
 
-    def _finish(self, ordered: list[RunningSequence]) -> list[Completion]:
+    def _finish(self, ordered: Sequence[RunningSequence]) -> list[Completion]:
         finished = []
         for sequence in ordered:
             reason = sequence.finish_reason(self.stop_ids)
@@ -324,12 +319,3 @@ class Engine:
                     logprobs = tuple(sequence.logprobs.get(index) for index in range(sequence.num_added))
                 finished.append(Completion(sequence.request.request_id, sequence.added, reason, logprobs))
         return finished
-
-
-def _last_positions(rows: TokenRows, ordered: list[RunningSequence]) -> TokenRows:
-    """Of prefilled tokens, the last of each sequence, renamed to the sequence's number."""
-    lengths = torch.tensor([sequence.cached for sequence in ordered], device=rows.token.device)
-    last = lengths.cumsum(0) - 1
-    owner = torch.searchsorted(last, rows.token)
-    is_last = rows.token == last[owner]
-    return TokenRows(rows.x[is_last], owner[is_last])

@@ -1,9 +1,9 @@
 """Executor: forward passes of one rank. It owns the decoder, the experts, the K/V cache and the dispatchers.
 
-Shape letters: M tokens of this rank, B sequences of a decode pass, D hidden size.
+Shape letters: M tokens of this rank, B sequences with one token each, D hidden size.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.engine.placed_experts import PlacedExperts, by_home
+from moeplace.runtime.engine.batch import Batch, BatchPart
+from moeplace.runtime.engine.placed_experts import PlacedExperts
 from moeplace.runtime.engine.requests import RunningSequence
 from moeplace.runtime.exchange.dispatcher import Step, TokenRows
 from moeplace.runtime.exchange.factory import Dispatcher
@@ -22,7 +23,7 @@ from moeplace.runtime.kv.cache import KvCache
 from moeplace.runtime.kv.exchange import SharedKv
 from moeplace.runtime.kv.hand_over import KvPlaces, give_kv, hand_over, store_shared
 from moeplace.runtime.kv.stream import KvStream, default_pieces
-from moeplace.runtime.kv.views import DecodeView, PrefillView
+from moeplace.runtime.kv.views import DecodeView, PromptView, embed_positions
 from moeplace.runtime.models.decoder import AttentionView, Decoder
 from moeplace.runtime.models.token_attention import rotation_of
 
@@ -52,61 +53,39 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         self._unsettled: Sequence[RunningSequence] = ()  # whose last K/V are on their way
 
     @torch.inference_mode()
-    def prefill(self, sequences: Sequence[RunningSequence], mode: Mode, *, lengths: Sequence[int]) -> TokenRows:
-        """Run the first `lengths` tokens of new sequences, at their homes; fills the cache.
+    def run(self, batch: Batch, mode: Mode, *, share: bool = False) -> TokenRows:
+        """Run the tokens of a batch, behind what the cache has of their sequences.
+
+        Args:
+            mode: coherent runs single tokens only, of a group of several ranks.
+            share: give K/V of former passes that are at home only to all ranks first, because a coherent pass is to
+                follow; that costs a collective. Otherwise such a pass gives all of them.
 
         Returns:
-            Last hidden states of the tokens whose home is this rank. Tokens are numbered through the sequences in
-            the order of their homes (see `by_home`), position by position.
+            Last hidden states of the tokens that are on this rank at the end; `token` are numbers in the batch.
         """
-        self.settle()
-        ordered = by_home(sequences)
-        length_of = dict(zip(map(id, sequences), lengths, strict=True))
-        tokens_of_rank = self.tokens_of_rank(ordered, [length_of[id(sequence)] for sequence in ordered])
-        mine = [sequence for sequence in ordered if sequence.home == self.group.rank]
-        own = [length_of[id(sequence)] for sequence in mine]
-        ids = [token for s, length in zip(mine, own, strict=True) for token in s.token_ids[:length]]
-        first = sum(tokens_of_rank[: self.group.rank])
-        view = PrefillView(self.decoder, self.cache, rows=[s.row for s in mine], lengths=own) if mine else None
-        rows = self._start(ids, first)
-        self._claim((sequence, length_of[id(sequence)]) for sequence in ordered)
-        self.note_pass(ordered, [length_of[id(sequence)] for sequence in ordered])
-        rows = self._run(mode, rows, lambda token, ledger: view, Step(tokens_of_rank))
-        for sequence in ordered:
-            sequence.cached = length_of[id(sequence)]
-            sequence.replicated = sequence.cached if self.group.size == 1 else 0
-        return rows
-
-    @torch.inference_mode()
-    def decode(self, sequences: Sequence[RunningSequence], mode: Mode) -> TokenRows:
-        """Run the first token of each sequence that is not in the cache yet.
-
-        Returns:
-            Last hidden states of the tokens that are on this rank at the end; token i belongs to the i-th sequence
-            in the order of `by_home`.
-        """
-        ordered = by_home(sequences)
         coherent = mode == "coherent" and self.group.size > 1
-        if coherent:
-            self._hand_over(ordered)
-        else:
+        assert batch.runs_single_tokens or not coherent, "K/V of a pass's earlier tokens are where those were"
+        if not coherent:
             self.settle()
-        tokens_of_rank = self.tokens_of_rank(ordered, [1] * len(ordered))
-        first = sum(tokens_of_rank[: self.group.rank])
-        mine = ordered[first : first + tokens_of_rank[self.group.rank]]
-        self._claim((sequence, sequence.cached + 1) for sequence in ordered)
-        rows = self._start([sequence.token_ids[sequence.cached] for sequence in mine], first)
-        self.note_pass(ordered, [1] * len(ordered))
-        make_view = self._decode_views(ordered)
-        step = Step(tokens_of_rank)
-        rows = (
-            self._run_coherent(rows, make_view, step, ordered) if coherent else self._run(mode, rows, make_view, step)
-        )
-        for sequence in ordered:
-            sequence.cached += 1
+        if coherent or share:
+            self._hand_over(batch.sequences)
+        tokens_of_rank = batch.tokens_of_rank(self.group.size)
+        self._claim(batch)
+        self.note_pass(batch)
+        parts = list(batch.parts_on(self.group.rank))
+        rows = self._start(parts, first=sum(tokens_of_rank[: self.group.rank]))
+        if coherent:
+            rows = self._run_coherent(rows, Step(tokens_of_rank), batch.sequences)
+        else:
+            rows = self._run(mode, rows, Step(tokens_of_rank), parts)
+        for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
+            if share:
+                sequence.replicated = sequence.cached
+            sequence.cached += length
             if coherent or self.group.size == 1:
                 sequence.replicated = sequence.cached
-        self._unsettled = ordered if coherent else []
+        self._unsettled = batch.sequences if coherent else ()
         return rows
 
     def settle(self) -> None:
@@ -131,38 +110,42 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         self._stream, self._unsettled = None, []
         super().regroup(group, placement, version=version)
 
-    def _claim(self, ends: Iterable[tuple[RunningSequence, int]]) -> None:
-        """Let rows of the cache on this rank be of use to sequences, up to positions."""
-        for sequence, end in ends:
+    def _claim(self, batch: Batch) -> None:
+        """Let rows of the cache on this rank be of use to the tokens of a batch."""
+        for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
             if self.cache.replicated or sequence.home == self.group.rank:
-                self.cache.claim(sequence.row, end)
+                self.cache.claim(sequence.row, sequence.cached + length)
 
-    def _start(self, ids: list[int], first: int) -> TokenRows:
+    def _start(self, parts: Sequence[BatchPart], *, first: int) -> TokenRows:
+        """Tokens of this rank before the first layer, numbered from `first` on."""
+        ids = [
+            token
+            for part in parts
+            for sequence, length in zip(part.sequences, part.lengths, strict=True)
+            for token in sequence.token_ids[sequence.cached : sequence.cached + length]
+        ]
         device = self.decoder.device
         x = self.decoder.embed(torch.tensor(ids, dtype=torch.int64, device=device))
         return TokenRows(x, torch.arange(first, first + len(ids), device=device))
 
-    def _run(
-        self, mode: Mode, rows: TokenRows, make_view: Callable[..., AttentionView | None], step: Step
-    ) -> TokenRows:
-        """All decoder layers; the tokens of this rank stay."""
-        dispatcher, view = self.dispatcher(mode), make_view(rows.token, None)
+    def _run(self, mode: Mode, rows: TokenRows, step: Step, parts: Sequence[BatchPart]) -> TokenRows:
+        """All decoder layers; the tokens of this rank, which `parts` are, stay."""
+        dispatcher = self.dispatcher(mode)
+        views, sizes = [self._view(part) for part in parts], [part.num_tokens for part in parts]
         for layer in range(self.decoder.num_layers):
-            if view is not None:
-                rows = TokenRows(self.decoder.attend(layer, rows.x, view), rows.token)
+            if len(views) == 1:
+                rows = TokenRows(self.decoder.attend(layer, rows.x, views[0]), rows.token)
+            elif views:
+                pieces = zip(rows.x.split(sizes), views, strict=True)
+                x = torch.cat([self.decoder.attend(layer, piece, view) for piece, view in pieces])
+                rows = TokenRows(x, rows.token)
             rows = self._feed_forward(layer, dispatcher, rows, step)
         self.group.counters.steps += 1
         return rows
 
-    def _run_coherent(
-        self,
-        rows: TokenRows,
-        make_view: Callable[..., AttentionView | None],
-        step: Step,
-        ordered: Sequence[RunningSequence],
-    ) -> TokenRows:
+    def _run_coherent(self, rows: TokenRows, step: Step, ordered: Sequence[RunningSequence]) -> TokenRows:
         """All decoder layers; tokens may change ranks at every MoE layer, and their K/V travel meanwhile."""
-        dispatcher, stream = self.dispatcher("coherent"), self._kv_stream()
+        dispatcher, stream, make_view = self.dispatcher("coherent"), self._kv_stream(), self._moving_views(ordered)
         places = KvPlaces.of([s.row for s in ordered], [s.cached for s in ordered], self.decoder.device)
         ledger: KvLedger | None = None
         view: AttentionView | None = None
@@ -206,31 +189,58 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         """Store K/V of others, of the tokens of a step at their places."""
         store_shared(self.cache, places, shared)
 
-    def _decode_views(self, ordered: Sequence[RunningSequence]) -> Callable[..., AttentionView | None]:
-        """What makes the view of some of the tokens, with the ledger in which their K/V are noted."""
+    def _view(self, part: BatchPart) -> AttentionView:
+        """What a part of this rank's tokens sees, in all layers."""
+        sequences, device = part.sequences, self.decoder.device
+        if part.kind != "token":
+            return PromptView(
+                self.decoder,
+                self.cache,
+                rows=[sequence.row for sequence in sequences],
+                starts=[sequence.cached for sequence in sequences],
+                lengths=part.lengths,
+                known=max(len(sequence.token_ids) for sequence in sequences),
+            )
+        positions = [sequence.cached for sequence in sequences]
+        position_B = torch.tensor(positions, device=device)
+        known = max(len(sequence.token_ids) for sequence in sequences)
+        embeddings = embed_positions(self.decoder, position_B[:, None], known=known, longest=max(positions) + 1)
+        return DecodeView(
+            self.cache,
+            row=torch.tensor([sequence.row for sequence in sequences], device=device),
+            position=position_B,
+            longest=max(positions) + 1,
+            even=min(positions) == max(positions),
+            position_embeddings=embeddings,
+            rotation=rotation_of(embeddings) if self.decoder.is_quick else None,
+            all_layers=True,
+        )
+
+    def _moving_views(
+        self, ordered: Sequence[RunningSequence]
+    ) -> Callable[[torch.Tensor, KvLedger], AttentionView | None]:
+        """What makes the view of those of the tokens that are here, with the ledger in which their K/V are noted."""
         device = self.decoder.device
         positions = [sequence.cached for sequence in ordered]
         row_B = torch.tensor([sequence.row for sequence in ordered], device=device)
         position_B = torch.tensor(positions, device=device)
         embeddings = self.decoder.position_embeddings(position_B[:, None])
         rotation = rotation_of(embeddings) if self.decoder.is_quick else None
-        alone = self.group.size == 1  # then all tokens are here, in their order, in every layer
         longest, even = max(positions) + 1, min(positions) == max(positions)
 
-        def make_view(token: torch.Tensor, ledger: KvLedger | None) -> AttentionView | None:
+        def make_view(token: torch.Tensor, ledger: KvLedger) -> AttentionView | None:
             if not len(token):
                 return None
             return DecodeView(
                 self.cache,
-                row=row_B if alone else row_B[token],
-                position=position_B if alone else position_B[token],
+                row=row_B[token],
+                position=position_B[token],
                 longest=longest,
                 even=even,
-                position_embeddings=embeddings if alone else _pick(embeddings, token),
-                rotation=rotation if alone or rotation is None else _pick(rotation, token),
+                position_embeddings=_pick(embeddings, token),
+                rotation=None if rotation is None else _pick(rotation, token),
                 token=token,
                 ledger=ledger,
-                all_layers=ledger is None,
             )
 
         return make_view
@@ -256,7 +266,8 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         self.settle()
         pairs: list[tuple[list[int], list[int]]] = [([], []) for _ in range(self.group.size)]  # by home
         if self.group.rank in receivers:
-            self._claim(zip(sequences, replicated, strict=True))
+            for sequence, count in zip(sequences, replicated, strict=True):
+                self.cache.claim(sequence.row, count)
         for sequence, count in zip(sequences, replicated, strict=True):
             rows, positions = pairs[sequence.home]
             rows += [sequence.row] * count

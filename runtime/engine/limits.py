@@ -15,7 +15,8 @@ class EngineLimits:
         max_sequences: sequences in flight over all ranks.
         max_length: positions of a sequence, prompt and completion together; None = the model's, at most 2048.
         kv_bytes: K/V memory of a rank; lowers `max_sequences` where it does not suffice. None = no limit.
-        max_prefill_tokens: prompt tokens of one pass (a longer prompt has a pass of its own).
+        max_prefill_tokens: tokens of a pass that serves prompts: one of every sequence that goes on, then chunks of
+            prompts, at least one token of them. It bounds how long arrivals hold up sequences that run.
         staging_rows: experts, of whatever layers, that a rank holds beyond its slots while they arrive.
         recent_ids: tokens of all ranks whose routed ids are kept, beside the loads (`window.recent`).
         rank_sequences: sequences in flight per rank, where the number of ranks may change; None = a share of
@@ -26,7 +27,7 @@ class EngineLimits:
     max_sequences: int = 64
     max_length: int | None = None
     kv_bytes: int | None = None
-    max_prefill_tokens: int = 8192
+    max_prefill_tokens: int = 512
     staging_rows: int = 0
     recent_ids: int = 0
     rank_sequences: int | None = None

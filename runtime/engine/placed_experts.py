@@ -1,7 +1,4 @@
-"""PlacedExperts: what every executor has, however its model runs between the experts: experts under a placement.
-
-Shape letters: R ranks.
-"""
+"""PlacedExperts: what every executor has, however its model runs between the experts: experts under a placement."""
 
 from collections.abc import Sequence
 from typing import Generic, TypeVar
@@ -13,8 +10,8 @@ import torch
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
+from moeplace.runtime.engine.batch import Batch
 from moeplace.runtime.engine.load_window import LoadWindow
-from moeplace.runtime.engine.requests import RunningSequence
 from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime
 from moeplace.runtime.exchange.factory import Dispatcher, make_dispatcher
 from moeplace.runtime.exchange.slot_tables import SlotTables
@@ -84,13 +81,6 @@ class PlacedExperts(Generic[ModelT, CacheT]):
             self._dispatchers[mode] = make_dispatcher(mode, self.runtime, self.group, node_aware=self._node_aware)
         return self._dispatchers[mode]
 
-    def tokens_of_rank(self, ordered: Sequence[RunningSequence], lengths: Sequence[int]) -> tuple[int, ...]:
-        """(R,) tokens of a pass whose home is each rank, and so how a pass numbers them."""
-        counts = [0] * self.group.size
-        for sequence, length in zip(ordered, lengths, strict=True):
-            counts[sequence.home] += length
-        return tuple(counts)
-
     def look_ahead_with(self, blocks: Sequence[MoeBlock]) -> None:
         """Let gates of later layers say, from an earlier layer's input, which experts are to be fetched (Fate)."""
         computation = self._computation
@@ -102,13 +92,8 @@ class PlacedExperts(Generic[ModelT, CacheT]):
 
         computation.foresee = foresee
 
-    def note_pass(self, ordered: Sequence[RunningSequence], lengths: Sequence[int]) -> None:
+    def note_pass(self, batch: Batch) -> None:
         """Tell the window whose tokens a pass serves, in their order."""
         if self.window.recent is not None:
-            names = [crc32(sequence.request.request_id.encode()) for sequence in ordered]  # alike on all ranks
-            self.window.recent.begin_pass(np.repeat(np.array(names, np.int64), lengths))
-
-
-def by_home(sequences: Sequence[RunningSequence]) -> list[RunningSequence]:
-    """Sequences in the order in which a pass numbers them: by home, then as given."""
-    return sorted(sequences, key=lambda sequence: sequence.home)
+            names = [crc32(sequence.request.request_id.encode()) for sequence in batch.sequences]  # on all ranks alike
+            self.window.recent.begin_pass(np.repeat(np.array(names, np.int64), batch.lengths))

@@ -125,8 +125,8 @@ class RunningSequence:
         home: rank that keeps its attention state.
         row: its row in the K/V cache.
         token_ids: prompt and what was added so far.
-        cached: positions whose K/V exist (at home). Those between it and the last token, which a change of ranks may
-            leave, are decoded again; no token is drawn meanwhile.
+        cached: positions whose K/V exist (at home). No token is drawn before those behind it have run: the rest of a
+            prompt, or what a change of ranks left to be made again.
         replicated: positions whose K/V exist on every rank.
         logprobs: index among the added tokens -> log-probabilities, where the request wants them.
     """
@@ -142,6 +142,11 @@ class RunningSequence:
     @property
     def added(self) -> tuple[int, ...]:
         return tuple(self.token_ids[len(self.request.token_ids) :])
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens that have to run before the next one is drawn."""
+        return len(self.token_ids) - self.cached
 
     @property
     def num_added(self) -> int:

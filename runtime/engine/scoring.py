@@ -10,9 +10,9 @@ import torch
 from moeplace.placement.modes import Mode
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.comm.group import RankGroup
+from moeplace.runtime.engine.batch import Batch
 from moeplace.runtime.engine.executor import Executor
 from moeplace.runtime.engine.modes import Phase
-from moeplace.runtime.engine.placed_experts import by_home
 from moeplace.runtime.engine.requests import Request, RunningSequence
 from moeplace.runtime.engine.scheduler import Scheduler
 from moeplace.runtime.engine.whole_executor import WholeExecutor
@@ -58,21 +58,24 @@ class Scorer:
         return self._scheduler.place(request)
 
     def _score_placed(self, placed: list[tuple[RunningSequence, int]]) -> list[torch.Tensor]:
-        sequences, lengths = [s for s, _ in placed], [length for _, length in placed]
-        mode = self._choose_mode("prefill", sum(lengths))
-        rows = self._executor.prefill(sequences, mode, lengths=lengths)
-        logits = self._gather_logits(rows, sum(lengths))
-        length_of = dict(zip(map(id, sequences), lengths, strict=True))
-        ordered = by_home(sequences)
-        blocks = logits.split([length_of[id(sequence)] for sequence in ordered])
-        parts = {id(sequence): [block] for sequence, block in zip(ordered, blocks, strict=True)}
-        while active := [s for s in ordered if s.cached < len(s.token_ids)]:
-            rows = self._executor.decode(active, self._choose_mode("decode", len(active)))
-            for sequence, row in zip(active, self._gather_logits(rows, len(active)), strict=True):
-                parts[id(sequence)].append(row[None])
-        for sequence in sequences:
+        """Prompts in chunks, as requests have them; then single tokens."""
+        parts: dict[int, list[torch.Tensor]] = {id(sequence): [] for sequence, _ in placed}
+        while behind := [(s, length - s.cached) for s, length in placed if s.cached < length]:
+            lengths = self._scheduler.share_out(missing for _, missing in behind)
+            chunks = Batch.of([s for s, _ in behind[: len(lengths)]], lengths, has_prompts=True)
+            self._run(chunks, self._choose_mode("prefill", chunks.num_tokens), parts)
+        while active := [s for s, _ in placed if s.num_missing]:
+            tokens = Batch.of(active, [1] * len(active), has_prompts=False)
+            self._run(tokens, self._choose_mode("decode", len(active)), parts)
+        for sequence, _ in placed:
             self._scheduler.release(sequence)
-        return [torch.cat(parts[id(sequence)]) for sequence in sequences]
+        return [torch.cat(parts[id(sequence)]) for sequence, _ in placed]
+
+    def _run(self, batch: Batch, mode: Mode, parts: dict[int, list[torch.Tensor]]) -> None:
+        """One pass; its logits go behind those that the sequences have got."""
+        logits = self._gather_logits(self._executor.run(batch, mode), batch.num_tokens)
+        for sequence, block in zip(batch.sequences, logits.split(batch.lengths), strict=True):
+            parts[id(sequence)].append(block)
 
     @torch.inference_mode()
     def _gather_logits(self, rows: TokenRows, num_tokens: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from moeplace.placement.modes import Mode
-from moeplace.runtime.engine.placed_experts import PlacedExperts, by_home
+from moeplace.runtime.engine.batch import Batch
+from moeplace.runtime.engine.placed_experts import PlacedExperts
 from moeplace.runtime.engine.requests import RunningSequence
 from moeplace.runtime.exchange.coherent import CoherentDispatcher
 from moeplace.runtime.exchange.dispatcher import RoutedTokens, Step, TokenRows
@@ -50,36 +51,11 @@ class WholeExecutor(PlacedExperts[WholeModel, SequenceStates]):
     rewinds = False
 
     @torch.inference_mode()
-    def prefill(self, sequences: Sequence[RunningSequence], mode: Mode, *, lengths: Sequence[int]) -> TokenRows:
-        """See `Executor.prefill`."""
-        length_of = dict(zip(map(id, sequences), lengths, strict=True))
-        ordered = by_home(sequences)
-        return self._run(mode, ordered, [0] * len(ordered), [length_of[id(sequence)] for sequence in ordered])
-
-    @torch.inference_mode()
-    def decode(self, sequences: Sequence[RunningSequence], mode: Mode) -> TokenRows:
-        """See `Executor.decode`."""
-        ordered = by_home(sequences)
-        return self._run(mode, ordered, [sequence.cached for sequence in ordered], [1] * len(ordered))
-
-    def settle(self) -> None:
-        """See `Executor.settle`: nothing is ever on its way."""
-
-    def forget_unsettled(self) -> None:
-        """See `Executor.forget_unsettled`."""
-
-    def give_kv(
-        self, sequences: Sequence[RunningSequence], replicated: Sequence[int], receivers: Sequence[int]
-    ) -> None:
-        """See `Executor.give_kv`: no state is ever on two ranks, so nothing is given."""
-        assert not any(replicated)
-
-    def _run(
-        self, mode: Mode, ordered: list[RunningSequence], starts: Sequence[int], lengths: Sequence[int]
-    ) -> TokenRows:
-        """Run `lengths` tokens of each sequence from its position `starts` on, all of them side by side."""
-        self.note_pass(ordered, lengths)
-        tokens_of_rank = self.tokens_of_rank(ordered, lengths)
+    def run(self, batch: Batch, mode: Mode, *, share: bool = False) -> TokenRows:
+        """See `Executor.run`: all sequences side by side. No state is ever shared."""
+        self.note_pass(batch)
+        ordered, lengths = batch.sequences, batch.lengths
+        starts, tokens_of_rank = [sequence.cached for sequence in ordered], batch.tokens_of_rank(self.group.size)
         for sequence in ordered:
             sequence.cached = 0  # until the pass is done: what a broken pass leaves is made again from the tokens
         first = sum(tokens_of_rank[: self.group.rank])
@@ -106,3 +82,15 @@ class WholeExecutor(PlacedExperts[WholeModel, SequenceStates]):
             sequence.replicated = sequence.cached if self.group.size == 1 else 0
         empty = torch.empty(0, self.decoder.hidden_size, dtype=self.decoder.dtype, device=self.decoder.device)
         return TokenRows(torch.cat([x for x, _ in done]) if done else empty, token)
+
+    def settle(self) -> None:
+        """See `Executor.settle`: nothing is ever on its way."""
+
+    def forget_unsettled(self) -> None:
+        """See `Executor.forget_unsettled`."""
+
+    def give_kv(
+        self, sequences: Sequence[RunningSequence], replicated: Sequence[int], receivers: Sequence[int]
+    ) -> None:
+        """See `Executor.give_kv`: no state is ever on two ranks, so nothing is given."""
+        assert not any(replicated)

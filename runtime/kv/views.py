@@ -1,4 +1,4 @@
-"""What attention modules see of a K/V cache in one pass: whole prompts, or one new token per sequence.
+"""What attention modules see of a K/V cache in one pass: stretches of prompts, or one new token per sequence.
 
 Shape letters: B sequences, Q queries per sequence, M tokens of this rank.
 """
@@ -13,24 +13,32 @@ from moeplace.runtime.models.decoder import Decoder
 from moeplace.runtime.models.token_attention import Rotation
 
 
-class PrefillView:
-    """Whole prompts from position 0: queries see their own pass only.
+class PromptView:
+    """Several tokens of each of some sequences, in their order: prompts from position 0, or from where they stopped.
 
     Args:
         rows: cache row of each sequence.
+        starts: positions of each that the cache has; all 0, or none of them.
         lengths: tokens of each sequence; tokens of a pass are in this order.
+        known: tokens of the longest sequence, those of later passes included.
     """
 
     rotation = None
 
-    def __init__(self, decoder: Decoder, cache: KvCache, *, rows: list[int], lengths: list[int]) -> None:
-        self._cache, self._rows = cache, rows
-        self._lengths, self._longest = lengths, max(lengths)
-        self._even = min(lengths) == self._longest
+    def __init__(
+        self, decoder: Decoder, cache: KvCache, *, rows: list[int], starts: list[int], lengths: list[int], known: int
+    ) -> None:
+        self._cache, self._rows, self._starts, self._lengths = cache, rows, starts, lengths
+        self._longest, self._even = max(lengths), min(lengths) == max(lengths)
+        self._reach = max(start + length for start, length in zip(starts, lengths, strict=True))
+        self._is_new = not any(starts)
         device = decoder.device
         index = torch.arange(self._longest, device=device)
-        self._valid = index < torch.tensor(lengths, device=device)[:, None]  # (B, Q)
-        self.position_embeddings = decoder.position_embeddings(index[None, :])
+        length_B1, start_B1 = torch.tensor([lengths, starts], device=device)[..., None]
+        self._valid = index < length_B1  # (B, Q)
+        # Padding stands at a position of its own sequence: what lies beyond its end may have no embedding.
+        self._position = index[None, :] if self._is_new else start_B1 + torch.minimum(index, length_B1 - 1)
+        self.position_embeddings = embed_positions(decoder, self._position, known=known, longest=self._reach)
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def fold(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,13 +55,12 @@ class PrefillView:
 
     def mask(self, window: int | None, *, additive: torch.dtype | None) -> torch.Tensor | None:
         """See `AttentionView`."""
-        if additive is None and (window is None or window >= self._longest):
+        if self._is_new and additive is None and (window is None or window >= self._longest):
             return None  # plain causality, which the attention function knows by itself
         if window not in self._masks:
-            index = torch.arange(self._longest, device=self._valid.device)
-            behind = index[:, None] - index[None, :]
-            seen = (behind >= 0) & (behind < (window or self._longest))
-            self._masks[window] = _as_mask(seen[None, None], additive)
+            behind = self._position[:, :, None] - torch.arange(self._reach, device=self._valid.device)
+            seen = (behind >= 0) & (behind < (window or self._reach))  # (B or 1, Q, keys)
+            self._masks[window] = _as_mask(seen[:, None], additive)
         return self._masks[window]
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,10 +70,15 @@ class PrefillView:
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """See `AttentionView`."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        for index, (row, length) in enumerate(zip(self._rows, self._lengths, strict=True)):
-            keys[row, :, :length] = key[index, :, :length]
-            values[row, :, :length] = value[index, :, :length]
-        return key, value
+        for index, (row, start, length) in enumerate(zip(self._rows, self._starts, self._lengths, strict=True)):
+            keys[row, :, start : start + length] = key[index, :, :length]
+            values[row, :, start : start + length] = value[index, :, :length]
+        if self._is_new:
+            return key, value
+        if len(self._rows) == 1:  # then it is a view
+            row = self._rows[0]
+            return keys[row : row + 1, :, : self._reach], values[row : row + 1, :, : self._reach]
+        return keys[self._rows, :, : self._reach], values[self._rows, :, : self._reach]
 
 
 class DecodeView:
@@ -78,7 +90,7 @@ class DecodeView:
         longest: an upper bound of the positions, plus one.
         even: whether all positions equal longest - 1.
         rotation: of the positions, for a decoder that is quick; None = modules are used.
-        token: (M,) names of the tokens, noted in `ledger` with their new K/V.
+        token: (M,) names of the tokens, noted in `ledger` with their new K/V, where there is one.
         all_layers: whether all layers of the pass see this view; then what depends on the rows alone is made once.
     """
 
@@ -92,7 +104,7 @@ class DecodeView:
         even: bool,
         position_embeddings: Any,
         rotation: Rotation | None = None,
-        token: torch.Tensor,
+        token: torch.Tensor | None = None,
         ledger: KvLedger | None = None,
         all_layers: bool = False,
     ) -> None:
@@ -135,6 +147,7 @@ class DecodeView:
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AttentionView`."""
         if self._ledger is not None:
+            assert self._token is not None
             self._ledger.add(layer, self._token, flatten_kv(key, value))
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         if self._places:
@@ -151,6 +164,21 @@ class DecodeView:
         # Consecutive rows are a view; others are gathered.
         rows = self._row if self._slice is None else self._slice
         return keys[rows, :, : self._longest], values[rows, :, : self._longest]
+
+
+def embed_positions(decoder: Decoder, position: torch.Tensor, *, known: int, longest: int) -> Any:
+    """What attention wants to know of positions (B, Q), the greatest of which is `longest` - 1.
+
+    A rotation may depend on how long the sequence is (LongRoPE has one for prompts beyond a length): the tokens of a
+    chunk are turned as in a pass over all that are `known`.
+    """
+    if known <= longest:
+        return decoder.position_embeddings(position)
+    last = torch.full_like(position[:, :1], known - 1)
+    embeddings = decoder.position_embeddings(torch.cat([position, last], dim=1))
+    if isinstance(embeddings, torch.Tensor):
+        return embeddings[:, :-1]
+    return tuple(part[:, :-1] for part in embeddings)
 
 
 def _as_slice(row: torch.Tensor) -> slice | None:

@@ -7,7 +7,6 @@ same commands at the same boundary. When there is nothing to do, each rank waits
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 from moeplace.profiling.errors import InputError
@@ -110,12 +109,8 @@ class Serving:
         return self._apply(command)
 
     def _announce_pass(self, is_leader: bool) -> None:
-        """Let the coordinator know which requests may get a place in this pass: if it ends badly, it is one of them."""
-        scheduler = self.engine.scheduler
-        if not scheduler.waiting:
-            return
-        room = scheduler.rows * (1 if scheduler.replicated else scheduler.num_ranks) - len(scheduler.running)
-        tickets = [request.request_id for request in islice(scheduler.waiting, max(room, 0))]
+        """Let the coordinator know whose prompts run in this pass: if it ends badly, it may be because of one."""
+        tickets = self.engine.scheduler.prompts_of_next_pass()
         if is_leader and tickets:
             self._store.report({"kind": "pass", "generation": self.generation, "tickets": tickets})
         if not self._faults.is_empty:

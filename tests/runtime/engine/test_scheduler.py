@@ -3,13 +3,14 @@
 import pytest
 
 from moeplace.profiling.errors import InputError
-from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.engine.batch import Batch
+from moeplace.runtime.engine.requests import Request, RunningSequence
 from moeplace.runtime.engine.sampling import SamplingParameters
 from moeplace.runtime.engine.scheduler import Scheduler
 
 
 def make_scheduler(**changes: int) -> Scheduler:
-    options = {"num_ranks": 2, "rows": 2, "positions": 10, "replicated": False, "max_prefill_tokens": 6, **changes}
+    options = {"num_ranks": 2, "rows": 2, "positions": 20, "replicated": False, "max_prefill_tokens": 6, **changes}
     return Scheduler(**options)  # type: ignore[arg-type]
 
 
@@ -17,17 +18,26 @@ def request(name: str, length: int = 2) -> Request:
     return Request(name, tuple(range(length)), max_new_tokens=3)
 
 
+def admit(scheduler: Scheduler) -> list[RunningSequence]:
+    """Sequences that have come with the next pass, which runs their prompts, in the order in which they came."""
+    before = len(scheduler.running)
+    batch = scheduler.next_batch()
+    for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
+        sequence.cached += length
+    return scheduler.running[before:]
+
+
 def test_homes_are_balanced_and_rows_reused() -> None:
     """Sequences go to the rank with the fewest; a released row is the next one taken."""
     scheduler = make_scheduler()
     for name in "abcde":
         scheduler.add(request(name, 1))
-    places = [(s.home, s.row) for s in scheduler.admit()]
+    places = [(s.home, s.row) for s in admit(scheduler)]
     assert places == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert len(scheduler.waiting) == 1
-    assert scheduler.admit() == []
+    assert admit(scheduler) == []
     scheduler.release(scheduler.running[1])
-    assert [(s.home, s.row) for s in scheduler.admit()] == [(1, 0)]
+    assert [(s.home, s.row) for s in admit(scheduler)] == [(1, 0)]
 
 
 def test_rows_of_replicated_caches_are_global() -> None:
@@ -35,15 +45,59 @@ def test_rows_of_replicated_caches_are_global() -> None:
     scheduler = make_scheduler(replicated=True, rows=3)
     for name in "abcd":
         scheduler.add(request(name, 1))
-    assert [(s.home, s.row) for s in scheduler.admit()] == [(0, 0), (1, 1), (0, 2)]
+    assert [(s.home, s.row) for s in admit(scheduler)] == [(0, 0), (1, 1), (0, 2)]
 
 
-def test_a_prefill_pass_is_bounded_but_never_empty() -> None:
-    """Prompts are admitted in order up to the limit; one that exceeds it alone has a pass of its own."""
+def served(batch: Batch) -> dict[str, int]:
+    return {s.request.request_id: length for s, length in zip(batch.sequences, batch.lengths, strict=True)}
+
+
+def run_passes(scheduler: Scheduler, count: int) -> list[dict[str, int]]:
+    """What runs in some passes; everybody who has run all tokens gets another."""
+    passes = []
+    for _ in range(count):
+        batch = scheduler.next_batch()
+        passes.append(served(batch))
+        for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
+            sequence.cached += length
+            if not sequence.num_missing:
+                sequence.token_ids.append(0)
+    return passes
+
+
+def test_a_pass_has_a_budget() -> None:
+    """Of 6 tokens: one for each sequence that goes on, then prompts in their order, the last one as far as it goes."""
     scheduler = make_scheduler(rows=9)
-    for name, length in (("a", 7), ("b", 3), ("c", 3), ("d", 1)):
+    for name, length in (("a", 8), ("b", 3), ("c", 7)):
         scheduler.add(request(name, length))
-    assert [[s.request.request_id for s in scheduler.admit()] for _ in range(3)] == [["a"], ["b", "c"], ["d"]]
+    expected = [{"a": 6}, {"a": 2, "b": 3, "c": 1}, {"a": 1, "b": 1, "c": 4}, {"a": 1, "b": 1, "c": 2}]
+    assert run_passes(scheduler, 4) == expected
+
+
+def test_prompts_that_cannot_be_cut_exceed_the_budget_alone() -> None:
+    """Whole, in order, several if they fit; beside them every sequence that goes on."""
+    scheduler = make_scheduler(rows=9, cuts_prompts=False)
+    for name, length in (("a", 8), ("b", 2), ("c", 3), ("d", 1)):
+        scheduler.add(request(name, length))
+    assert run_passes(scheduler, 3) == [{"a": 8}, {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 1, "c": 1, "d": 1}]
+
+
+def test_prompts_proceed_beside_more_sequences_than_the_budget() -> None:
+    """By a token."""
+    scheduler = make_scheduler(rows=9, max_prefill_tokens=2)
+    for name in "abcd":
+        scheduler.add(request(name, 1))
+    assert run_passes(scheduler, 4)[-1] == {"a": 1, "b": 1, "c": 1, "d": 1}
+    scheduler.add(request("e", 2))
+    assert run_passes(scheduler, 3) == [dict.fromkeys("abcde", 1)] * 3
+
+
+def test_what_is_to_be_made_again_is_a_prompt() -> None:
+    """A sequence that lacks K/V of several tokens runs them in chunks; one with a state that cannot, one by one."""
+    for cuts, expected in ((True, [3, 2, 1]), (False, [1, 1, 1])):
+        scheduler = make_scheduler(max_prefill_tokens=3, cuts_prompts=cuts)
+        scheduler.seat(RunningSequence(request("a"), home=0, row=0, token_ids=list(range(7)), cached=2))
+        assert [one["a"] for one in run_passes(scheduler, 3)] == expected
 
 
 def test_requests_are_checked_and_survive_json() -> None:
@@ -62,9 +116,9 @@ def test_a_row_can_be_kept_free() -> None:
     scheduler.kept_free = 1
     for name in "ab":
         scheduler.add(Request(name, (1, 2), max_new_tokens=2))
-    assert [sequence.request.request_id for sequence in scheduler.admit()] == ["a"]
+    assert [sequence.request.request_id for sequence in admit(scheduler)] == ["a"]
     check = scheduler.place(Request("check", (1,), max_new_tokens=1))
     assert check is not None
     scheduler.release(check)
     scheduler.kept_free = 0
-    assert [sequence.request.request_id for sequence in scheduler.admit()] == ["b"]
+    assert [sequence.request.request_id for sequence in admit(scheduler)] == ["b"]

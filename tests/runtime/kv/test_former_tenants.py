@@ -14,7 +14,7 @@ from tests.rank_pool import RankContext, RankPool
 from tests.runtime.checkpoints import VOCABULARY, save_checkpoint
 from tests.runtime.placements import random_placement
 
-LIMITS = EngineLimits(max_sequences=4, max_length=24)
+LIMITS = EngineLimits(max_sequences=4, max_length=24, max_prefill_tokens=5)
 
 
 def random_requests(rng: np.random.Generator, name: str, count: int) -> list[Request]:

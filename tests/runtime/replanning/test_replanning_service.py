@@ -32,7 +32,7 @@ from moeplace.runtime.service.routing_text import from_text, to_text
 from tests.runtime.checkpoints import save_checkpoint
 from tests.runtime.forked_members import ForkingSpawner
 
-LIMITS = EngineLimits(max_sequences=16, max_length=64, staging_rows=1, recent_ids=4096)
+LIMITS = EngineLimits(max_sequences=16, max_length=64, staging_rows=1, recent_ids=4096, max_prefill_tokens=20)
 REQUESTS = [
     Request(str(n), tuple((n * 7 + p * 11) % 60 for p in range(2 + n % 9)), max_new_tokens=20, stop_ids=())
     for n in range(24)

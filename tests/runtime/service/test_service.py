@@ -25,7 +25,7 @@ from tests.runtime.checkpoints import save_checkpoint
 from tests.runtime.forked_members import ForkingSpawner
 from tests.runtime.injector import EventInjector
 
-LIMITS = EngineLimits(max_sequences=12, max_length=64, staging_rows=1)
+LIMITS = EngineLimits(max_sequences=12, max_length=64, staging_rows=1, max_prefill_tokens=11)
 START, CHANGE = 180.0, 120.0
 """Seconds, on a machine that others use too: a process may take a minute to start."""
 pytestmark = pytest.mark.timeout(600)

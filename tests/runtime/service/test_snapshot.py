@@ -112,7 +112,7 @@ def test_a_scheduler_survives_the_journey() -> None:
     before, after = make_scheduler(), make_scheduler()
     for index in range(6):
         before.add(Request(str(index), (1, 2, 3), max_new_tokens=5 + index))
-    for running in before.admit():
+    for running in before.next_batch().sequences:
         running.cached = 3
         running.token_ids.append(7)
     before.cancel("1")
@@ -127,4 +127,4 @@ def test_a_scheduler_survives_the_journey() -> None:
         [getattr(s, k) for k in key] for s in before.running
     ]
     assert after.waiting == before.waiting
-    assert [s.request.request_id for s in after.admit()] == [s.request.request_id for s in before.admit()] == ["4"]
+    assert after.prompts_of_next_pass() == before.prompts_of_next_pass() == ["4"]

@@ -25,7 +25,7 @@ from moeplace.runtime.service.options import ServiceOptions
 from tests.runtime.checkpoints import save_checkpoint
 from tests.runtime.forked_members import ForkingSpawner
 
-LIMITS = EngineLimits(max_sequences=8, max_length=64, staging_rows=1)
+LIMITS = EngineLimits(max_sequences=8, max_length=64, staging_rows=1, max_prefill_tokens=3)
 START, CHANGE = 180.0, 120.0
 """Seconds, on a machine that others use too: a process may take a minute to start."""
 pytestmark = pytest.mark.timeout(600)
@@ -207,9 +207,10 @@ def test_nothing_is_left_of_a_service_that_is_killed_as_it_starts(
 
 
 @pytest.mark.soak
-def test_a_poisonous_request_fails_alone(checkpoint: Path) -> None:
-    """Every rank that begins with it dies; the others get their tokens."""
-    faults = {-1: [{"phase": "request:poison", "at": 1}]}
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_poisonous_request_fails_alone(checkpoint: Path, chunk: int) -> None:
+    """Every rank that begins with it dies, or with a later chunk of its prompt; the others get their tokens."""
+    faults = {-1: [{"phase": "request:poison", "at": chunk}]}
     with serve(checkpoint, 2, keep_width=True, faults=faults) as service:
         service.wait_until_serving(timeout=START)
         client, requests = Client(), [make_request(number) for number in range(4)]
@@ -217,7 +218,7 @@ def test_a_poisonous_request_fails_alone(checkpoint: Path) -> None:
             service.submit(request, client)
         assert client.first.wait(CHANGE)
         bad = Client()
-        service.submit(Request("poison", (3, 4), 5, stop_ids=()), bad)
+        service.submit(Request("poison", (3, 4) * 8, 5, stop_ids=()), bad)
         for request in requests[2:]:
             service.submit(request, client)
         assert service.wait_for(lambda status: len(bad.reasons) == 1, timeout=4 * START)
