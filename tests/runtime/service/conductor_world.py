@@ -6,6 +6,7 @@ those of members that died may never come.
 """
 
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from moeplace.placement.placement import index_order
 from moeplace.profiling.errors import MoeplaceError
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.event import Event
+from moeplace.runtime.service.api import RequestRecord
 from moeplace.runtime.service.coordinator import actions
 from moeplace.runtime.service.coordinator.conductor import Conductor
 from moeplace.runtime.service.coordinator.helpers import make_plan
@@ -64,7 +66,8 @@ class Rank:
 class World:
     """Members, the store, and what clients have heard. Carries out actions, and checks that each makes sense."""
 
-    def __init__(self, *, keep_width: bool, ranks: int) -> None:
+    def __init__(self, *, keep_width: bool, ranks: int, restored: Sequence[RequestRecord] = (), taken: int = 0) -> None:
+        """`restored`: requests in flight of a service before this one, which had handed out `taken` tickets."""
         self.options = ServiceOptions(timeout=8.0, start_timeout=1000.0, keep_width=keep_width)
         placement = index_order(np.full(1, EXPERTS), np.full(ranks, EXPERTS // ranks), np.zeros(ranks, np.int64))
         self.conductor = Conductor(placement, self.options, ranks=ranks)
@@ -85,7 +88,10 @@ class World:
         self.events: list[Event] = []
         self.dropped_groups: set[int] = set()
         self.fail_next_connection = False
-        self.do(self.conductor.begin(self.now))
+        for record in restored:
+            self.asked[record.ticket] = (record.request, record.request.token_ids[0])
+            self.told[record.ticket] = list(record.token_ids)
+        self.do(self.conductor.begin(self.now, restored=restored, taken=taken))
 
     # What the coordinator does
 

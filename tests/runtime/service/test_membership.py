@@ -53,6 +53,18 @@ def test_who_leaves() -> None:
         members.choose_leaving(2, [1])
 
 
+def test_who_is_kept_after_all() -> None:
+    """Of those that were to leave: ranks first, then the lowest numbers; who is being ended cannot stay."""
+    members = membership([2, 2, 2], joining=1, leaving=(0, 1, 2, 3))
+    members.members[1].doomed = "it was told to"
+    members.keep(1)
+    assert members.wanted == [0]
+    members.keep(2)
+    assert members.wanted == [0, 2, 3]
+    members.keep(9)
+    assert members.members[1].leaving
+
+
 def test_ranks_follow_nodes() -> None:
     """Ranks are sorted by node, then by member; nodes are numbered anew."""
     generation = Generation.of(1, {4: 7, 5: 2, 6: 7, 0: 7})

@@ -1,0 +1,130 @@
+"""The conductor at the beginning and at the end of a service, and what it says of losses."""
+
+from itertools import pairwise
+
+import pytest
+
+from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.event import Event
+from moeplace.runtime.service.api import RequestRecord
+from moeplace.runtime.service.coordinator import actions
+from tests.runtime.service.conductor_world import NEW_TOKENS, World, token
+from tests.runtime.service.test_conductor import ask, notes, serving
+
+
+def events(world: World, kind: str) -> list[Event]:
+    """Of that kind, so far."""
+    return [event for event in world.events if event.kind == kind]
+
+
+@pytest.mark.parametrize("delivered", [0, 1, NEW_TOKENS - 1])
+def test_requests_of_a_service_before_go_on(delivered: int) -> None:
+    """From their last token on, each once; new ones get tickets that nobody had."""
+    request = Request("a", (4,), NEW_TOKENS, stop_ids=())
+    record = RequestRecord("3:a", request, tuple(token(4, index) for index in range(delivered)))
+    world = World(keep_width=True, ranks=2, restored=[record], taken=7)
+    restored = events(world, "restored")
+    assert [event.sentence for event in restored] == ["1 requests in flight are taken up again"]
+    assert restored[0].time == world.now
+    world.settle()
+    new = ask(world, "a", prompt=9)
+    assert new == "8:a"
+    world.settle()
+    assert world.ended == {"3:a": "length", new: "length"}
+
+
+def test_a_service_without_a_past_says_nothing_of_one() -> None:
+    """Nothing was taken up."""
+    assert "restored" not in notes(World(keep_width=True, ranks=2))
+
+
+def test_at_the_end_ranks_stop_in_order_and_others_at_once() -> None:
+    """Ranks wait for the word that all have stopped; a member that still starts is ended; requests hear why."""
+    world = serving(2)
+    world.conductor.scale(3, None)
+    world.do(world.conductor.take_actions())
+    ticket = ask(world)
+    world.conductor.end("the machine is wanted back")
+    made = world.conductor.take_actions()
+    assert [action.member for action in made if isinstance(action, actions.Kill)] == [2]
+    assert [action.command["kind"] for action in made if isinstance(action, actions.Append)][-1] == "stop"
+    assert not [action for action in made if isinstance(action, actions.Put) and action.key == "stopped"]
+    world.do(made)
+    assert world.errors == ["the machine is wanted back"]
+    assert world.ended == {ticket: "failed"}
+    assert not world.conductor.is_stopped
+    for member in (0, 1):
+        assert "stopped" not in world.store
+        world.handle({"kind": "stopped", "member": member})
+    assert world.conductor.is_stopped
+    assert world.store["stopped"] is True
+
+
+def test_a_rank_that_dies_instead_of_stopping_is_not_waited_for() -> None:
+    """The others get the word all the same."""
+    world = serving(2)
+    world.conductor.end("enough")
+    world.do(world.conductor.take_actions())
+    world.handle({"kind": "stopped", "member": 1})
+    world.die(0)
+    while world.queue:
+        world.deliver(0)
+    assert world.conductor.is_stopped
+    assert world.store["stopped"] is True
+
+
+def test_a_service_that_ends_while_it_starts_ends_all_members() -> None:
+    """Nobody reads the log yet."""
+    world = World(keep_width=True, ranks=3)
+    world.turn(1)
+    world.conductor.end("enough")
+    made = world.conductor.take_actions()
+    assert sorted(action.member for action in made if isinstance(action, actions.Kill)) == [0, 1, 2]
+    assert not [action for action in made if isinstance(action, actions.Append)]
+    assert world.conductor.is_stopped
+
+
+def test_a_start_that_fails_is_told_and_made_again_after_a_pause() -> None:
+    """The longer, the more often it has failed."""
+    world, pauses = World(keep_width=True, ranks=1), []
+    for turn in range(4):
+        world.die(max(world.ranks))
+        while world.queue:
+            world.deliver(0)
+        assert len(events(world, "start-failed")) == turn + 1
+        died_at = world.now
+        while not world.ranks:
+            world.pass_time(0.05)
+        pauses.append(world.now - died_at)
+    assert events(world, "start-failed")[-1].figures == {"member": 3}
+    assert all(later > 1.5 * earlier for earlier, later in pairwise(pauses))
+
+
+def test_the_time_from_a_loss_to_a_token_is_told() -> None:
+    """Once per loss, from when it was noticed; no step without a token counts."""
+    world = serving(2)
+    ask(world)
+    world.die(1)
+    while world.queue:
+        world.deliver(0)
+    noticed = world.now
+    world.pass_time(0.75)
+    step = {"kind": "step", "generation": 1, "applied": 0, "waiting": 0, "running": 1, "migration": None}
+    world.handle({**step, "tokens": []})
+    assert not events(world, "resumed")
+    world.settle()
+    resumed = events(world, "resumed")
+    assert len(resumed) == 1
+    assert resumed[0].figures["seconds"] == pytest.approx(resumed[0].time - noticed)
+    assert 0.75 <= resumed[0].figures["seconds"] < 60
+    ask(world, "b")
+    world.settle()
+    assert len(events(world, "resumed")) == 1
+
+
+@pytest.mark.parametrize("report", [{"kind": "nonsense"}, {"kind": "step"}, {"kind": "died", "member": "x"}])
+def test_a_report_that_cannot_be_used_is_told(report: dict[str, object]) -> None:
+    """And nothing else comes of it."""
+    made = serving(1).conductor.handle(report, 5.0)
+    assert [type(action) for action in made] == [actions.Note]
+    assert (made[0].event.kind, made[0].event.time) == ("bad-report", 5.0)  # type: ignore[union-attr]
