@@ -77,6 +77,7 @@ class ReplayOptions:
     kv_pieces: int | None = None
     seed: int = 0
     timeout: float = 120.0
+    replica_rule: str = "moeplace"
 
     def __post_init__(self) -> None:
         for name in ("steps", "block", "kv_pieces"):
@@ -222,6 +223,7 @@ class _Bench:
             group=self.group,
             node_aware=self._is_node_aware(name),
             kv_pieces=self._kv_pieces,
+            replica_rule=self.options.replica_rule,
         )
 
     @property
@@ -304,6 +306,7 @@ class _Bench:
             self.options.shape.wire_sizes(self.steps.top_k),
             node_aware=run.node_aware,
             kv_pieces=run.kv_pieces,
+            replica_rule=run.replica_rule,
         )
         cluster = Cluster(run.placement.node_of_rank, run.placement.slots_of_rank, np.ones(run.placement.num_ranks))
         return float(np.median(predict_seconds(traffic, cluster, self.calibration)))
@@ -327,6 +330,7 @@ class _Bench:
             "layers": self.steps.num_layers,
             "experts": self.steps.num_experts,
             "top_k": self.steps.top_k,
+            "replica_rule": options.replica_rule,
             "ranks": self.group.size,
             "nodes": self.group.num_nodes,
             "batch": shape.batch,

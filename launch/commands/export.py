@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from moeplace.placement.cost.replica_rule import OWN_RULES
     from moeplace.placement.engines import write_engine_placement
     from moeplace.placement.placement_file import load_placement_file
     from moeplace.profiling.files import write_json
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     placement = file.placement
     if args.num_hidden_layers is not None:
         placement = placement.replace(num_hidden_layers=args.num_hidden_layers)
-    repeat = file.evidence.get("replica_rule", "moeplace") != "moeplace"
+    repeat = file.evidence.get("replica_rule", OWN_RULES[0]) not in OWN_RULES
     placement, notes = _fit(args, placement, repeat)
     provenance = {"command": shlex.join(["moeplace", *sys.argv[1:]]), "solver": file.solver, "evidence": file.evidence}
     export = write_engine_placement(args.out, placement, args.to, provenance=provenance, repeat=repeat)
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _what_remains(args: argparse.Namespace, file: "PlacementFile", repeat: bool) -> Iterator[str]:
     """Sentences on what replicas are worth where the engine chooses among them by its own rule."""
-    from moeplace.placement.cost.replica_rule import RULES_OF_ENGINE, get_rule
+    from moeplace.placement.cost.replica_rule import OWN_RULES, RULES_OF_ENGINE, get_rule
     from moeplace.placement.engines.fitting import fill_empty_slots
 
     written, filled = fill_empty_slots(file.placement) if _fills(args, repeat) else (file.placement, 0)
@@ -79,7 +80,8 @@ def _what_remains(args: argparse.Namespace, file: "PlacementFile", repeat: bool)
     if not figures:
         yield "replicas were not judged by the engine's rule, which moeplace's figures do not hold for: give --trace"
         return
-    own = figures["moeplace"]
+    rule = file.evidence.get("replica_rule", OWN_RULES[0])
+    own = figures[rule if rule in OWN_RULES and rule in figures else OWN_RULES[0]]
     for name in RULES_OF_ENGINE.get(args.to, ("random",)):
         found = figures[name]
         yield (

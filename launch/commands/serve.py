@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.policy import tier_limits
 from moeplace.launch.options.replanning import add_replan_arguments, check_replan_arguments
-from moeplace.launch.serving.front_arguments import add_engine_arguments, add_front_arguments
+from moeplace.launch.serving.front_arguments import add_engine_arguments, add_front_arguments, replica_rule_of
 from moeplace.launch.settings import add_config_argument
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ def _make_engine(args: argparse.Namespace, group: "RankGroup", inputs: dict[str,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         limits=limits,
         node_aware=args.node_aware,
+        replica_rule=replica_rule_of(args),
         **inputs,
     )
     if args.verify if args.verify is not None else needs_verification(engine.checkpoint.model_type):

@@ -9,7 +9,7 @@ from moeplace.launch.options.layers import slot_counts
 from moeplace.placement.modes import MODES
 
 SPLITS = ("all", "train", "test")
-RULES = ("moeplace", "nearest-static", "random", "hash")
+RULES = ("moeplace", "balanced", "nearest-static", "random", "hash")
 """Names of `placement.cost.replica_rule`, which a parser need not import."""
 
 
@@ -77,8 +77,9 @@ def add_replica_rule(parser: Any) -> None:
     """--replica-rule."""
     parser.add_argument(
         "--replica-rule", choices=RULES, default="moeplace",
-        help="who serves an expert with several slots where the placement will run: moeplace's own runtime, SGLang "
-        "with static (nearest-static) or dynamic dispatch (random), vLLM (hash) (default: %(default)s)",
+        help="who serves an expert with several slots where the placement will run: moeplace's own runtime "
+        "with ties spread evenly (moeplace) or by the load so far (balanced), SGLang with static (nearest-static) or "
+        "dynamic dispatch (random), vLLM (hash) (default: %(default)s)",
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.policy import tier_limits
 from moeplace.launch.options.replanning import replan_window
+from moeplace.launch.serving.front_arguments import replica_rule_of
 
 if TYPE_CHECKING:
     from moeplace.launch.http_front.settings import FrontSettings
@@ -247,6 +248,7 @@ def _service_options(args: argparse.Namespace) -> "ServiceOptions":
             recent_ids=replan_window(args),
         ),
         node_aware=args.node_aware,
+        replica_rule=replica_rule_of(args),
         timeout=args.timeout,
         start_timeout=args.start_timeout,
         keep_width=True,

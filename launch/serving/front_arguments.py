@@ -5,6 +5,8 @@ import argparse
 from moeplace.launch.options.policy import add_tier_arguments
 from moeplace.placement.modes import MODES
 
+OWN_RULES = ("moeplace", "balanced")
+"""Those of `placement.cost.replica_rule`, which a parser need not import."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -20,6 +22,12 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
         "--node-aware",
         action=argparse.BooleanOptionalAction,
         help="dispatch-combine sends one copy per node, forwarded inside it (default: if tokens have several experts)",
+    )
+    parser.add_argument(
+        "--replica-rule",
+        choices=OWN_RULES,
+        help="who serves an expert with several slots: moeplace spreads ties evenly, balanced by the load so far "
+        "(default: the rule that P was solved for, if it is one of these, else moeplace)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, where a request does not say")
     parser.add_argument("--max-sequences", type=int, default=64, metavar="N", help="sequences in flight at once")
@@ -131,3 +139,13 @@ def _add_ending(group: "argparse._ActionsContainer") -> None:
     group.add_argument(
         "--drain-timeout", type=float, default=30.0, metavar="S", help="seconds to finish what runs after that"
     )
+
+
+def replica_rule_of(args: argparse.Namespace) -> str:
+    """The rule asked for, else that of the placement file where the runtime knows it, else the default one."""
+    from moeplace.placement.placement_file import load_placement_file
+
+    if args.replica_rule is None and args.placement:
+        solved_for = load_placement_file(args.placement).evidence.get("replica_rule")
+        return solved_for if solved_for in OWN_RULES else OWN_RULES[0]
+    return args.replica_rule or OWN_RULES[0]

@@ -105,7 +105,7 @@ def replay(
     if placement.has_replicas and mode != "coherent":
         near_T = home_ranks(tokens, ranks)
     knows_home = placement.has_replicas and mode == "dispatch-combine"
-    choose, rank_TK = rule.on(placement), np.empty((tokens, trace.top_k), np.int32)
+    choose, rank_TK = rule.on(placement, batch), np.empty((tokens, trace.top_k), np.int32)
     layers: list[LayerCounts] = []
     travel_LRR = np.zeros((max(trace.num_layers - 1, 0), ranks, ranks), np.int64)
     primary_T = np.empty(0, np.int32)

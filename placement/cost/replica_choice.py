@@ -84,7 +84,7 @@ def choose_ranks(
         rotation_T: (T,) non-negative numbers.
         rank_TK: (T, K) integer output.
     """
-    holders = _holders(copies_ER)
+    holders = find_holders(copies_ER)
     places_PR = preference_places(copies_ER.shape[1])
     _choose_ranks(ids_TK, copies_ER, holders, node_R, near_T, rotation_T, places_PR, rank_TK)
 
@@ -101,7 +101,8 @@ class Holders(NamedTuple):
     count_E: np.ndarray
 
 
-def _holders(copies_ER: np.ndarray) -> Holders:
+def find_holders(copies_ER: np.ndarray) -> Holders:
+    """From the table (E, R) 0/1 of which rank holds which expert."""
     count_E = (copies_ER > 0).sum(axis=1)
     rank_EH = np.argsort(copies_ER == 0, axis=1, kind="stable")[:, : max(int(count_E.max(initial=0)), 1)]
     beyond_EH = np.arange(rank_EH.shape[1]) >= count_E[:, None]

@@ -1,6 +1,7 @@
 """ReplicaRule: who serves an expert that has several slots, as the engine that will run the placement decides it.
 
-* `moeplace`, of its own runtime: near first, then the fewest ranks, then balanced.
+* `moeplace`, of its own runtime: the fewest ranks, ties spread by a fixed table (`replica_choice`).
+* `balanced`, of its own runtime too: as few ranks, ties split by the load so far (`balanced_choice`).
 * `nearest-static`, SGLang 0.5.23 with `--ep-dispatch-algorithm static`: one slot for each rank, fixed at start.
 * `random`, SGLang 0.5.23 with `--ep-dispatch-algorithm dynamic`: any slot, drawn for each token and expert.
 * `hash`, vLLM 0.33.0 with EPLB: any slot, by a hash of the token's row on its home rank.
@@ -17,8 +18,10 @@ from typing import Protocol
 
 import numpy as np
 
+from moeplace.placement.cost.balanced_choice import Sent, choose_balanced
 from moeplace.placement.cost.replica_choice import choose_ranks
 from moeplace.placement.cost.static_draws import SGLANG_SEED, StaticDraws, slots_of_experts
+from moeplace.placement.cost.steps import cut_lanes
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError
 
@@ -47,14 +50,14 @@ class ReplicaRule:
     Attributes:
         name: of the rule.
         engine: who follows it, with version and setting.
-        on: makes the rule ready for a placement.
+        on: makes the rule ready for a placement and steps of so many tokens.
         share: of rules that look at one expert at a time: ((R,) bool ranks that hold it, (R,) node of each rank) ->
             (R, R) float64, the share of a home's tokens (row) that each rank (column) may be expected to serve.
     """
 
     name: str
     engine: str
-    on: Callable[[Placement], ChooseRanks]
+    on: Callable[[Placement, int], ChooseRanks]
     share: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
 
@@ -96,7 +99,7 @@ def _replica_ranks(placement: Placement) -> list[np.ndarray]:
     return [replica_ranks(row_S, experts, placement.rank_of_slot) for row_S in rows_LS]
 
 
-def _on_moeplace(placement: Placement) -> ChooseRanks:
+def _on_moeplace(placement: Placement, batch: int) -> ChooseRanks:
     def choose(layer: int, ids_TK: np.ndarray, near_T: np.ndarray, rank_TK: np.ndarray) -> None:
         copies_ER, rotation_T = placement.copies_LER[layer], np.arange(len(ids_TK))
         choose_ranks(ids_TK, copies_ER, placement.node_of_rank, near_T, rotation_T, rank_TK)
@@ -104,7 +107,26 @@ def _on_moeplace(placement: Placement) -> ChooseRanks:
     return choose
 
 
-def _on_nearest_static(placement: Placement) -> ChooseRanks:
+def _on_balanced(placement: Placement, batch: int) -> ChooseRanks:
+    ranks = placement.num_ranks
+
+    def choose(layer: int, ids_TK: np.ndarray, near_T: np.ndarray, rank_TK: np.ndarray) -> None:
+        sender_T = np.where(near_T >= 0, near_T, home_ranks(len(ids_TK), ranks))
+        sent = Sent(sender_T, *_steps(len(ids_TK), batch))
+        choose_balanced(ids_TK, placement.copies_LER[layer], placement.node_of_rank, near_T, sent, rank_TK)
+
+    return choose
+
+
+def _steps(tokens: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(T,) step of each token, the further one of those that fill none included, and its index in the step."""
+    lanes, index_T = cut_lanes(tokens, batch), np.arange(tokens)
+    full = lanes.width * lanes.length
+    step_T = np.where(index_T < full, index_T % lanes.length, lanes.length)
+    return step_T, np.where(index_T < full, index_T // lanes.length, index_T - full)
+
+
+def _on_nearest_static(placement: Placement, batch: int) -> ChooseRanks:
     ranks, rank_RLE = placement.num_ranks, np.append(placement.rank_of_slot, -1)[nearest_static_slots(placement)]
 
     def choose(layer: int, ids_TK: np.ndarray, near_T: np.ndarray, rank_TK: np.ndarray) -> None:
@@ -114,7 +136,7 @@ def _on_nearest_static(placement: Placement) -> ChooseRanks:
     return choose
 
 
-def _on_random(placement: Placement) -> ChooseRanks:
+def _on_random(placement: Placement, batch: int) -> ChooseRanks:
     tables = _replica_ranks(placement)
 
     def choose(layer: int, ids_TK: np.ndarray, near_T: np.ndarray, rank_TK: np.ndarray) -> None:
@@ -130,7 +152,7 @@ def random_ranks(layer: int, ids_TK: np.ndarray, table_EJ: np.ndarray) -> np.nda
     return np.where(ids_TK >= 0, table_EJ[ids_TK, replica_TK], -1)
 
 
-def _on_hash(placement: Placement) -> ChooseRanks:
+def _on_hash(placement: Placement, batch: int) -> ChooseRanks:
     tables = _replica_ranks(placement)
 
     def choose(layer: int, ids_TK: np.ndarray, near_T: np.ndarray, rank_TK: np.ndarray) -> None:
@@ -166,10 +188,12 @@ def _near_else_any(held_R: np.ndarray, node_R: np.ndarray) -> np.ndarray:
 
 
 MOEPLACE = ReplicaRule("moeplace", "moeplace's own runtime", _on_moeplace)
+BALANCED = ReplicaRule("balanced", "moeplace's own runtime with --replica-rule balanced", _on_balanced)
 REPLICA_RULES = {
     rule.name: rule
     for rule in (
         MOEPLACE,
+        BALANCED,
         ReplicaRule(
             "nearest-static", "SGLang 0.5.23 with --ep-dispatch-algorithm static", _on_nearest_static, _near_else_any
         ),
@@ -180,3 +204,5 @@ REPLICA_RULES = {
 RULES_OF_ENGINE = {"sglang": ("nearest-static", "random"), "vllm": ("hash",)}
 """What an engine follows, first what it follows by default with an all-to-all back end. Engines that are not named here
 choose without regard to the token's other experts too: `random` stands for them."""
+OWN_RULES = (MOEPLACE.name, BALANCED.name)
+"""What moeplace's own runtime can follow."""

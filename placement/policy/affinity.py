@@ -29,6 +29,7 @@ from moeplace.placement.rebalancing.plan import home_nodes
 from moeplace.placement.rebalancing.seating import ACROSS_CODE, Floor, across_of, floor_of, moves_of
 from moeplace.placement.search.annealing import COOLING_STEPS
 from moeplace.placement.search.nets import LayerNets, layer_nets
+from moeplace.profiling.errors import InputError
 
 NODE_WEIGHT = 6.5
 """What one more node costs beside one more rank: links of 300 and 40 GB/s, as a cluster has by default."""
@@ -85,9 +86,10 @@ def with_affinity(request: Request, balanced: Answer, ask: Ask) -> Answer:
         ask: see there.
 
     Raises:
-        InputError: the recording is of another model, or there is no such rule.
+        InputError: the recording is of another model, or no engine follows such a rule.
     """
-    get_rule(ask.rule)
+    if get_rule(ask.rule).share is None:
+        raise InputError(f"replica rule {ask.rule!r} is of moeplace's own runtime: no engine follows it")
     layers, experts, _ = request.shape
     own_L = ask.recording.rows_for(layers, experts)
     turn = InTurn(get_rule(ask.rule), _floor(request).rank_S, _floor(request).node_R, experts)

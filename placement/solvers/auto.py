@@ -36,7 +36,7 @@ from moeplace.placement.solvers.replicas.budget import search_budget, with_steps
 from moeplace.placement.solvers.replicas.drawn import ADDING_SHARE, choose_rows, rows_within
 from moeplace.placement.solvers.replicas.drawn import applies as is_drawn
 from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_replicas, search_surviving_chain
-from moeplace.placement.solvers.replicas.repair import keep_caps
+from moeplace.placement.solvers.replicas.running import keep_caps_by_rule
 from moeplace.placement.solvers.schedule import search_layers, searches_within
 from moeplace.placement.solvers.seconds import fastest
 from moeplace.placement.solvers.spare import use_all_slots, widened, without_spare
@@ -103,7 +103,7 @@ def search(
     slots_LS, cut = _search(problem, budget, cap, share * (1 - _NARROW_SHARE), ties)
     if caps_L is not None:
         with budget.alarm(budget.remaining) as stop:
-            slots_LS = keep_caps(problem, slots_LS, caps_L, budget.rng(_MENDING), stop)
+            slots_LS = keep_caps_by_rule(problem, slots_LS, caps_L, budget.rng(_MENDING), stop)
     fewer_LS, also_cut = _search(narrow, budget, cap, share * _NARROW_SHARE, None)
     drafts = [slots_LS, widened(problem, narrow, fewer_LS)]
     mixed = Judge(capped, ties, caps_L, budget.time_limit).combine(drafts)

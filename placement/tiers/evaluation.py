@@ -12,7 +12,7 @@ from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import Terms, count
 from moeplace.placement.cost.replay import Replay
-from moeplace.placement.cost.replica_rule import MOEPLACE, ReplicaRule, home_ranks
+from moeplace.placement.cost.replica_rule import MOEPLACE, ChooseRanks, ReplicaRule, home_ranks
 from moeplace.placement.cost.seconds import kv_exchange_seconds, predict_step, seconds_outside_experts
 from moeplace.placement.cost.steps import StepShape, cut_lanes
 from moeplace.placement.memory import HOST, RESIDENT, Memory
@@ -119,7 +119,7 @@ def evaluate_tiers(
     size = mean_expert_bytes(trace)
     rows = share_out(placement, cluster.memory, policy, expert_bytes=size)
     walked = _walked(trace, terms.shape.batch, steps)
-    routing = _route(trace, placement, counted, rule)
+    routing = _route(trace, placement, rule.on(placement, terms.shape.batch))
     fast, link = _start(rows), _link(placement, cluster.memory, size)
     tally = Tally(
         np.zeros((*rows.free_LR.shape, len(USES)), np.int64),
@@ -163,10 +163,9 @@ def _walked(trace: RoutingTrace, batch: int, steps: int | None) -> Steps:
     return Steps(lanes.width, lanes.length, min(most, lanes.length))
 
 
-def _route(trace: RoutingTrace, placement: Placement, counted: Replay, rule: ReplicaRule) -> Routing:
+def _route(trace: RoutingTrace, placement: Placement, choose: ChooseRanks) -> Routing:
     layers, tokens, top_k = trace.num_layers, trace.num_tokens, trace.top_k
     near_T = home_ranks(tokens, placement.num_ranks) if placement.has_replicas else np.full(tokens, -1, np.int32)
-    choose = rule.on(placement)
     ids_LTK, rank_LTK = np.empty((layers, tokens, top_k), np.int16), np.empty((layers, tokens, top_k), np.int16)
     rank_TK = np.empty((tokens, top_k), np.int32)
     for layer in range(layers):

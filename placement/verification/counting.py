@@ -48,7 +48,7 @@ def count(statement: Statement, trace: RoutingTrace, slots_LS: np.ndarray, slots
     """
     tokens, layers, ranks, nodes = trace.num_tokens, len(slots_LS), statement.num_ranks, statement.num_nodes
     rank_S, node_R = np.repeat(np.arange(ranks), slots_R), statement.node_R
-    serve = server(statement.rule, slots_LS, rank_S, node_R, int(statement.experts_L.max()))
+    serve = server(statement.rule, slots_LS, rank_S, node_R, int(statement.experts_L.max()), statement.batch)
     replicated = any(np.bincount(row[row >= 0]).max() > 1 for row in slots_LS)
     coherent, homes_T = statement.mode == "coherent", np.arange(tokens) % ranks
     owner_T = homes_T if replicated and not coherent else np.full(tokens, -1)

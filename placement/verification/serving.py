@@ -15,15 +15,16 @@ Serve = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """(layer, (T, K) ids, (T,) rank where each token is or -1) -> (T, K) serving rank, -1 where there is no expert."""
 
 
-def server(rule: str, slots_LS: np.ndarray, rank_S: np.ndarray, node_R: np.ndarray, experts: int) -> Serve:
+def server(rule: str, slots_LS: np.ndarray, rank_S: np.ndarray, node_R: np.ndarray, experts: int, batch: int) -> Serve:
     """The rule of that name on one placement.
 
     Args:
-        rule: "moeplace", "nearest-static", "random" or "hash".
+        rule: "moeplace", "balanced", "nearest-static", "random" or "hash".
         slots_LS: (L, S) expert in each slot, -1 = empty.
         rank_S: (S,) rank of each slot.
         node_R: (R,) node of each rank.
         experts: E.
+        batch: tokens of a step.
     """
     held_LER = np.zeros((len(slots_LS), experts, len(node_R)), bool)
     for layer, slot in np.argwhere(slots_LS >= 0):
@@ -32,6 +33,8 @@ def server(rule: str, slots_LS: np.ndarray, rank_S: np.ndarray, node_R: np.ndarr
         return lambda layer, ids_TK, near_T: np.where(ids_TK >= 0, held_LER[layer].argmax(axis=1)[ids_TK], -1)
     if rule == "moeplace":
         return lambda layer, ids_TK, near_T: _cover(ids_TK, held_LER[layer], node_R, near_T)
+    if rule == "balanced":
+        return lambda layer, ids_TK, near_T: _by_load_so_far(ids_TK, held_LER[layer], node_R, near_T, batch)
     if rule == "nearest-static":
         table_RLE = _static_ranks(slots_LS, rank_S, node_R, experts)
         return lambda layer, ids_TK, near_T: _by_asking(table_RLE[:, layer], ids_TK, near_T)
@@ -131,3 +134,72 @@ def _near(slots: list[int], rank: int, rank_S: np.ndarray, node_R: np.ndarray) -
     if own:
         return own[0]
     return mates[0] if 0 < len(mates) < len(slots) else -1
+
+
+def _by_load_so_far(
+    ids_TK: np.ndarray, held_ER: np.ndarray, node_R: np.ndarray, near_T: np.ndarray, batch: int
+) -> np.ndarray:
+    """ "balanced": step by step, all homes of a step at once, each with what it has sent so far."""
+    tokens, ranks = len(ids_TK), len(node_R)
+    width = min(batch, tokens)
+    length = tokens // width
+    in_steps = np.arange(width * length).reshape(width, length)
+    steps = [*in_steps.T, np.arange(width * length, tokens)]
+    home_T = np.where(near_T >= 0, near_T, np.arange(tokens) % ranks)
+    sent_HR, chosen_TK = np.zeros((ranks, ranks), np.int64), np.full(ids_TK.shape, -1)
+    for index in steps:
+        if len(index):
+            chosen_TK[index] = _one_step(ids_TK[index], held_ER, node_R, near_T[index], home_T[index], sent_HR)
+    return chosen_TK
+
+
+def _one_step(
+    ids_BK: np.ndarray,
+    held_ER: np.ndarray,
+    node_R: np.ndarray,
+    near_B: np.ndarray,
+    home_B: np.ndarray,
+    sent_HR: np.ndarray,
+) -> np.ndarray:
+    """(B, K) serving ranks; adds to what homes have sent."""
+    top_k, ranks, rows = ids_BK.shape[1], len(node_R), np.arange(len(ids_BK))
+    exists_BK, copies_E = ids_BK >= 0, held_ER.sum(axis=1)
+    held_BKR = held_ER[ids_BK] & exists_BK[:, :, None]
+    single_BK = exists_BK & (copies_E[ids_BK] == 1)
+    used_BR = (held_BKR & single_BK[:, :, None]).any(axis=1)
+    fixed_HR, shared_H = np.zeros((ranks, ranks), np.int64), np.zeros(ranks, np.int64)
+    np.add.at(fixed_HR, home_B, (held_BKR & single_BK[:, :, None]).sum(axis=1))
+    np.add.at(shared_H, home_B, (exists_BK & ~single_BK).sum(axis=1))
+    known_BR = (sent_HR + 256 * fixed_HR)[home_B]
+    share_B = -(-256 * shared_H[home_B] // ranks)
+    near_BR, same_RR = near_B[:, None] == np.arange(ranks), node_R[:, None] == node_R[None, :]
+    for joined in range(top_k):
+        open_BKR = held_BKR & ~(held_BKR & used_BR[:, None, :]).any(axis=2, keepdims=True)
+        wanted_BR = open_BKR.sum(axis=1)
+        if not wanted_BR.any():
+            break
+        in_use_BR = ((used_BR | near_BR)[:, :, None] & same_RR).any(axis=1)
+        score_BR = np.where(wanted_BR > 0, 4 * wanted_BR + 2 * near_BR + in_use_BR, -1)
+        tied_BR = (score_BR == score_BR.max(axis=1, keepdims=True)) & (wanted_BR > 0)
+        draw_B = rows * 2 * top_k + top_k + joined
+        used_BR[rows, _drawn(tied_BR, known_BR, share_B, draw_B)] |= tied_BR.any(axis=1)
+    chosen_BK = np.where(single_BK, held_BKR.argmax(axis=2), -1)
+    for k in range(top_k):
+        drawn_B = _drawn(held_BKR[:, k] & used_BR, known_BR, share_B, rows * 2 * top_k + k)
+        chosen_BK[:, k] = np.where(exists_BK[:, k] & ~single_BK[:, k], drawn_B, chosen_BK[:, k])
+    token, place = np.nonzero(exists_BK)
+    np.add.at(sent_HR, (home_B[token], chosen_BK[token, place]), 256)
+    tokens_H = np.bincount(home_B[exists_BK.any(axis=1)], minlength=ranks)
+    sent_HR[:] = sent_HR * 4096 // (4096 + tokens_H)[:, None]
+    return chosen_BK
+
+
+def _drawn(tied_BR: np.ndarray, known_BR: np.ndarray, share_B: np.ndarray, draw_B: np.ndarray) -> np.ndarray:
+    """(B,) the tied rank on which the draw falls, each as wide as its room; any where none is tied."""
+    count_B1 = tied_BR.sum(axis=1, keepdims=True)
+    mean_B1 = (known_BR * tied_BR).sum(axis=1, keepdims=True)
+    room_BR = np.maximum(count_B1 * (share_B[:, None] - known_BR) + mean_B1, 0) * tied_BR
+    ends_BR = room_BR.cumsum(axis=1)
+    place_B1 = (draw_B * 2654435769 % 2**32 // 2**16)[:, None] * ends_BR[:, -1:]
+    found: np.ndarray = (ends_BR * 2**16 > place_B1).argmax(axis=1)
+    return found

@@ -10,7 +10,7 @@ import numpy as np
 
 from moeplace.profiling.errors import FormatError
 
-RULES = ("moeplace", "nearest-static", "random", "hash")
+RULES = ("moeplace", "balanced", "nearest-static", "random", "hash")
 MODES = ("dispatch-combine", "coherent", "allgather")
 OBJECTIVES = ("seconds", "traffic", "imbalance")
 SPLITS = ("train", "test", "all")

@@ -11,6 +11,7 @@ import torch
 
 from moeplace.placement.cluster import even_slots
 from moeplace.placement.cost.evaluation import require_same_model
+from moeplace.placement.cost.replica_rule import OWN_RULES
 from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError
@@ -32,6 +33,7 @@ class EngineParts:
         decoder: the model without routed experts.
         modes: how modes are chosen.
         node_aware: whether dispatch-combine sends one copy per node.
+        replica_rule: who serves an expert with several slots.
         cache_rows: rows per rank of the K/V cache.
         cache_positions: positions of each.
         agreed: what must be the same on all ranks, beside the placement.
@@ -42,6 +44,7 @@ class EngineParts:
     decoder: ServedModel
     modes: ModeRule
     node_aware: bool
+    replica_rule: str
     cache_rows: int
     cache_positions: int
     agreed: dict[str, str]
@@ -56,6 +59,7 @@ class EngineChoices:
     limits: EngineLimits
     node_aware: bool | None
     recorded: RecordedRouting | None
+    replica_rule: str
 
 
 def prepare_engine(
@@ -70,9 +74,12 @@ def prepare_engine(
     """Check the inputs of a rank and open the checkpoint.
 
     Raises:
-        InputError: the model is dense, or the placement is for another model or number of ranks.
+        InputError: the model is dense, the placement is for another model or number of ranks, or the replica rule is
+            that of an engine.
         FormatError: the checkpoint is incomplete or foreign.
     """
+    if choices.replica_rule not in OWN_RULES:
+        raise InputError(f"replica rule {choices.replica_rule!r} must be one of {', '.join(OWN_RULES)} to serve by")
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     placement = _checked_placement(checkpoint, placement, size)
@@ -90,8 +97,10 @@ def prepare_engine(
         "recorded routing": "none" if choices.recorded is None else f"{choices.recorded.trace.num_tokens} tokens",
         "number type": str(decoder.dtype),
         "limits": str(choices.limits),
+        "replica rule": choices.replica_rule,
     }
-    return EngineParts(checkpoint, placement, decoder, modes, node_aware, rows, positions, agreed)
+    rule = choices.replica_rule
+    return EngineParts(checkpoint, placement, decoder, modes, node_aware, rule, rows, positions, agreed)
 
 
 def _mode_rule(choices: EngineChoices, placement: Placement, decoder: ServedModel) -> ModeRule:

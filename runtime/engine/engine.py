@@ -81,6 +81,7 @@ class Engine:
         node_aware: bool | None = None,
         recorded: RecordedRouting | None = None,
         decoder: ServedModel | None = None,
+        replica_rule: str = "moeplace",
     ) -> None:
         """Open the checkpoint, agree with the other ranks, and read this rank's share.
 
@@ -93,15 +94,17 @@ class Engine:
                 where tokens have several experts (and there are several nodes).
             recorded: routing from which `auto` predicts every mode; None = `auto` follows the placement.
             decoder: that of the checkpoint, read already; its number type counts, not `dtype`.
+            replica_rule: who serves an expert with several slots, `moeplace` or `balanced`.
 
         Raises:
-            InputError: the model is dense, or the placement is for another model or number of ranks.
+            InputError: the model is dense, the placement is for another model or number of ranks, or the replica rule
+                is that of an engine.
             FormatError: the checkpoint is incomplete or foreign.
             DisagreementError: ranks were given different things.
         """
         if group is None:
             group = RankGroup(dist.HashStore(), rank=0, size=1, timeout=LOCAL_TIMEOUT)
-        choices = EngineChoices(mode, dtype, limits, node_aware, recorded)
+        choices = EngineChoices(mode, dtype, limits, node_aware, recorded, replica_rule)
         try:
             parts = prepare_engine(
                 checkpoint, placement, choices, decoder=decoder, size=group.size, device=group.device
@@ -130,6 +133,7 @@ class Engine:
             "activation": parts.checkpoint.family.forms[0].activation,
             "window": LoadWindow(parts.checkpoint.num_layers, placement.num_experts, keep=self.limits.recent_ids),
             "node_aware": parts.node_aware,
+            "replica_rule": parts.replica_rule,
         }
         room = {"rows": parts.cache_rows, "positions": parts.cache_positions}
         if isinstance(model, WholeModel):

@@ -14,6 +14,7 @@ from moeplace.runtime.engine.batch import Batch
 from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime
 from moeplace.runtime.exchange.factory import Dispatcher, make_dispatcher
+from moeplace.runtime.exchange.running_load import RunningLoad
 from moeplace.runtime.exchange.slot_tables import SlotTables
 from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.store import ExpertStore
@@ -49,9 +50,10 @@ class PlacedExperts(Generic[ModelT, CacheT]):
         activation: Activation,
         window: LoadWindow,
         node_aware: bool,
+        replica_rule: str = "moeplace",
     ) -> None:
         self.decoder, self.cache, self.group = decoder, cache, group
-        self._node_aware, self.window, self._experts = node_aware, window, experts
+        self._node_aware, self._replica_rule, self.window, self._experts = node_aware, replica_rule, window, experts
         make = TieredComputation if isinstance(experts, TieredStore) else ExpertComputation
         self._computation: ExpertComputation = make(experts, counters=group.counters, activation=activation)  # type: ignore[arg-type]
         self.version = 0
@@ -67,7 +69,8 @@ class PlacedExperts(Generic[ModelT, CacheT]):
         self.version = self.version + 1 if version is None else version
         self._experts.placed(placement, self.group.rank)
         tables = SlotTables.from_placement(placement, rank=self.group.rank, device=self.group.device)
-        self.runtime = MoeRuntime(tables, self._experts, self._computation, self.group.counters, self.window)
+        running = RunningLoad.of_rule(self._replica_rule, tables)
+        self.runtime = MoeRuntime(tables, self._experts, self._computation, self.group.counters, self.window, running)
         self._dispatchers: dict[Mode, Dispatcher] = {}
 
     def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:

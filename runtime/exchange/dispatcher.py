@@ -15,6 +15,7 @@ import torch
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.exchange.kv_ledger import KvLedger
 from moeplace.runtime.exchange.replica_choice import choose_slots
+from moeplace.runtime.exchange.running_load import RunningLoad
 from moeplace.runtime.exchange.slot_tables import SlotTables
 from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.store import ExpertStore
@@ -93,6 +94,7 @@ class MoeRuntime:
         computation: with those.
         counters: what is counted.
         window: routing seen; None = not recorded.
+        running: load so far, by which replicas are chosen (rule `balanced`); None = by the rule `moeplace`.
     """
 
     tables: SlotTables
@@ -100,6 +102,7 @@ class MoeRuntime:
     computation: ExpertComputation
     counters: Counters
     window: RoutingSink | None = None
+    running: RunningLoad | None = None
 
     def choose(
         self, layer: int, block: MoeBlock, hidden: torch.Tensor, token: torch.Tensor
@@ -143,7 +146,7 @@ class MoeRuntime:
         if self.window is not None:
             names = token.cpu().numpy() if self.window.names_tokens else None  # on a GPU a copy waits for the layer
             self.window.record(layer, ids.cpu().numpy(), names)
-        return choose_slots(self.tables, layer, ids, near=self.tables.rank, rotation=token)
+        return choose_slots(self.tables, layer, ids, near=self.tables.rank, rotation=token, running=self.running)
 
 
 class TokenDispatcher(Protocol):

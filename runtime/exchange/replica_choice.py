@@ -1,17 +1,24 @@
 """Replica choice on tensors: the rule of `moeplace.placement.cost.replica_choice`, for a whole batch at once.
 
-That module's docstring defines the rule; a test holds the two equal.
+That module's docstring defines the rule; a test holds the two equal. The other rule is that of a `RunningLoad`.
 
 Shape letters: T tokens, K top-k, R ranks.
 """
 
 import torch
 
+from moeplace.runtime.exchange.running_load import RunningLoad
 from moeplace.runtime.exchange.slot_tables import SlotTables
 
 
 def choose_slots(
-    tables: SlotTables, layer: int, ids: torch.Tensor, *, near: torch.Tensor | int, rotation: torch.Tensor
+    tables: SlotTables,
+    layer: int,
+    ids: torch.Tensor,
+    *,
+    near: torch.Tensor | int,
+    rotation: torch.Tensor,
+    running: RunningLoad | None = None,
 ) -> torch.Tensor:
     """The global slot that serves each expert of each token.
 
@@ -20,7 +27,8 @@ def choose_slots(
         layer: MoE layer.
         ids: (T, K) int64 expert ids, -1 = none.
         near: (T,) rank where each token is (or one rank for all), -1 = unknown.
-        rotation: (T,) int64, numbers that vary over tokens.
+        rotation: (T,) int64, numbers that vary over tokens: their index in the step.
+        running: the load so far, by which ties are split; None = by the table of orders. It counts these tokens in.
 
     Returns:
         (T, K) int64 global slots, -1 = none.
@@ -28,16 +36,21 @@ def choose_slots(
     if not tables.replicated[layer]:
         return tables.first_slot[layer][ids]
     near_T = torch.as_tensor(near, device=ids.device, dtype=torch.int64).expand(len(ids))
-    return _choose_among_replicas(tables, layer, ids, near_T, rotation)
+    slot_TKR = torch.where(ids[..., None] >= 0, tables.slot_on_rank[layer][ids.clamp(min=0)], -1)
+    if running is None:
+        rank_TK = _choose_ranks(tables, slot_TKR >= 0, near_T, rotation)
+    else:
+        rank_TK = running.choose_ranks(tables, layer, slot_TKR >= 0, near_T, rotation)
+    chosen_TK = slot_TKR.gather(2, rank_TK.clamp(min=0)[..., None]).squeeze(2)
+    return torch.where(rank_TK >= 0, chosen_TK, -1)
 
 
-def _choose_among_replicas(
-    tables: SlotTables, layer: int, ids_TK: torch.Tensor, near_T: torch.Tensor, rotation_T: torch.Tensor
+def _choose_ranks(
+    tables: SlotTables, held_TKR: torch.Tensor, near_T: torch.Tensor, rotation_T: torch.Tensor
 ) -> torch.Tensor:
-    ranks = tables.num_ranks
-    slot_TKR = torch.where(ids_TK[..., None] >= 0, tables.slot_on_rank[layer][ids_TK.clamp(min=0)], -1)
-    held_TKR = slot_TKR >= 0
-    index_R = torch.arange(ranks, device=ids_TK.device)
+    """(T, K) serving ranks, -1 = none."""
+    _, top_k, ranks = held_TKR.shape
+    index_R = torch.arange(ranks, device=held_TKR.device)
     order_TR = tables.preference[rotation_T % len(tables.preference)]  # 0 = first in the order of the rotation number
     is_near_TR = index_R == near_T[:, None]
     # Rule 1: experts with one slot decide which ranks are in use.
@@ -50,17 +63,16 @@ def _choose_among_replicas(
     rank_TK = torch.where(free_TKR.any(2), best_TK, -1)
     # Rule 3: greedily, the rank that holds most of what remains.
     node_TR = _same_node(tables, used_TR, near_T)
-    for _ in range(min(ids_TK.shape[1], ranks)):
+    for _ in range(min(top_k, ranks)):
         open_TKR = held_TKR & (rank_TK < 0)[..., None]
         count_TR = open_TKR.sum(1)
         score_TR = 4 * count_TR + 2 * is_near_TR.long() + node_TR.long()
         score_TR = torch.where(count_TR > 0, score_TR * ranks + ranks - 1 - order_TR, -1)
         best_T = score_TR.argmax(1)
-        takes_TK = open_TKR.gather(2, best_T[:, None, None].expand(-1, ids_TK.shape[1], 1)).squeeze(2)
+        takes_TK = open_TKR.gather(2, best_T[:, None, None].expand(-1, top_k, 1)).squeeze(2)
         rank_TK = torch.where(takes_TK, best_T[:, None], rank_TK)
         node_TR = node_TR | ((tables.node_of_rank == tables.node_of_rank[best_T][:, None]) & takes_TK.any(1)[:, None])
-    chosen_TK = slot_TKR.gather(2, rank_TK.clamp(min=0)[..., None]).squeeze(2)
-    return torch.where(rank_TK >= 0, chosen_TK, -1)
+    return rank_TK
 
 
 def _same_node(tables: SlotTables, used_TR: torch.Tensor, near_T: torch.Tensor) -> torch.Tensor:

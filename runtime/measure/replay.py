@@ -28,6 +28,7 @@ from moeplace.runtime.exchange.dispatcher import MoeRuntime, Step, TokenRows
 from moeplace.runtime.exchange.factory import make_dispatcher
 from moeplace.runtime.exchange.kv_ledger import KvLedger
 from moeplace.runtime.exchange.row_layout import RowLayout
+from moeplace.runtime.exchange.running_load import RunningLoad
 from moeplace.runtime.exchange.slot_tables import SlotTables
 from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.store import ExpertStore
@@ -172,6 +173,7 @@ class Replay:
         mode: how tokens travel.
         node_aware: dispatch-combine sends one copy per node.
         kv_pieces: pieces of the K/V exchange in coherent mode, 0 = K/V stay where they are (to time the rest).
+        replica_rule: who serves an expert with several slots, `moeplace` or `balanced`.
         cache: (L, B, c) K/V that this rank holds.
     """
 
@@ -186,15 +188,16 @@ class Replay:
         group: RankGroup,
         node_aware: bool = False,
         kv_pieces: int = 2,
+        replica_rule: str = "moeplace",
     ) -> None:
         """Make this rank's part; `group` must have the placement's nodes."""
-        self.placement, self.mode = placement, mode
+        self.placement, self.mode, self.replica_rule = placement, mode, replica_rule
         self.node_aware = node_aware and mode == "dispatch-combine" and group.num_nodes > 1
         self.kv_pieces = min(kv_pieces, steps.num_layers)
         self.steps, self._tensors = steps, tensors
         self._group = group
         device = group.device
-        runtime = _make_runtime(placement, group, tensors, steps.num_layers)
+        runtime = _make_runtime(placement, group, tensors, steps.num_layers, replica_rule)
         self._dispatcher = make_dispatcher(mode, runtime, group, node_aware=self.node_aware)
         self._homes = even_homes(shape.batch, group.size)
         start = sum(self._homes[: group.rank])
@@ -280,7 +283,9 @@ class Replay:
         return time.perf_counter()
 
 
-def _make_runtime(placement: Placement, group: RankGroup, tensors: ReplayTensors, num_layers: int) -> MoeRuntime:
+def _make_runtime(
+    placement: Placement, group: RankGroup, tensors: ReplayTensors, num_layers: int, replica_rule: str
+) -> MoeRuntime:
     """This rank's part of a placement; its slots point to the experts that all layers share."""
     here = placement.slots_on(group.rank)
     slots = here.stop - here.start
@@ -289,4 +294,6 @@ def _make_runtime(placement: Placement, group: RankGroup, tensors: ReplayTensors
         spare = iter(sorted(set(range(len(tensors.weights.gate_up))) - set(row)))  # for empty slots, never used
         store.commit(layer, {slot: expert if expert >= 0 else next(spare) for slot, expert in enumerate(row)})
     tables = SlotTables.from_placement(placement, rank=group.rank, device=group.device)
-    return MoeRuntime(tables, store, ExpertComputation(store, counters=group.counters), group.counters)
+    computation = ExpertComputation(store, counters=group.counters)
+    running = RunningLoad.of_rule(replica_rule, tables)
+    return MoeRuntime(tables, store, computation, group.counters, running=running)

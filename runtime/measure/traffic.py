@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moeplace.placement.cluster import Cluster
+from moeplace.placement.cost.balanced_choice import Sent, choose_balanced
 from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.replica_choice import choose_ranks
+from moeplace.placement.cost.replica_rule import BALANCED, MOEPLACE
 from moeplace.placement.cost.seconds import (
     collective_latency,
     expert_seconds,
@@ -108,6 +110,7 @@ def count_traffic(
     *,
     node_aware: bool = False,
     kv_pieces: int = 1,
+    replica_rule: str = MOEPLACE.name,
 ) -> ReplayTraffic:
     """Traffic of steps whose routing is known.
 
@@ -118,10 +121,11 @@ def count_traffic(
         sizes: bytes of rows.
         node_aware: dispatch-combine sends one copy per node.
         kv_pieces: pieces of the K/V exchange in coherent mode, 0 = none.
+        replica_rule: who serves an expert with several slots; by `balanced` nothing is sent before the first step.
     """
     steps, layers, batch, _ = ids_SLBK.shape
     home_B = np.repeat(np.arange(placement.num_ranks), even_homes(batch, placement.num_ranks))
-    position = _Position(placement, np.tile(home_B, steps), np.repeat(np.arange(steps), batch), steps)
+    position = _Position(placement, np.tile(home_B, steps), np.repeat(np.arange(steps), batch), steps, replica_rule)
     counted = [position.layer(layer, ids_SLBK[:, layer].reshape(steps * batch, -1), mode) for layer in range(layers)]
     tokens, activated = (np.stack([each[i] for each in counted], axis=1) for i in (2, 3))
     label = run_label(mode, node_aware=node_aware)
@@ -143,8 +147,8 @@ def count_traffic(
 class _Position:
     """Where the tokens of all steps are, layer by layer."""
 
-    def __init__(self, placement: Placement, home_T: np.ndarray, step_T: np.ndarray, steps: int) -> None:
-        self.placement, self.home_T, self.step_T, self.steps = placement, home_T, step_T, steps
+    def __init__(self, placement: Placement, home_T: np.ndarray, step_T: np.ndarray, steps: int, rule: str) -> None:
+        self._rule, self.placement, self.home_T, self.step_T, self.steps = rule, placement, home_T, step_T, steps
         self.owner_T = home_T.astype(np.int32)
         self._token_T = np.tile(np.arange(len(home_T) // steps), steps)
 
@@ -157,7 +161,11 @@ class _Position:
         rank_TK = np.empty(ids_TK.shape, np.int32)
         near_T = self.owner_T if mode == "coherent" else self.home_T.astype(np.int32)
         copies_ER = placement.copies_LER[layer]
-        choose_ranks(ids_TK, copies_ER, placement.node_of_rank, near_T, self._token_T, rank_TK)
+        if self._rule == BALANCED.name and placement.has_replicas:
+            sent = Sent(near_T, self.step_T, self._token_T)
+            choose_balanced(ids_TK, copies_ER, placement.node_of_rank, near_T, sent, rank_TK)
+        else:
+            choose_ranks(ids_TK, copies_ER, placement.node_of_rank, near_T, self._token_T, rank_TK)
         token, k = np.nonzero(rank_TK >= 0)
         rank, step = rank_TK[token, k], self.step_T[token]
         count_TR = np.zeros((len(ids_TK), ranks), np.int64)

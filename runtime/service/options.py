@@ -26,6 +26,7 @@ class ServiceOptions:
         start_timeout: seconds for a member, from when its process runs, to load and become a rank.
         keep_width: whether members that were lost are replaced by new ones.
         threads: of a member; how many cores one rank may use.
+        replica_rule: who serves an expert with several slots, `moeplace` or `balanced`.
         check_steps: compare the ranks after every step, see `moeplace.runtime.engine.step_check`; for tests.
     """
 
@@ -41,6 +42,7 @@ class ServiceOptions:
     keep_width: bool = False
     threads: int = 1
     check_steps: bool = False
+    replica_rule: str = "moeplace"
 
     def __post_init__(self) -> None:
         for name in ("bytes_per_step", "timeout", "step_timeout", "start_timeout"):

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from moeplace.launch.commands import evaluate, export, solve
+from moeplace.launch.serving.front_arguments import add_engine_arguments, replica_rule_of
 from moeplace.placement.engines import read_engine_placement
 from moeplace.placement.placement import Placement, index_order
 from moeplace.placement.placement_file import load_placement_file, save_placement
 from moeplace.profiling.errors import MoeplaceWarning
 from moeplace.profiling.traces.file import save_trace
 from tests.placement.instances import skewed_trace
+
+RULES = ("moeplace", "balanced", "nearest-static", "random", "hash")
 
 
 def run(command: ModuleType, *arguments: str | Path) -> int:
@@ -49,20 +52,20 @@ def test_evidence_names_the_rule(tmp_path: Path, trace: Path) -> None:
     evidence = load_placement_file(out).evidence
     assert evidence["replica_rule"] == "hash"
     by_rule = evidence["by_replica_rule"]
-    assert set(by_rule) == {"moeplace", "nearest-static", "random", "hash"}
+    assert set(by_rule) == set(RULES)
     assert by_rule["hash"]["ranks_per_token"] == evidence["ranks_per_token"]
 
 
 def test_evaluate_judges_by_the_rule(tmp_path: Path, trace: Path) -> None:
     """The JSON names the rule; ranks per token differ between rules where there are replicas."""
     placement, figures = with_replicas(tmp_path / "p.json"), {}
-    for rule in ("moeplace", "nearest-static", "random", "hash"):
+    for rule in RULES:
         out = tmp_path / f"{rule}.json"
         assert run(evaluate, trace, placement, "--replica-rule", rule, "--json", out) == 0
         document = json.loads(out.read_text())
         assert document["replica_rule"] == document["index_order"]["replica_rule"] == rule
         figures[rule] = document["ranks_per_token"]
-    assert figures["moeplace"] < min(figures[rule] for rule in ("nearest-static", "random", "hash"))
+    assert max(figures["moeplace"], figures["balanced"]) < min(figures[rule] for rule in RULES[2:])
 
 
 def test_export_says_what_remains(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +86,7 @@ def test_export_judges_what_it_writes(tmp_path: Path, trace: Path, capsys: pytes
     table[:, [4, 11]] = -1  # replicas of 3 and 0; those of 6 and 3 stay
     placement = Placement(table, np.full(4, 4), np.zeros(4, int), np.full(2, 12))
     promised = {"ranks_per_token": 1.0, "imbalance_mean": 1.0}
-    rules = ("moeplace", "nearest-static", "random", "hash")
+    rules = RULES
     save_placement(plan, placement, evidence={"by_replica_rule": dict.fromkeys(rules, promised)})
     assert run(export, plan, "--to", "vllm-ascend", "--out", out) == 0
     printed = capsys.readouterr().out
@@ -123,3 +126,30 @@ def test_evaluate_knows_topologies(tmp_path: Path, trace: Path) -> None:
         assert run(evaluate, trace, placement, "--topology", tmp_path / "g.graphml", "--json", out) == 0
         seconds.append(json.loads(out.read_text())["predicted_seconds"])
     assert seconds[1] > 10 * seconds[0]
+
+
+def test_serving_follows_what_was_solved_for(tmp_path: Path, trace: Path) -> None:
+    """The placement file's rule where the runtime knows it, unless another is asked for; engines' are refused."""
+    parser = argparse.ArgumentParser()
+    add_engine_arguments(parser)
+    for solved_for, asked, expected in (
+        ("balanced", [], "balanced"), ("moeplace", [], "moeplace"), ("hash", [], "moeplace"),
+        ("balanced", ["--replica-rule", "moeplace"], "moeplace"), ("hash", ["--replica-rule", "balanced"], "balanced"),
+    ):  # fmt: skip
+        plan = with_replicas(tmp_path / "p.json")
+        save_placement(plan, load_placement_file(plan).placement, evidence={"replica_rule": solved_for})
+        args = parser.parse_args(["--placement", str(plan), *asked])
+        assert replica_rule_of(args) == expected
+    assert replica_rule_of(parser.parse_args([])) == "moeplace"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--replica-rule", "hash"])
+
+
+def test_export_of_a_plan_by_running_load(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Engines do not follow that rule: what remains of its figures is said beside them."""
+    out, engine = tmp_path / "p.json", tmp_path / "engine.json"
+    arguments = ("--ranks", "4", "--slots-per-rank", "4", "--objective", "traffic", "--time-limit", "0.5", "--out", out)
+    assert run(solve, trace, "--replica-rule", "balanced", *arguments) == 0
+    evidence = load_placement_file(out).evidence
+    assert run(export, out, "--to", "vllm", "--out", engine) == 0
+    assert f"of the {evidence['ranks_per_token']:.3f} by moeplace's own" in capsys.readouterr().out

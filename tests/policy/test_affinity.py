@@ -213,6 +213,7 @@ def misfits(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "uneven": ({"trace": RoutingTrace(np.zeros((4, 3, 1), np.int16), np.array([12, 14, 12]))}, "14 experts"),
         "no token": ({"trace": RoutingTrace(np.zeros((0, 3, 1), np.int16), np.full(3, 12))}, "no token"),
         "no rule": ({"replica_rule": "best"}, "'best'"),
+        "no rule of engines": ({"replica_rule": "balanced"}, "no engine follows it"),
         "a cap below 1": ({"max_imbalance": 0.9}, "max_imbalance (0.9)"),
         "no cap": ({"max_imbalance": float("nan")}, "max_imbalance (nan)"),
         "no time": ({"trace_time_limit": -1}, "trace_time_limit (-1)"),

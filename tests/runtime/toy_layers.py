@@ -8,6 +8,7 @@ import torch
 from moeplace.placement.placement import Placement
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.exchange.dispatcher import MoeRuntime, Step, TokenDispatcher, TokenRows
+from moeplace.runtime.exchange.running_load import RunningLoad
 from moeplace.runtime.exchange.slot_tables import SlotTables
 from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.store import ExpertStore
@@ -74,7 +75,13 @@ class ToyModel:
         return torch.as_tensor(gate_up), torch.as_tensor(rng.normal(size=(HIDDEN, EXPERT_HIDDEN)))
 
     def runtime(
-        self, placement: Placement, rank: int, counters: Counters, *, device: str | torch.device = "cpu"
+        self,
+        placement: Placement,
+        rank: int,
+        counters: Counters,
+        *,
+        device: str | torch.device = "cpu",
+        replica_rule: str = "moeplace",
     ) -> MoeRuntime:
         """The part of a rank under a placement."""
         tables = SlotTables.from_placement(placement, rank=rank, device=device)
@@ -90,7 +97,8 @@ class ToyModel:
                     gate_up, down = self.expert_parts(layer, int(expert))
                     store.write(layer, slot, "gate_up", gate_up)
                     store.write(layer, slot, "down", down)
-        return MoeRuntime(tables, store, ExpertComputation(store, counters=counters), counters)
+        running = RunningLoad.of_rule(replica_rule, tables)
+        return MoeRuntime(tables, store, ExpertComputation(store, counters=counters), counters, running=running)
 
     def block(self, layer: int) -> ToyBlock:
         """One MoE layer; every other one has shared experts."""

@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dispatch-combine/node-aware "
         "(default for files, top-k > 1, several nodes) fix the form",
     )
+    parser.add_argument(
+        "--replica-rule",
+        choices=("moeplace", "balanced"),
+        default="moeplace",
+        help="who serves an expert with several slots, in every run (default: %(default)s)",
+    )
     parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="side of the trace (test)")
     parser.add_argument("--top-k", type=int, metavar="K", help="keep the first K experts of every token")
     parser.add_argument("--json", metavar="F", help="write conditions and figures to F")
@@ -70,6 +76,7 @@ def _options(args: argparse.Namespace) -> "ReplayOptions":
         kv_pieces=args.kv_pieces,
         seed=args.seed,
         timeout=args.timeout,
+        replica_rule=args.replica_rule,
         shape=shape_of(args),
     )
 

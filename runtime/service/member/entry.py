@@ -131,6 +131,7 @@ class Entrance:
             limits=options.limits,
             node_aware=options.node_aware,
             decoder=self._decoder,
+            replica_rule=options.replica_rule,
         )
         return Serving(
             engine,

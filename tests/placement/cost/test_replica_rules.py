@@ -41,7 +41,7 @@ def served(name: str, tokens: int) -> np.ndarray:
     placement = two_replicas()
     rank_TK = np.empty((tokens, 2), np.int32)
     ids_TK = np.tile(np.array([0, -1], np.int16), (tokens, 1))
-    get_rule(name).on(placement)(0, ids_TK, (np.arange(tokens) % 4).astype(np.int32), rank_TK)
+    get_rule(name).on(placement, 8)(0, ids_TK, (np.arange(tokens) % 4).astype(np.int32), rank_TK)
     assert (rank_TK[:, 1] == -1).all()
     return rank_TK[:, 0]
 
@@ -84,7 +84,9 @@ def test_rules_of_engines_need_more_ranks() -> None:
 
 
 def test_an_unknown_rule_is_named() -> None:
-    with pytest.raises(InputError, match="replica rule 'best' must be one of moeplace, nearest-static, random, hash"):
+    with pytest.raises(
+        InputError, match="replica rule 'best' must be one of moeplace, balanced, nearest-static, random, hash"
+    ):
         get_rule("best")
 
 

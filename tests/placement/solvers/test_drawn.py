@@ -96,7 +96,7 @@ def test_rows_in_turn_are_those_of_the_whole(rule: str, seed: int) -> None:
     placement = random_placement(
         rng, layers=layers, experts=experts, slots_of_rank=[4, 5, 3, 4], node_of_rank=[0, 0, 1, 1]
     )
-    whole = get_rule(rule).on(placement)
+    whole = get_rule(rule).on(placement, 8)
     turn = InTurn(get_rule(rule), placement.rank_of_slot, placement.node_of_rank, experts)
     for layer, row_S in enumerate(placement.slot_to_expert):
         ids_TK = skewed_trace(seed + layer, tokens=50, layers=1, experts=experts, top_k=3, ragged=0.2).layer(0)

@@ -36,7 +36,7 @@ def distances(seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", FIXED_AND_TODAY)
 @pytest.mark.parametrize("mode", ["dispatch-combine", "coherent", "allgather"])
-@pytest.mark.parametrize("rule", ["moeplace", "hash", "random", "nearest-static"])
+@pytest.mark.parametrize("rule", ["moeplace", "balanced", "hash", "random", "nearest-static"])
 def test_values_agree(seed: int, mode: str, rule: str) -> None:
     """Traffic, seconds and imbalance, with and without replicas, nodes, speeds and distances, ragged or not."""
     for slots in (4, 5, [6, 4, 5, 4]):

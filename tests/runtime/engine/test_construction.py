@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moeplace.placement.modes import MODES, Mode
+from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.engine import engine as engine_module
 from moeplace.runtime.engine.engine import Engine
@@ -32,9 +33,12 @@ def make_several(context: RankContext, path: Path) -> list[list[tuple[int, ...]]
             group=group,
             dtype=torch.float64,
             node_aware=True,
+            replica_rule=rule,
         )
-        for mode in ("dispatch-combine", "coherent", "dispatch-combine")
-    ]
+        for mode, rule in (
+            ("dispatch-combine", "moeplace"), ("coherent", "balanced"), ("dispatch-combine", "balanced"),
+        )
+    ]  # fmt: skip
     requests = [Request(str(n), (n + 1, 2, 3), 4, stop_ids=()) for n in range(5)]
     return [[completion.token_ids for completion in engine.generate(requests)] for engine in (*engines, *engines)]
 
@@ -72,6 +76,13 @@ def fail_somewhere(context: RankContext, path: Path, where: str) -> tuple[str, s
         group.close()  # as the end of a process would
         for name, function in before.items():
             setattr(engine_module, name, function)
+
+
+def test_rules_of_engines_cannot_be_served_by(tmp_path: Path) -> None:
+    """A name of another engine's replica rule is refused, and the sentence lists what can be asked for."""
+    save_checkpoint("mixtral", tmp_path)
+    with pytest.raises(InputError, match="replica rule 'hash' must be one of moeplace, balanced to serve by"):
+        Engine(tmp_path, replica_rule="hash")
 
 
 @pytest.mark.parametrize("where", ["prepare_engine", "load_experts"])

@@ -9,6 +9,7 @@ import torch
 
 from moeplace.placement.cluster import Cluster, Link
 from moeplace.placement.cost.calibration import Calibration, ExpertTime
+from moeplace.placement.cost.replica_rule import OWN_RULES
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError
@@ -154,7 +155,7 @@ def test_fits_recover_exact_lines() -> None:
 
 
 def run_replays(
-    context: RankContext, steps: RecordedSteps, nodes: int, seed: int
+    context: RankContext, steps: RecordedSteps, nodes: int, seed: int, rule: str
 ) -> list[tuple[dict[str, int], float, np.ndarray, np.ndarray]]:
     """Per form: bytes by tier, collectives per layer, outputs of a step, checksums of K/V."""
     placement = random_placement(
@@ -164,7 +165,9 @@ def run_replays(
     tensors = ReplayTensors.random(SHAPE, steps.num_experts, seed=0, device=group.device)
     results = []
     for mode, node_aware in FORMS:
-        run = Replay(steps, placement, mode, shape=SHAPE, tensors=tensors, group=group, node_aware=node_aware)
+        run = Replay(
+            steps, placement, mode, shape=SHAPE, tensors=tensors, group=group, node_aware=node_aware, replica_rule=rule
+        )
         outputs = run.outputs(0).numpy()
         group.counters.reset()
         run.step(1)
@@ -176,28 +179,34 @@ def run_replays(
     return results
 
 
+@pytest.mark.parametrize("rule", OWN_RULES)
 @pytest.mark.parametrize(("top_k", "size", "nodes"), [(1, 4, 2), (3, 4, 2), (2, 2, 1)])
-def test_counters_equal_counted_traffic(pool: RankPool, top_k: int, size: int, nodes: int) -> None:
-    """Every byte and collective of a step is predicted, and all modes have the same outputs and K/V."""
+def test_counters_equal_counted_traffic(pool: RankPool, top_k: int, size: int, nodes: int, rule: str) -> None:
+    """Every byte and collective of a second step is predicted, and all modes have the same outputs and K/V."""
     steps = random_steps(top_k)
-    results: list[Any] = pool.run(run_replays, steps, nodes, top_k, size=size)
+    results: list[Any] = pool.run(run_replays, steps, nodes, top_k, rule, size=size)
     placement = random_placement(
         steps.num_layers, steps.num_experts, size, seed=top_k, extra_slots=top_k % 2, nodes=nodes
     )
     node = placement.node_of_rank
     names = 2 * SHAPE.batch * 8 // size  # the chosen tokens' ids go to every other rank
     for form, (mode, node_aware) in enumerate(FORMS):
-        traffic = count_traffic(
-            steps.ids_SLBK[1:2], placement, mode, SHAPE.wire_sizes(top_k), node_aware=node_aware, kv_pieces=2
-        )
-        expected_RR = traffic.bytes_RR() + (names if mode == "coherent" else 0) * (1 - np.eye(size))
+        first, both = (
+            count_traffic(
+                steps.ids_SLBK[:count], placement, mode, SHAPE.wire_sizes(top_k),
+                node_aware=node_aware, kv_pieces=2, replica_rule=rule,
+            )
+            for count in (1, 2)
+        )  # fmt: skip
+        expected_RR = 2 * both.bytes_RR() - first.bytes_RR() + (names if mode == "coherent" else 0) * (1 - np.eye(size))
         for rank, result in enumerate(results):
             counted, collectives, outputs, kv_sums = result[form]
             same = node == node[rank]
             others = np.arange(size) != rank
             assert counted["inter_node"] == expected_RR[rank, ~same].sum(), (mode, node_aware)
             assert counted["intra_node"] == expected_RR[rank, same & others].sum(), (mode, node_aware)
-            assert collectives == traffic.collectives_per_layer() or mode == "dispatch-combine"
+            issued = 2 * both.collectives_per_layer() - first.collectives_per_layer()
+            assert collectives == issued or mode == "dispatch-combine"
             np.testing.assert_allclose(outputs, results[0][0][2], rtol=1e-5, atol=1e-5)
             if mode == "coherent":
                 np.testing.assert_array_equal(kv_sums, results[0][form][3])
