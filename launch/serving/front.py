@@ -254,4 +254,5 @@ def _service_options(args: argparse.Namespace) -> "ServiceOptions":
         keep_width=True,
         probe_tokens=args.probe_tokens,
         threads=args.threads_per_rank or 1,
+        device=args.device,
     )

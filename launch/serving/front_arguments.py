@@ -54,6 +54,12 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
         metavar="N",
         help="cores that a rank may use (default: all, shared out to ranks)",
     )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="what ranks compute on: cuda = a GPU for each; auto = GPUs where there are any (default)",
+    )
     parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for another rank")
 
 

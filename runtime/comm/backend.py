@@ -6,6 +6,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from moeplace.runtime.comm.watch import CollectiveWatch
+
 _SIGNS = ("gloo/transport", "gloo/rendezvous", "connect", "timed out", "timeout", "broken pipe", "reset by peer")
 """What gloo and the stores say, in lower case, when a peer cannot be heard any more."""
 _ENFORCED = "enforce fail"
@@ -23,6 +25,11 @@ def make_process_group(
         torch.cuda.set_device(device)
         return dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
     return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, limit)
+
+
+def watch_over(group: "dist.ProcessGroup", device: torch.device, timeout: float) -> CollectiveWatch | None:
+    """Who gives up collectives of a group that do not end; None = its own `wait` does."""
+    return None if device.type == "cpu" else CollectiveWatch(group.abort, timeout=timeout)
 
 
 def tells_of_lost_peer(error: Exception) -> bool:

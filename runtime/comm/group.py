@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.comm.agreement import Agreement
-from moeplace.runtime.comm.backend import first_sentence, make_process_group, tells_of_lost_peer
+from moeplace.runtime.comm.backend import first_sentence, make_process_group, tells_of_lost_peer, watch_over
 from moeplace.runtime.counters import OUTSIDE, TIERS, Counters
 from moeplace.runtime.errors import PeerLostError
 
@@ -49,7 +49,7 @@ class PendingExchange:
             PeerLostError: a peer is gone.
         """
         with self._group.counters.timed("exchange"), self._group._guard(self._kind):
-            self._work.wait()
+            self._group._end(self._work, self._kind)
 
 
 class RankGroup:
@@ -105,6 +105,11 @@ class RankGroup:
         self._tier_of_peer: list[str] = [TIERS[t] for t in tier]
         with self._guard("connecting"):
             self._group = make_process_group(store, rank, size, timeout, self.device)
+            # What is said in bytes goes by gloo also where tensors go by NCCL; made second, on all ranks alike.
+            self._control = self._group
+            if self.device.type != "cpu":
+                self._control = make_process_group(store, rank, size, timeout, torch.device("cpu"))
+        self._watch = watch_over(self._group, self.device, timeout)
         _OPEN.add(self)
         gloo = self.device.type == "cpu"
         self.short_messages = gloo if short_messages is None else short_messages and gloo
@@ -203,7 +208,10 @@ class RankGroup:
             if group is not None:
                 group.close()
         self._node_group = self._background = None
-        self.__dict__.pop("_group", None)
+        if self._watch is not None:
+            self._watch.close()
+        for name in ("_group", "_control"):
+            self.__dict__.pop(name, None)
 
     def agree(self, items: dict[str, str]) -> None:
         """Compare values over all ranks, through the store: no collective is issued.
@@ -262,54 +270,87 @@ class RankGroup:
         """`output` (R, ...) gets `input` (...) of every rank."""
         size = input.numel() * input.element_size()
         with self._issued(kind, [size] * self.size):
-            self._group._allgather_base(output.view(-1), input.view(-1)).wait()
+            self._end(self._group_of(input)._allgather_base(output.view(-1), input.view(-1)), kind)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, *, kind: str) -> None:
         """`output` (...) gets the sum over ranks of this rank's block of `input` (R, ...)."""
         size = output.numel() * output.element_size()
         with self._issued(kind, [size] * self.size):
-            self._group._reduce_scatter_base(output.view(-1), input.view(-1)).wait()
+            self._end(self._group._reduce_scatter_base(output.view(-1), input.view(-1)), kind)
 
     def all_reduce(self, tensor: torch.Tensor, *, kind: str) -> None:
         """Sum over ranks, in place."""
         # A ring sends every element 2 (R - 1) / R times; spread evenly over the peers.
         size = 2 * tensor.numel() * tensor.element_size() // self.size
         with self._issued(kind, [size] * self.size):
-            self._group.allreduce([tensor]).wait()
+            self._end(self._group.allreduce([tensor]), kind)
 
     def broadcast(self, tensor: torch.Tensor, *, root: int, kind: str) -> None:
         """Overwrite `tensor` with that of `root`."""
         size = tensor.numel() * tensor.element_size()
         with self._issued(kind, [size if self.rank == root else 0] * self.size):
-            self._group.broadcast(tensor, root).wait()
+            self._end(self._group_of(tensor).broadcast(tensor, root), kind)
 
     def broadcast_bytes(self, content: bytes, *, root: int, kind: str) -> bytes:
         """The bytes of `root`, on every rank."""
         if self.size == 1:
             return content
-        length = torch.tensor([len(content)], dtype=torch.int64, device=self.device)
+        length = torch.tensor([len(content)], dtype=torch.int64)
         self.broadcast(length, root=root, kind=kind)
-        buffer = torch.zeros(int(length.item()), dtype=torch.uint8, device=self.device)
+        buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
         if self.rank == root and content:
             buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         if len(buffer):
             self.broadcast(buffer, root=root, kind=kind)
-        return buffer.cpu().numpy().tobytes()
+        return buffer.numpy().tobytes()
 
     def all_gather_bytes(self, content: bytes, *, kind: str) -> list[bytes]:
         """The bytes of every rank, on every rank."""
         if self.size == 1:
             return [content]
-        length = torch.tensor([len(content)], device=self.device)
+        length = torch.tensor([len(content)])
         lengths_R = length.new_empty(self.size, 1)
         self.all_gather(lengths_R, length, kind=kind)
         lengths = lengths_R.flatten().tolist()
-        mine = torch.zeros(max(*lengths, 1), dtype=torch.uint8, device=self.device)
+        mine = torch.zeros(max(*lengths, 1), dtype=torch.uint8)
         if content:
-            mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self.device)
+            mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         everyone = mine.new_empty(self.size, len(mine))
         self.all_gather(everyone, mine, kind=kind)
-        return [row[:size].tobytes() for row, size in zip(everyone.cpu().numpy(), lengths, strict=True)]
+        return [row[:size].tobytes() for row, size in zip(everyone.numpy(), lengths, strict=True)]
+
+    def raise_if_lost(self) -> None:
+        """After a read of what collectives brought: whether they have really ended.
+
+        Raises:
+            PeerLostError: one was given up, and what was read is no result.
+        """
+        if self._watch is not None:
+            self._watch.check()
+
+    def open_all(self) -> None:
+        """Make every group that is made from this one, in the order that is the same on all ranks.
+
+        NCCL communicators that ranks make in different orders wait for each other.
+        """
+        if self.size > 1:
+            for group in (self, self.background()):
+                if self.num_nodes > 1:
+                    group.node_group()
+
+    def _group_of(self, tensor: torch.Tensor) -> "dist.ProcessGroup":
+        """The back end for a tensor. No variable may hold it: a traceback would keep a group open that is closed."""
+        return self._control if tensor.device.type == "cpu" else self._group
+
+    def _end(self, work: "dist.Work", kind: str) -> None:
+        """Wait for a collective as far as the back end waits, and have it watched beyond that."""
+        if self._watch is not None:
+            self._watch.add(work, kind)
+        try:
+            work.wait()
+        finally:
+            del work  # a traceback would keep it, and with it the group open
+        self.raise_if_lost()
 
     @contextmanager
     def _issued(self, kind: str, bytes_to_peer: list[int]) -> Iterator[None]:

@@ -299,6 +299,7 @@ class Engine:
         if self.group.size > 1:
             self.group.all_reduce(told, kind="tokens")
         numbers = told.tolist()
+        self.group.raise_if_lost()
         return numbers[:count], wanted.read(numbers[count + 1 :]), numbers[count]
 
     def _describe_draw(self, sequence: RunningSequence) -> Draw:

@@ -118,11 +118,17 @@ class HostMoves:
 
 
 class DeviceMoves:
-    """On a GPU; on a CPU too, for tests."""
+    """On a GPU; on a CPU too, for tests.
+
+    What goes to the device is written into pinned memory that is kept, so that the copy needs no wait. It may be
+    written again once the device has been waited for: `RowExchange` reads the heads of what it received before it
+    packs the next message.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept: dict[str, torch.Tensor] = {}
+        self._staged: dict[str, torch.Tensor] = {}
 
     def room(self, name: str, rows: int, width: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         """See `Moves`."""
@@ -149,8 +155,10 @@ class DeviceMoves:
         values: Mapping[str, torch.Tensor],
     ) -> None:
         """See `Moves`."""
-        message[:, : layout.head_words * 4].view(torch.int32).copy_(torch.from_numpy(heads))
-        target_n, source_n = self.index(np.stack([place, source])).unbind(0)
+        head_nH = message[:, : layout.head_words * 4].view(torch.int32)
+        head_nH.copy_(self._stage("heads", heads), non_blocking=True)
+        moved = self._stage("places", np.stack([place, source]))
+        target_n, source_n = moved.to(self._device, non_blocking=True).unbind(0)
         for name, value in values.items():
             layout.view(message, name)[target_n] = value.index_select(0, source_n)
 
@@ -165,6 +173,16 @@ class DeviceMoves:
         """See `Moves`."""
         first = own if kept is None else own.index_select(0, self.index(kept))
         return torch.cat([first, field.view(message).index_select(0, self.index(place))])
+
+    def _stage(self, name: str, array: np.ndarray) -> torch.Tensor:
+        """A copy in memory of the host that the device reads by itself."""
+        kept = self._staged.get(name)
+        if kept is None or kept.numel() < array.nbytes:
+            pinned = self._device.type == "cuda"
+            kept = self._staged[name] = torch.empty(2 * array.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        staged = kept[: array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        staged.numpy()[...] = array
+        return staged
 
 
 def make_moves(device: torch.device) -> Moves:

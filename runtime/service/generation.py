@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
+import torch
 
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
@@ -64,7 +65,9 @@ class Generation:
         """(R,) int64."""
         return np.array(self.nodes, np.int64)
 
-    def connect(self, store: ServiceStore, member: int, *, timeout: float, counters: Counters) -> RankGroup:
+    def connect(
+        self, store: ServiceStore, member: int, *, timeout: float, counters: Counters, device: torch.device
+    ) -> RankGroup:
         """The process group, once all members have come.
 
         Raises:
@@ -76,6 +79,7 @@ class Generation:
             size=len(self.members),
             timeout=timeout,
             node_of_rank=self.node_of_rank,
+            device=device,
             counters=counters,
         )
 
@@ -97,14 +101,15 @@ class Forming:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _is_abandoned: bool = field(default=False, repr=False)
 
-    def start(self, store: ServiceStore, member: int, *, timeout: float, counters: Counters) -> None:
+    def start(
+        self, store: ServiceStore, member: int, *, timeout: float, counters: Counters, device: torch.device
+    ) -> None:
         """Connect; `store` must be a connection of its own, which the group keeps."""
 
         def connect() -> None:
             try:
-                group = self.generation.connect(store, member, timeout=timeout, counters=counters)
-                if group.size > 1:
-                    group.background()  # here nobody waits for it
+                group = self.generation.connect(store, member, timeout=timeout, counters=counters, device=device)
+                group.open_all()  # here nobody waits for it
                 self._take(group)
             except PeerLostError as error:
                 self.error = str(error)

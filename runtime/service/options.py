@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
 from moeplace.profiling.errors import InputError
+from moeplace.runtime.comm.devices import DEVICES
 from moeplace.runtime.engine.limits import EngineLimits
 
 
@@ -27,6 +28,7 @@ class ServiceOptions:
         keep_width: whether members that were lost are replaced by new ones.
         threads: of a member; how many cores one rank may use.
         replica_rule: who serves an expert with several slots, `moeplace` or `balanced`.
+        device: of members: cpu, cuda (a GPU for each), or auto: cuda where a machine has GPUs.
         check_steps: compare the ranks after every step, see `moeplace.runtime.engine.step_check`; for tests.
     """
 
@@ -41,6 +43,7 @@ class ServiceOptions:
     start_timeout: float = 300.0
     keep_width: bool = False
     threads: int = 1
+    device: str = "auto"
     check_steps: bool = False
     replica_rule: str = "moeplace"
 
@@ -48,6 +51,8 @@ class ServiceOptions:
         for name in ("bytes_per_step", "timeout", "step_timeout", "start_timeout"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} ({getattr(self, name)}) must be positive")
+        if self.device not in DEVICES:
+            raise InputError(f"device {self.device!r} must be one of {', '.join(DEVICES)}")
         if self.threads < 1:
             raise InputError(f"threads ({self.threads}) must be at least 1")
         if self.probe_tokens < 0:
@@ -77,6 +82,7 @@ class MemberJob:
         options: how to serve.
         faults: what to do to itself and when, for tests; see `moeplace.runtime.service.faults`.
         secret: with which messages are signed.
+        place: its number among the members that are alive on its machine, as its spawner counts them.
     """
 
     member_id: int
@@ -87,6 +93,7 @@ class MemberJob:
     options: ServiceOptions
     faults: tuple[Mapping[str, Any], ...] = ()
     secret: str = field(default="", repr=False)
+    place: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -19,8 +20,8 @@ _PASSED_ON = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")
 class LocalMember:
     """A started process."""
 
-    def __init__(self, member_id: int, process: "subprocess.Popen[bytes]", words: IO[bytes]) -> None:
-        self.member_id = member_id
+    def __init__(self, member_id: int, place: int, process: "subprocess.Popen[bytes]", words: IO[bytes]) -> None:
+        self.member_id, self.place = member_id, place
         self._process, self._words = process, words
 
     @property
@@ -94,6 +95,7 @@ class LocalSpawner:
         self._starter.shutdown()
 
     def _start(self, member_id: int, job: MemberJob) -> LocalMember:
+        place = self._free_place()
         words: IO[bytes] = tempfile.TemporaryFile() if self.folder is None else self._log(member_id)  # noqa: SIM115
         try:
             process = subprocess.Popen(
@@ -110,14 +112,19 @@ class LocalSpawner:
             )
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # it has ended already, which its exit code says
-                process.stdin.write(json.dumps(job.to_json()).encode() + b"\n")
+                process.stdin.write(json.dumps(replace(job, place=place).to_json()).encode() + b"\n")
                 process.stdin.flush()
         except OSError:
             words.close()
             raise
-        member = LocalMember(member_id, process, words)
+        member = LocalMember(member_id, place, process, words)
         self._started.append(member)
         return member
+
+    def _free_place(self) -> int:
+        """The lowest number that no living member has: a GPU is free again when its member has ended."""
+        taken = {member.place for member in self._started if member.is_alive()}
+        return next(place for place in range(len(taken) + 1) if place not in taken)
 
     def _log(self, member_id: int) -> IO[bytes]:
         assert self.folder is not None
@@ -128,6 +135,7 @@ def member_environment(host: str, *, chatter: str | None = None) -> dict[str, st
     """One thread per rank, no chatter of the store unless it is wanted, and the networks that were named here; the
     loopback interface for gloo where the store is there."""
     environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # a lost peer must not end this process: see `CollectiveWatch`
     environment["TORCH_CPP_LOG_LEVEL"] = chatter or "ERROR"
     if host.startswith("127.") and Path("/sys/class/net/lo").exists():
         environment["GLOO_SOCKET_IFNAME"] = "lo"

@@ -10,6 +10,7 @@ from contextlib import suppress
 import torch
 
 from moeplace.profiling.errors import FormatError, InputError
+from moeplace.runtime.comm.devices import ThisMachine, device_of
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.errors import PeerLostError
@@ -49,7 +50,9 @@ class MemberLoop:
         self._faults.reach("starting")
         self._checkpoint = Checkpoint(job.checkpoint)
         dtype = job.options.dtype
-        self._decoder = open_model(self._checkpoint, dtype=getattr(torch, dtype) if dtype else None)
+        self._device = device_of(job.options.device, job.place, ThisMachine())
+        number_type = getattr(torch, dtype) if dtype else None
+        self._decoder = open_model(self._checkpoint, dtype=number_type, device=self._device)
         self._counters = Counters()  # of all generations
         self._entrance = Entrance(
             job, self._checkpoint, self._decoder, self._store, self._faults, self._heartbeat, self._prepare_next
@@ -144,7 +147,8 @@ class MemberLoop:
         forming = Forming(generation)
         self._faults.reach("forming")
         timeout = self.job.options.step_timeout  # slow is not hung: heartbeats tell who is
-        forming.start(self._connect(), self.job.member_id, timeout=timeout, counters=self._counters)
+        options = {"timeout": timeout, "counters": self._counters, "device": self._device}
+        forming.start(self._connect(), self.job.member_id, **options)
         return forming
 
     def _await_group(self, forming: Forming) -> RankGroup:

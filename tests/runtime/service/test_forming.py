@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from moeplace.runtime.counters import Counters
@@ -32,7 +33,7 @@ def form_and_wait(context: RankContext, is_early: bool) -> str:
     last = context.rank == context.size - 1
     if last and is_early:
         forming.abandon()
-    forming.start(store, context.rank, timeout=context.timeout, counters=Counters())  # type: ignore[arg-type]
+    forming.start(store, context.rank, timeout=context.timeout, counters=Counters(), device=torch.device("cpu"))  # type: ignore[arg-type]
     while not forming.wait(0.5):
         pass
     if last:

@@ -1,0 +1,115 @@
+"""Collectives that do not end are given up from another thread; the reader is told, and uses nothing of them."""
+
+import threading
+
+import pytest
+
+from moeplace.runtime.comm.watch import CollectiveWatch
+from moeplace.runtime.errors import PeerLostError
+
+
+class FakeWork:
+    """A collective that ends when it is told."""
+
+    def __init__(self) -> None:
+        self.is_done, self.error = False, ""
+
+    def is_completed(self) -> bool:
+        if self.error:
+            raise RuntimeError(self.error)
+        return self.is_done
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_watch(timeout: float = 10.0) -> tuple[CollectiveWatch, Clock, list[str]]:
+    clock, aborted = Clock(), []
+    return CollectiveWatch(lambda: aborted.append("now"), timeout=timeout, clock=clock, start=False), clock, aborted
+
+
+def test_each_collective_has_its_own_time() -> None:
+    """The time of one begins when the one before has ended, not when many were issued at once."""
+    watch, clock, aborted = make_watch()
+    works = [FakeWork() for _ in range(5)]
+    for number, work in enumerate(works):
+        watch.add(work, f"dispatch {number}")
+    for work in works:
+        clock.now += 9
+        watch.look()
+        work.is_done = True
+        watch.look()
+    watch.check()
+    assert not aborted
+
+
+def test_an_idle_time_is_nobodys_time() -> None:
+    """What is issued after a pause has all its time."""
+    watch, clock, aborted = make_watch()
+    first = FakeWork()
+    watch.add(first, "dispatch")
+    first.is_done = True
+    watch.look()
+    clock.now += 1000
+    watch.add(FakeWork(), "combine")
+    clock.now += 9
+    watch.look()
+    watch.check()
+    assert not aborted
+
+
+def test_what_does_not_end_is_aborted_once() -> None:
+    """At the limit it may still end, beyond it is given up; the sentence names it, and all later checks raise it."""
+    watch, clock, aborted = make_watch()
+    watch.add(FakeWork(), "combine")
+    clock.now += 10
+    watch.look()
+    watch.check()
+    clock.now += 0.001
+    for _ in range(3):
+        watch.look()
+    assert aborted == ["now"]
+    for _ in range(2):
+        with pytest.raises(PeerLostError, match=r"combine has not ended within 10 s"):
+            watch.check()
+
+
+def test_what_fails_is_aborted() -> None:
+    """An error of the back end is told in its words."""
+    watch, _, aborted = make_watch()
+    work = FakeWork()
+    work.error = "NCCL error: remote process exited"
+    watch.add(work, "dispatch")
+    watch.look()
+    assert aborted == ["now"]
+    with pytest.raises(PeerLostError, match="dispatch failed: NCCL error: remote process exited"):
+        watch.check()
+
+
+def test_an_abort_that_fails_is_told_all_the_same() -> None:
+    """The communicator is broken already."""
+
+    def abort() -> None:
+        raise RuntimeError("no communicator")
+
+    watch = CollectiveWatch(abort, timeout=1.0, clock=(clock := Clock()), start=False)
+    watch.add(FakeWork(), "dispatch")
+    clock.now += 2
+    watch.look()
+    with pytest.raises(PeerLostError):
+        watch.check()
+
+
+def test_a_reader_that_hangs_comes_back() -> None:
+    """The host hangs in a read; the thread aborts; the read returns, and the check raises."""
+    kernel_ends = threading.Event()
+    watch = CollectiveWatch(kernel_ends.set, timeout=0.05)
+    watch.add(FakeWork(), "dispatch")
+    assert kernel_ends.wait(30)
+    with pytest.raises(PeerLostError):
+        watch.check()
+    watch.close()

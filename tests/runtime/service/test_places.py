@@ -1,0 +1,50 @@
+"""Members of a machine have places: the number of their GPU, free again when they have ended."""
+
+import subprocess
+from typing import Any
+
+import pytest
+
+from moeplace.runtime.service.options import MemberJob, ServiceOptions
+from moeplace.runtime.service.spawner import LocalSpawner
+
+
+class FakeProcess:
+    """A process that keeps what it is told, and ends when it is killed."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.code: int | None = None
+        self.stdin, self.pid, self.told = self, 0, b""
+
+    def write(self, content: bytes) -> None:
+        self.told += content
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def kill(self) -> None:
+        self.code = -9
+
+    def wait(self, timeout: float) -> int | None:
+        return self.code
+
+
+def test_the_lowest_free_place_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members 0 to 3 at places 0 to 3; who comes after 1 and 2 are gone takes those, whatever its own number."""
+    monkeypatch.setattr(subprocess, "Popen", FakeProcess)
+    spawner = LocalSpawner()
+    job = MemberJob(0, "127.0.0.1", 1, "p", "checkpoint", ServiceOptions(device="cuda"))
+    members = [spawner.start(number, job) for number in range(4)]
+    assert [member.place for member in members] == [0, 1, 2, 3]
+    for number in (2, 1):
+        members[number].kill()
+    later = [spawner.start(number, job) for number in (4, 5, 6)]
+    assert [member.place for member in later] == [1, 2, 4]
+    told: Any = later[0]._process
+    assert b'"place": 1' in told.told
+    assert b'"device": "cuda"' in told.told
+    spawner.close()
