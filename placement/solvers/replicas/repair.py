@@ -31,8 +31,9 @@ HOT = 0.02
 
 
 def keep_caps(
-    problem: Problem, slots_LS: np.ndarray, caps_L: np.ndarray, rng: np.random.Generator, stop: np.ndarray
-) -> np.ndarray:
+    problem: Problem, slots_LS: np.ndarray, caps_L: np.ndarray, rng: np.random.Generator, stop: np.ndarray,
+    *, packs: bool = True,
+) -> np.ndarray:  # fmt: skip
     """(L, S) the slots with layers that exceed their cap on imbalance mended, as far as moves can; others untouched.
 
     Args:
@@ -41,6 +42,7 @@ def keep_caps(
         caps_L: (L,) imbalance that each layer is held to.
         rng: draws the moves.
         stop: (1,) uint8, set when time is up: then layers stay as they are, or as the best attempt left them.
+        packs: whether to begin from packing too, which keeps nearly any cap and has nothing of a row's traffic.
     """
     assert problem.trace is not None
     kept_LS, near_T = slots_LS.copy(), np.full(problem.trace.num_tokens, -1, np.int16)
@@ -54,7 +56,7 @@ def keep_caps(
         step, row_S = narrow(problem, kept_LS[layer]) if is_wide else (0, kept_LS[layer])
         mend = _Mend(with_steps(problem, step) if is_wide else problem, layer, rule, caps_L)
         if mend.overload(row_S) > 0 and not stop[0]:
-            row_S = mend.run(row_S, rng, stop)
+            row_S = mend.run(row_S, rng, stop, packs)
             kept_LS[layer] = widen(problem, row_S, step) if is_wide else row_S
         if problem.mode == "coherent":
             near_T = mend.owners(row_S, near_T)
@@ -85,10 +87,10 @@ class _Mend:
         replay(self._rule, self._holders(row_S), served)
         return follow_owners(served.rank_TK, near_T, self._cluster.num_ranks)
 
-    def run(self, row_S: np.ndarray, rng: np.random.Generator, stop: np.ndarray) -> np.ndarray:
+    def run(self, row_S: np.ndarray, rng: np.random.Generator, stop: np.ndarray, packs: bool) -> np.ndarray:
         """(S,) the first attempt without overload, else the row of least; a round that gains nothing is the last."""
         least, best_S = self.overload(row_S), row_S
-        starts = [row_S, pack_slots(self._problem, self._layer)]
+        starts = [row_S, pack_slots(self._problem, self._layer)] if packs else [row_S]
         for number in range(ROUNDS):
             before = least
             for hot, start in itertools.product((0.0, HOT), starts):
