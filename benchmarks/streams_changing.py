@@ -104,7 +104,8 @@ async def _measure(server: Server, args: argparse.Namespace, files: list[bytes])
 
 
 def _measure_budget(budget: int, args: argparse.Namespace, model: Path, files: list[bytes]) -> dict[str, Any]:
-    options = ["--admin", "--max-prefill-tokens", str(budget)] if budget else ["--admin"]
+    options = ["--admin", "--max-length", str(args.prompt + args.max_tokens + 64)]
+    options += ["--max-prefill-tokens", str(budget)] if budget else []
     server = Server(str(model), args.streams + args.long, args.ranks, *options)
     try:
         figures = asyncio.run(_measure(server, args, files))

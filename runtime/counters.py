@@ -27,6 +27,7 @@ class Counters:
         collectives_of_mode: mode -> collectives issued in those.
         single_exchange: coherent layer passes in which one exchange was enough.
         overflows: layer passes in which some pair exceeded its capacity and an extra round followed.
+        tokens_reused: tokens of prompts whose home this rank is and whose K/V were taken over, not run.
         experts_found: how activated experts were found where fast memory does not hold them all (resident, cached,
             prefetched, late, host, loaded).
         experts_foreseen: activated experts of layers that an earlier gate was asked about ("asked"), those of them that
@@ -46,6 +47,7 @@ class Counters:
     collectives_of_mode: Counter[str] = field(default_factory=Counter)
     single_exchange: int = 0
     overflows: int = 0
+    tokens_reused: int = 0
     experts_found: Counter[str] = field(default_factory=Counter)
     experts_foreseen: Counter[str] = field(default_factory=Counter)
     bytes_loaded: int = 0
@@ -79,6 +81,7 @@ class Counters:
             "activated_experts": self.activated.total(),
             "single_exchange": self.single_exchange,
             "overflows": self.overflows,
+            "tokens_reused": self.tokens_reused,
             "seconds": dict(self.seconds),
             **self._tiers(),
         }
@@ -111,6 +114,7 @@ class Counters:
             "activated_experts_per_layer": self.activated.total() / passes,
             "single_exchange_share": self.single_exchange / max(self.layer_passes["coherent"], 1),
             "overflows": self.overflows,
+            "tokens_reused": self.tokens_reused,
             "seconds": dict(self.seconds),
             **self._tiers(),
         }

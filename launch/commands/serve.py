@@ -151,6 +151,7 @@ def _make_engine(args: argparse.Namespace, group: "RankGroup", inputs: dict[str,
         max_length=args.max_length,
         kv_bytes=args.kv_bytes,
         max_prefill_tokens=args.max_prefill_tokens,
+        reuses_prefixes=args.prefix_reuse,
         tiers=tier_limits(args),
     )
     engine = Engine(

@@ -39,6 +39,12 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
         metavar="N",
         help="tokens of a pass that serves prompts, beside a token of every sequence that goes on (default: 512)",
     )
+    parser.add_argument(
+        "--prefix-reuse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a prompt takes over the K/V of another one that begins with the same tokens (default: yes)",
+    )
     parser.add_argument("--kv-bytes", type=int, metavar="B", help="K/V memory of a rank")
     add_tier_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the checkpoint's)")

@@ -42,7 +42,7 @@ class Batch:
     """See the module.
 
     Attributes:
-        sequences: by home, and there by kind.
+        sequences: by home, there by kind, and then by row.
         lengths: tokens of each that run, the first that are not cached.
         has_prompts: whether tokens run beside the last ones of sequences: of prompts, or of what is made again.
     """
@@ -53,13 +53,23 @@ class Batch:
 
     @classmethod
     def of(cls, sequences: Sequence[RunningSequence], lengths: Sequence[int], *, has_prompts: bool) -> Self:
-        """In its order."""
-        pairs = sorted(zip(sequences, lengths, strict=True), key=lambda pair: (pair[0].home, *_kind_of(*pair)))
+        """In its order; rows of the cache in theirs, since neighbours can be read without a copy."""
+
+        def place(pair: tuple[RunningSequence, int]) -> tuple[int, int, int, int]:
+            return pair[0].home, *_kind_of(*pair), pair[0].row
+
+        pairs = sorted(zip(sequences, lengths, strict=True), key=place)
         return cls(tuple(s for s, _ in pairs), tuple(length for _, length in pairs), has_prompts)
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        """Requests of which more than the last token runs, before the pass has run."""
+        found = [s for s in self.sequences if not s.cached or s.num_missing > 1]
+        return [sequence.request.request_id for sequence in found]
 
     @property
     def runs_single_tokens(self) -> bool:
@@ -105,4 +115,4 @@ def _kind_of(sequence: RunningSequence, length: int) -> tuple[int, int]:
     """Number of its kind, and class of its length."""
     if length == 1:
         return 0, 0
-    return (2 if sequence.cached else 1), length.bit_length() // _FACTOR_BITS
+    return (2 if sequence.start else 1), length.bit_length() // _FACTOR_BITS

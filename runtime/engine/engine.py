@@ -33,6 +33,7 @@ from moeplace.runtime.engine.scoring import Scorer
 from moeplace.runtime.engine.whole_executor import SequenceStates, WholeExecutor
 from moeplace.runtime.exchange.dispatcher import TokenRows
 from moeplace.runtime.kv.cache import KvCache
+from moeplace.runtime.kv.views import rotates_by_length
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.opening import ServedModel
 from moeplace.runtime.models.whole import WholeModel
@@ -150,13 +151,16 @@ class Engine:
         group.agree({"placement": placement.digest, **self._agreed})
 
     def _make_scheduler(self) -> Scheduler:
+        executor = self.executor
+        is_cut = isinstance(executor, Executor)
         return Scheduler(
             num_ranks=self.group.size,
-            rows=self.executor.cache.rows,
-            positions=self.executor.cache.positions,
+            rows=executor.cache.rows,
+            positions=executor.cache.positions,
             replicated=self._modes.rule.may_be_coherent,
             max_prefill_tokens=self.limits.max_prefill_tokens,
-            cuts_prompts=isinstance(self.executor, Executor),
+            cuts_prompts=is_cut,
+            reuses_prefixes=self.limits.reuses_prefixes and is_cut and not rotates_by_length(executor.decoder),
         )
 
     @property

@@ -70,6 +70,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
             self.settle()
         if coherent or share:
             self._hand_over(batch.sequences)
+        self._take_prefixes(batch)
         tokens_of_rank = batch.tokens_of_rank(self.group.size)
         self._claim(batch)
         self.note_pass(batch)
@@ -109,6 +110,18 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         """See `PlacedExperts.regroup`."""
         self._stream, self._unsettled = None, []
         super().regroup(group, placement, version=version)
+
+    def _take_prefixes(self, batch: Batch) -> None:
+        """Copy what sequences take over from rows, none of which a sequence of the batch has taken."""
+        for sequence in batch.sequences:
+            if sequence.prefix is None:
+                continue
+            if self.cache.replicated or sequence.home == self.group.rank:
+                self.cache.copy(sequence.prefix.row, sequence.row, sequence.prefix.positions)
+            sequence.cached, sequence.prefix = sequence.prefix.positions, None
+            sequence.replicated = sequence.cached if self.cache.replicated or self.group.size == 1 else 0
+            if sequence.home == self.group.rank:
+                self.group.counters.tokens_reused += sequence.cached
 
     def _claim(self, batch: Batch) -> None:
         """Let rows of the cache on this rank be of use to the tokens of a batch."""

@@ -21,6 +21,7 @@ class EngineLimits:
         recent_ids: tokens of all ranks whose routed ids are kept, beside the loads (`window.recent`).
         rank_sequences: sequences in flight per rank, where the number of ranks may change; None = a share of
             `max_sequences` (all of them where K/V are on every rank).
+        reuses_prefixes: a prompt takes over the K/V of another one that begins with the same tokens, running or not.
         tiers: how much of the experts is in fast memory; None = all.
     """
 
@@ -32,6 +33,7 @@ class EngineLimits:
     recent_ids: int = 0
     rank_sequences: int | None = None
     tiers: TierLimits | None = None
+    reuses_prefixes: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.tiers, Mapping):  # as it was written into a document

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.logprobs import MOST, TokenLogprob
 from moeplace.runtime.engine.sampling import GREEDY, SamplingParameters
+from moeplace.runtime.kv.row_pool import Prefix
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class RunningSequence:
         cached: positions whose K/V exist (at home). No token is drawn before those behind it have run: the rest of a
             prompt, or what a change of ranks left to be made again.
         replicated: positions whose K/V exist on every rank.
+        prefix: what its next pass takes over from a row, before it runs what follows; None = nothing.
         logprobs: index among the added tokens -> log-probabilities, where the request wants them.
     """
 
@@ -138,6 +140,7 @@ class RunningSequence:
     cached: int = 0
     replicated: int = 0
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     @property
     def added(self) -> tuple[int, ...]:
@@ -146,7 +149,12 @@ class RunningSequence:
     @property
     def num_missing(self) -> int:
         """Tokens that have to run before the next one is drawn."""
-        return len(self.token_ids) - self.cached
+        return len(self.token_ids) - self.start
+
+    @property
+    def start(self) -> int:
+        """Position from which on its next pass runs tokens."""
+        return self.cached if self.prefix is None else self.prefix.positions
 
     @property
     def num_added(self) -> int:

@@ -68,7 +68,7 @@ class Scorer:
             tokens = Batch.of(active, [1] * len(active), has_prompts=False)
             self._run(tokens, self._choose_mode("decode", len(active)), parts)
         for sequence, _ in placed:
-            self._scheduler.release(sequence)
+            self._scheduler.release(sequence, keep=False)  # what is scored may be doubtful experts
         return [torch.cat(parts[id(sequence)]) for sequence, _ in placed]
 
     def _run(self, batch: Batch, mode: Mode, parts: dict[int, list[torch.Tensor]]) -> None:

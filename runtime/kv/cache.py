@@ -53,6 +53,13 @@ class KvCache:
                 slab[row, :, end : self._filled[row]] = 0
         self._filled[row] = end
 
+    def copy(self, source: int, target: int, end: int) -> None:
+        """Let the first positions of a row, up to `end`, be those of another one."""
+        if source != target:
+            for slab in (self.all_keys, self.all_values):
+                slab[:, target, :, :end] = slab[:, source, :, :end]
+            self._filled[target] = max(self._filled[target], end)
+
     def write(self, layer: int, row: torch.Tensor, position: torch.Tensor, kv: torch.Tensor) -> None:
         """Store K/V (n, c) at rows (n,) and positions (n,) of a decoder layer."""
         self.keys[layer][row, :, position] = kv[:, : self._key_width].unflatten(1, self._key_shape)

@@ -181,6 +181,16 @@ def embed_positions(decoder: Decoder, position: torch.Tensor, *, known: int, lon
     return tuple(part[:, :-1] for part in embeddings)
 
 
+@torch.inference_mode()
+def rotates_by_length(decoder: Decoder) -> bool:
+    """Whether what attention knows of a position depends on how long the sequence is."""
+    first = torch.zeros(1, 1, dtype=torch.int64, device=decoder.device)
+    alone = decoder.position_embeddings(first + 1)
+    beside = embed_positions(decoder, first + 1, known=decoder.max_positions, longest=2)
+    pairs = [(alone, beside)] if isinstance(alone, torch.Tensor) else list(zip(alone, beside, strict=True))
+    return not all(torch.equal(one, other) for one, other in pairs)
+
+
 def _as_slice(row: torch.Tensor) -> slice | None:
     """The rows as a slice, where they are consecutive (looked at on the CPU only, where that is free)."""
     if row.device.type != "cpu" or not len(row):

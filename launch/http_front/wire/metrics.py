@@ -167,6 +167,7 @@ def _counters(counters: Mapping[str, object]) -> Iterator[Metric]:
         ("tokens_computed", "Assignments (token, expert) computed"),
         ("single_exchange", "Coherent layer passes in which one exchange was enough"),
         ("overflows", "Layer passes with an extra round"),
+        ("tokens_reused", "Tokens of prompts whose K/V were taken over, not run"),
     ):
         value = counters.get(name)
         if isinstance(value, int | float):

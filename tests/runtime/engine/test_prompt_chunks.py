@@ -134,10 +134,12 @@ def test_a_rotation_that_depends_on_the_length(tmp_path: Path) -> None:
 
 
 def random_requests(rng: np.random.Generator, prefix: str, count: int) -> list[Request]:
-    """Drawn, greedy, with and without log-probabilities."""
+    """Drawn, greedy, with and without log-probabilities; some prompts begin alike."""
     requests = []
+    stems = [tuple(np.random.default_rng(stem).integers(0, VOCABULARY, 25).tolist()) for stem in range(2)]
     for number in range(count):
-        prompt = tuple(rng.integers(0, VOCABULARY, rng.integers(1, 15)).tolist())
+        stem = stems[number % 2][: int(rng.integers(0, 26))] if rng.random() < 0.7 else ()
+        prompt = (*stem, *rng.integers(0, VOCABULARY, rng.integers(1, 15)).tolist())
         sampling = SamplingParameters(0.8, seed=number, repetition_penalty=1.2) if number % 2 else SamplingParameters()
         wish = int(rng.integers(0, 4)) if number % 3 else None
         requests.append(Request(f"{prefix}{number}", prompt, int(rng.integers(1, 9)), sampling, (), wish))
@@ -165,12 +167,16 @@ def lose_a_rank(engine: Engine, lost: int, progress: int) -> None:
             sequence.replicated = count
 
 
-def serve_disturbed(context: RankContext, path: Path, mode: str, seed: int) -> tuple[Any, Any, int]:
-    """Completions undisturbed with whole prompts, and in chunks among arrivals, cancellations and lost ranks."""
+def serve_disturbed(context: RankContext, path: Path, mode: str, seed: int) -> tuple[Any, Any, tuple[int, int]]:
+    """Completions undisturbed with whole prompts, and in chunks among arrivals, cancellations and lost ranks; prompts
+    that were unfinished at losses, and tokens that were taken over."""
     rng, group = np.random.default_rng(seed), context.group()
     requests, others = random_requests(rng, "r", 9), random_requests(rng, "x", 6)
-    expected = make_engine(group, path, mode, seed, max_prefill_tokens=1000).generate(requests)
-    engine = make_engine(group, path, mode, seed, max_prefill_tokens=int(rng.integers(1, 9)))
+    whole = make_engine(group, path, mode, seed, max_prefill_tokens=1000, max_length=64, reuses_prefixes=False)
+    expected = whole.generate(requests)
+    budget = int(rng.integers(1, 17))
+    engine = make_engine(group, path, mode, seed, max_prefill_tokens=budget, max_length=64)
+    assert group.counters.tokens_reused == 0
     arriving, done, in_prompt = [*requests, *others], {}, 0
     rng.shuffle(arriving)  # type: ignore[arg-type]
     while arriving or not engine.scheduler.is_idle:
@@ -183,7 +189,7 @@ def serve_disturbed(context: RankContext, path: Path, mode: str, seed: int) -> t
         if rng.random() < 0.15 and context.size > 1:
             in_prompt += sum(s.num_missing > 1 for s in engine.scheduler.running)
             lose_a_rank(engine, int(rng.integers(0, context.size)), progress=1 + len(done))
-    return expected, [done[request.request_id] for request in requests], in_prompt
+    return expected, [done[request.request_id] for request in requests], (in_prompt, group.counters.tokens_reused)
 
 
 def same(found: Completion, expected: Completion) -> bool:
@@ -205,10 +211,14 @@ def same(found: Completion, expected: Completion) -> bool:
 def test_nothing_that_happens_in_mid_prompt_changes_a_token(
     pool: RankPool, olmoe: Oracle, size: int, mode: str, seed: int | None, dated_seed: int
 ) -> None:
-    """Arrivals, cancellations, and the loss of any rank with all that it held, whatever prompts are unfinished then."""
+    """Arrivals, cancellations, and the loss of any rank with all that it held, whatever prompts are unfinished then;
+    nor do K/V that are taken over from other prompts, running or ended."""
     results = pool.run(serve_disturbed, olmoe.path, mode, dated_seed % 1000 if seed is None else seed, size=size)
     for expected, found, _ in results:
         assert all(map(same, found, expected)), (found, expected)
+    if seed == 0:  # all of it has happened
+        assert all(in_prompt for *_, (in_prompt, _) in results)
+        assert sum(reused for *_, (_, reused) in results)
 
 
 def test_whole_models_are_never_cut(tmp_path: Path) -> None:

@@ -127,4 +127,4 @@ def test_a_scheduler_survives_the_journey() -> None:
         [getattr(s, k) for k in key] for s in before.running
     ]
     assert after.waiting == before.waiting
-    assert after.prompts_of_next_pass() == before.prompts_of_next_pass() == ["4"]
+    assert after.foresee().prompt_ids == before.foresee().prompt_ids == ["4"]
