@@ -140,7 +140,8 @@ class Engine:
         if isinstance(model, WholeModel):
             return WholeExecutor(model, experts, SequenceStates(**room), self.group, placement, **options)
         cache = KvCache(model, **room, replicated=parts.modes.may_be_coherent)
-        return Executor(model, experts, cache, self.group, placement, **options)
+        fixed_shapes = self.limits.fixed_shapes
+        return Executor(model, experts, cache, self.group, placement, fixed_shapes=fixed_shapes, **options)
 
     def agree(self, group: RankGroup, placement: Placement) -> None:
         """Compare with the other ranks of a group what must be the same on all.

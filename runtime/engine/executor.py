@@ -15,8 +15,7 @@ from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.batch import Batch, BatchPart
 from moeplace.runtime.engine.placed_experts import PlacedExperts
 from moeplace.runtime.engine.requests import RunningSequence
-from moeplace.runtime.exchange.dispatcher import Step, TokenRows
-from moeplace.runtime.exchange.factory import Dispatcher
+from moeplace.runtime.exchange.dispatcher import Step, TokenDispatcher, TokenRows
 from moeplace.runtime.exchange.kv_ledger import KvLedger
 from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.kv.cache import KvCache
@@ -44,10 +43,12 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         cache: KvCache,
         group: RankGroup,
         placement: Placement,
+        fixed_shapes: bool = False,
         **options: Any,
     ) -> None:
-        """See `PlacedExperts`."""
+        """`fixed_shapes`: whether single tokens run in fixed shapes where they can; see `PlacedExperts`."""
         super().__init__(decoder, experts, cache, group, placement, **options)
+        self._fixed_shapes_wanted = fixed_shapes
         self.look_ahead_with(decoder.blocks)
         self._stream: KvStream[KvPlaces] | None = None
         self._unsettled: Sequence[RunningSequence] = ()  # whose last K/V are on their way
@@ -79,7 +80,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         if coherent:
             rows = self._run_coherent(rows, Step(tokens_of_rank), batch.sequences)
         else:
-            rows = self._run(mode, rows, Step(tokens_of_rank), parts)
+            rows = self._run(mode, rows, Step(tokens_of_rank), parts, in_fixed_shapes=self._suits_fixed_shapes(batch))
         for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
             if share:
                 sequence.replicated = sequence.cached
@@ -141,9 +142,22 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         x = self.decoder.embed(torch.tensor(ids, dtype=torch.int64, device=device))
         return TokenRows(x, torch.arange(first, first + len(ids), device=device))
 
-    def _run(self, mode: Mode, rows: TokenRows, step: Step, parts: Sequence[BatchPart]) -> TokenRows:
+    def _suits_fixed_shapes(self, batch: Batch) -> bool:
+        """Whether the shapes of a pass follow from how many sequences there are: then so they do in many passes."""
+        return self._fixed_shapes_wanted and batch.runs_single_tokens
+
+    def _run(
+        self, mode: Mode, rows: TokenRows, step: Step, parts: Sequence[BatchPart], *, in_fixed_shapes: bool
+    ) -> TokenRows:
         """All decoder layers; the tokens of this rank, which `parts` are, stay."""
-        dispatcher = self.dispatcher(mode)
+        shapes = self.fixed_shapes(mode) if in_fixed_shapes else None
+        if shapes is None:
+            return self._run_with(self.dispatcher(mode), rows, step, parts)
+        return shapes.run(lambda dispatcher: self._run_with(dispatcher, rows, step, parts))
+
+    def _run_with(
+        self, dispatcher: TokenDispatcher, rows: TokenRows, step: Step, parts: Sequence[BatchPart]
+    ) -> TokenRows:
         views, sizes = [self._view(part) for part in parts], [part.num_tokens for part in parts]
         for layer in range(self.decoder.num_layers):
             if len(views) == 1:
@@ -182,7 +196,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         self.group.counters.steps += 1
         return rows
 
-    def _feed_forward(self, layer: int, dispatcher: Dispatcher, rows: TokenRows, step: Step) -> TokenRows:
+    def _feed_forward(self, layer: int, dispatcher: TokenDispatcher, rows: TokenRows, step: Step) -> TokenRows:
         """The second half of a decoder layer: experts, or a dense one where there are tokens."""
         moe_layer = self.decoder.moe_index.get(layer)
         if moe_layer is not None:

@@ -22,6 +22,8 @@ class EngineLimits:
         rank_sequences: sequences in flight per rank, where the number of ranks may change; None = a share of
             `max_sequences` (all of them where K/V are on every rank).
         reuses_prefixes: a prompt takes over the K/V of another one that begins with the same tokens, running or not.
+        fixed_shapes: whether steps of single tokens run in fixed shapes where their mode has them (not `coherent`,
+            whose K/V have none, nor with tiers); see `moeplace.runtime.exchange.fixed`.
         tiers: how much of the experts is in fast memory; None = all.
     """
 
@@ -34,6 +36,7 @@ class EngineLimits:
     rank_sequences: int | None = None
     tiers: TierLimits | None = None
     reuses_prefixes: bool = True
+    fixed_shapes: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.tiers, Mapping):  # as it was written into a document

@@ -14,6 +14,8 @@ from moeplace.runtime.engine.batch import Batch
 from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime
 from moeplace.runtime.exchange.factory import Dispatcher, make_dispatcher
+from moeplace.runtime.exchange.fixed.factory import make_fixed_shapes
+from moeplace.runtime.exchange.fixed.step import FixedShapes
 from moeplace.runtime.exchange.running_load import RunningLoad
 from moeplace.runtime.exchange.slot_tables import SlotTables
 from moeplace.runtime.experts.computation import ExpertComputation
@@ -72,6 +74,7 @@ class PlacedExperts(Generic[ModelT, CacheT]):
         running = RunningLoad.of_rule(self._replica_rule, tables)
         self.runtime = MoeRuntime(tables, self._experts, self._computation, self.group.counters, self.window, running)
         self._dispatchers: dict[Mode, Dispatcher] = {}
+        self._fixed: dict[Mode, FixedShapes | None] = {}
 
     def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:
         """Serve with the ranks of another group from the next pass on; see `Engine.regroup`."""
@@ -83,6 +86,14 @@ class PlacedExperts(Generic[ModelT, CacheT]):
         if mode not in self._dispatchers:
             self._dispatchers[mode] = make_dispatcher(mode, self.runtime, self.group, node_aware=self._node_aware)
         return self._dispatchers[mode]
+
+    def fixed_shapes(self, mode: Mode) -> FixedShapes | None:
+        """What carries a mode out in fixed shapes, None = it has none here."""
+        if isinstance(self._computation, TieredComputation):
+            return None
+        if mode not in self._fixed:
+            self._fixed[mode] = make_fixed_shapes(self.dispatcher(mode), self.runtime, self.group)
+        return self._fixed[mode]
 
     def look_ahead_with(self, blocks: Sequence[MoeBlock]) -> None:
         """Let gates of later layers say, from an earlier layer's input, which experts are to be fetched (Fate)."""

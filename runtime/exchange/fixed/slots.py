@@ -30,7 +30,8 @@ class FixedSlots:
         if self._runtime.window is not None:
             notes.routed.append((layer, ids, token))
         near = self._near.expand(len(token))
-        return choose_slots(self._runtime.tables, layer, ids, near=near, rotation=token), weights
+        tables, running = self._runtime.tables, self._runtime.running
+        return choose_slots(tables, layer, ids, near=near, rotation=token, running=running), weights
 
     def rooms(self, capacity: Capacity, rank: int, device: torch.device) -> Rooms:
         """Of messages to and from `rank`; tensors of rooms that are known already are on the device."""

@@ -80,12 +80,15 @@ class FixedShapes:
         Returns:
             Tokens that are on this rank at the end, none of them nobody.
         """
-        fixed = self.fixed
+        fixed, running = self.fixed, self.fixed.runtime.running
         fixed.notes = StepNotes()
+        before = None if running is None else running.carried_LR.clone()
         rows = run_layers(fixed)
         if self._is_exceeded(rows.x.device):
             fixed.group.counters.overflows += 1
             fixed.runtime.computation.drop_counts()
+            if running is not None:
+                running.carried_LR.copy_(before)
             return run_layers(self.exact)
         fixed.notes.keep(fixed.runtime)
         return without_nobody(rows)

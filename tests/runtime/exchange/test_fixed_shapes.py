@@ -18,6 +18,7 @@ from moeplace.runtime.exchange.factory import make_dispatcher
 from moeplace.runtime.exchange.fixed import counts
 from moeplace.runtime.exchange.fixed.factory import make_fixed_shapes
 from moeplace.runtime.exchange.fixed.step import FixedShapes
+from moeplace.runtime.exchange.running_load import RunningLoad
 from moeplace.runtime.exchange.slot_tables import SlotTables
 from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.store import ExpertStore
@@ -331,3 +332,37 @@ def test_layers_read_nothing_when_they_run(pool: RankPool) -> None:
     """The same with values, on the CPU: no number is asked for, and no size follows from one."""
     model = ToyModel.random(16, layers=3, experts=8, top_k=2, seed=2)
     assert pool.run(count_reads, model) == [[0, 0, 0]] * 4
+
+
+class TellingGroup(SilentGroup):
+    """Says that another rank had no room, or that all had."""
+
+    exceeded = 0
+
+    def all_reduce(self, tensor: torch.Tensor, *, kind: str) -> None:
+        tensor += self.exceeded
+
+
+@pytest.mark.parametrize("exceeded", [0, 1])
+def test_the_running_load_is_that_of_one_run(exceeded: int) -> None:
+    """Where replicas are chosen by the load so far, a step that runs again begins with the load before it."""
+    placement = random_placement(2, 6, 2, seed=4, extra_slots=2)
+    group: Any = TellingGroup(0, [0, 0])
+    group.exceeded = exceeded
+    model = ToyModel.random(9, layers=2, experts=6, top_k=2, seed=3)
+    bare = model.runtime(placement, 0, group.counters)
+    runtime = replace(bare, running=RunningLoad.none(bare.tables))
+    shapes = make_shapes("dispatch-combine", runtime, group)
+    loads: list[torch.Tensor] = []
+
+    def run_layers(dispatcher: Any) -> TokenRows:
+        assert runtime.running is not None
+        loads.append(runtime.running.carried_LR.clone())
+        runtime.running.carried_LR.add_(7)
+        return TokenRows(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))
+
+    shapes.run(run_layers)
+    assert runtime.running is not None
+    assert len(loads) == 1 + exceeded
+    assert not torch.stack(loads).any()
+    assert (runtime.running.carried_LR == 7).all()
