@@ -50,6 +50,7 @@ class SolveResult:
         notes: remarks for the user.
         statement: the problem as plain data, see `placement.statement`.
         certificate: what proves the bounds beside closed forms, see `bounds.certificate`.
+        promise: of imbalance on unseen sequences, see `studies.promise`; None where none was asked for.
     """
 
     placement: Placement
@@ -68,6 +69,7 @@ class SolveResult:
     notes: tuple[str, ...] = ()
     statement: dict[str, Any] = field(default_factory=dict)
     certificate: dict[str, Any] = field(default_factory=dict)
+    promise: dict[str, Any] | None = None
 
     def summary(self) -> dict[str, Any]:
         """The entry `solver` of a placement file."""
@@ -75,6 +77,8 @@ class SolveResult:
         document = {"name": self.solver, **{name: getattr(self, name) for name in names}}
         if self.moved is not None:
             document["moved"] = self.moved
+        if self.promise is not None:
+            document["promise"] = self.promise
         if self.notes:
             document["notes"] = list(self.notes)
         return document

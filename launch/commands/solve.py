@@ -35,8 +35,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cluster_arguments(parser)
     add_problem_arguments(parser)
     add_policy_arguments(parser)
+    add_promise_arguments(parser)
     # The words of the command line, for the placement file; where layers are searched (`moeplace ray solve`).
     parser.set_defaults(argv=(), spread=None)
+
+
+def add_promise_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `--max-imbalance` speaks of."""
+    parser.add_argument(
+        "--cap-on", choices=("fitted", "held-out"), default="fitted",
+        help="what --max-imbalance caps: each layer on the fitted tokens (default), or as a promise with --confidence "
+        "the mean over layers on as many unseen sequences as are fitted",
+    )  # fmt: skip
+    parser.add_argument(
+        "--confidence", type=float, default=0.9, metavar="P", help="of that promise (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,8 +126,16 @@ def _solve_side(args: argparse.Namespace, train: Any, mode: str, seconds: float,
     cluster = build_cluster(args, train.num_experts)
     require_tiers(args, cluster.memory)
     problem = Problem.from_trace(train, cluster, mode=mode, **problem_options(args, train, cluster))
-    options = {"time_limit": seconds, "seed": args.seed, "report": report, "spread": args.spread}
-    return problem, solve(problem, solver=args.solver, **options)
+    options = {"seed": args.seed, "report": report, "spread": args.spread}
+    if args.cap_on == "fitted":
+        return problem, solve(problem, solver=args.solver, time_limit=seconds, **options)
+    from moeplace.placement.studies.promise import solve_promised
+
+    def search(capped: Any, limit: float) -> Any:
+        return solve(capped, solver=args.solver, time_limit=limit, **options)
+
+    found = solve_promised(problem, search, time_limit=seconds, confidence=args.confidence, seed=args.seed)
+    return found[0], found[1]
 
 
 def _report_tags(args: argparse.Namespace, trace: Any) -> None:
@@ -210,7 +231,7 @@ def _solve_loads(args: argparse.Namespace, no_trace: Exception) -> int:
     from moeplace.placement.objective import load_imbalance
     from moeplace.placement.problem import Problem
     from moeplace.placement.solve import solve
-    from moeplace.profiling.errors import FormatError
+    from moeplace.profiling.errors import FormatError, InputError
     from moeplace.profiling.traces.loads import load_load
 
     try:
@@ -218,6 +239,8 @@ def _solve_loads(args: argparse.Namespace, no_trace: Exception) -> int:
     except FormatError:
         raise no_trace from None
     cluster = build_cluster(args, loads.load.shape[1])
+    if args.cap_on != "fitted":
+        raise InputError("--cap-on held-out needs a trace: loads say nothing of how sequences differ")
     mode = "dispatch-combine" if args.mode == "auto" else args.mode
     problem = Problem.from_load(
         loads.load,
