@@ -43,15 +43,18 @@ class HostTier:
         latency: seconds of a transfer, whatever it carries.
         bytes: room for experts, of a rank over all layers.
         compute: None = the host computes no experts.
+        wake: seconds that a rank loses beside each wait for a load: it has to be woken, and its caches have gone cold.
     """
 
     bandwidth: float
     latency: float = 0.0
     bytes: float = float("inf")
     compute: HostCompute | None = None
+    wake: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_numbers("host", {"latency": self.latency}, positive={"bandwidth": self.bandwidth, "bytes": self.bytes})
+        numbers = {"latency": self.latency, "wake": self.wake}
+        _check_numbers("host", numbers, positive={"bandwidth": self.bandwidth, "bytes": self.bytes})
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Memory:
         host: what lies behind it.
         disk: what lies behind that; None = no disk.
         transit: rows of the budget, over all layers, for what is on its way.
+        pieces: of an expert: between two of them a load that was begun ahead can be broken off, or wait for others.
 
     Raises:
         InputError: a value breaks a rule.
@@ -91,12 +95,15 @@ class Memory:
     fast_bytes: np.ndarray | None = None
     disk: DiskTier | None = None
     transit: int = 2
+    pieces: int = 4
 
     def __post_init__(self) -> None:
         if (self.fast_slots is None) == (self.fast_bytes is None):
             raise InputError("fast memory is stated either in slots per layer or in bytes")
         if self.transit < 1:
             raise InputError(f"transit rows ({self.transit}) must be at least 1: a missing expert needs room to land")
+        if self.pieces < 1:
+            raise InputError(f"pieces of a load ({self.pieces}) must be at least 1")
         for name, least, kind in (("fast_slots", 1, np.int64), ("fast_bytes", 0, np.float64)):
             value = getattr(self, name)
             if value is not None:
@@ -121,6 +128,7 @@ class Memory:
                 raise FormatError(f"memory tiers need the table [{table}]")
         fast, host = dict(document["fast"]), dict(document["host"])
         transit = int(fast.pop("transit", cls.transit))
+        pieces = int(host.pop("pieces", cls.pieces))
         unknown = set(fast) - {"slots", "bytes"}
         if unknown or len(fast) != 1:
             raise FormatError("[fast] has either slots or bytes, and optionally transit")
@@ -128,7 +136,7 @@ class Memory:
         per_rank = np.array(np.broadcast_to(np.asarray(amount), (num_ranks,)))
         tier = HostTier(**host, compute=None if compute is None else HostCompute(**compute))
         disk = DiskTier(**document["disk"]) if "disk" in document else None
-        return cls(tier, disk=disk, transit=transit, **{f"fast_{unit}": per_rank})
+        return cls(tier, disk=disk, transit=transit, pieces=pieces, **{f"fast_{unit}": per_rank})
 
     @property
     def num_ranks(self) -> int:

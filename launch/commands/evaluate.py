@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.calibration import calibration_for
-from moeplace.launch.options.policy import add_policy_arguments, policy_of, require_tiers
+from moeplace.launch.options.policy import add_policy_arguments, budgets_of, compared_policies, policy_of, require_tiers
 from moeplace.launch.options.problem import (
     SPLITS,
     add_kv_argument,
@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration", metavar="C", help="measured links and expert time")
     add_replica_rule(parser)
     add_policy_arguments(parser)
+    parser.add_argument(
+        "--budgets", metavar="P,Q,...", help="with memory tiers: hit rate and seconds with these percentages of a "
+        "rank's experts in fast memory, under --policy or some of them side by side",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the figures for machines")
 
 
@@ -64,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     named = bool(args.cluster or args.topology)
     cluster = build_cluster(args, trace.num_experts) if named else cluster_of(placement)
     require_tiers(args, cluster.memory)
+    budgets = budgets_of(args.budgets) if args.budgets is not None else ()
     rule, calibration = get_rule(args.replica_rule), calibration_for(args, trace, shape, placement.num_ranks)
     ours, base = (
         evaluate(side, p, mode=args.mode, cluster=cluster, shape=shape, calibration=calibration, rule=rule).summary()
@@ -74,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
     figures = {"split": name, "digest": placement.digest, **ours, "index_order": base}
     if cluster.memory is not None:
         figures["tiers"] = _evaluate_tiers(args, side, placement, cluster, shape, f"{name} tokens")
+        if budgets:
+            fit = trace.split("train") if name == "test" else side
+            figures["budgets"] = _sweep_budgets(args, side, fit, placement, cluster, shape, budgets)
     elif placement.tier is not None:
         print("(as if every expert were in fast memory: name the tiers with --cluster)")
     if args.json:
@@ -101,6 +109,25 @@ def _evaluate_tiers(
         f"than {judged.belady_hit_rate:.3g}"
     )
     return judged.summary()
+
+
+def _sweep_budgets(
+    args: argparse.Namespace, side: Any, fit: Any, placement: "Placement", cluster: Any, shape: Any, budgets: Any
+) -> Any:
+    """Print what other budgets would be worth; the figures."""
+    from moeplace.launch.options.problem import load_calibration
+    from moeplace.launch.progress import progress
+    from moeplace.launch.solving.tiers import budget_rows
+    from moeplace.placement.cost.replica_rule import get_rule
+    from moeplace.placement.tiers.budgets import sweep_budgets
+
+    with progress("walking budgets") as report:
+        points = sweep_budgets(
+            side, placement, compared_policies(args), budgets, fit=fit, cluster=cluster, mode=args.mode, shape=shape,
+            calibration=load_calibration(args), rule=get_rule(args.replica_rule), report=report,
+        )  # fmt: skip
+    print("\n" + budget_rows(points))
+    return [point.summary() for point in points]
 
 
 def _evaluate_loads(args: argparse.Namespace, loads: "LoadStats", placement: "Placement") -> int:

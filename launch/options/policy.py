@@ -22,6 +22,36 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--look-ahead", type=int, metavar="N", help="layers that it looks ahead (default: 1)")
 
 
+def budgets_of(text: str) -> tuple[float, ...]:
+    """Shares of all experts from a list of percentages.
+
+    Raises:
+        InputError: one does not lie in 0..100.
+    """
+    from moeplace.profiling.errors import InputError
+
+    shares = []
+    for word in text.split(","):
+        try:
+            share = float(word.strip().rstrip("%")) / 100
+        except ValueError:
+            share = -1.0
+        if not 0 < share <= 1:
+            raise InputError(f"budget {word.strip()!r} must be a percentage above 0 and up to 100")
+        shares.append(share)
+    return tuple(shares)
+
+
+def compared_policies(args: argparse.Namespace) -> list[Any]:
+    """Policies that curves over budgets compare: the one of the flags, or pinning, a cache, and foresight."""
+    from moeplace.placement.tiers.policy import FATE_ACCURACY, Policy, Predictor
+
+    if args.policy is not None or args.accuracy is not None:
+        return [policy_of(args)]
+    foresight = Predictor(FATE_ACCURACY, 1 if args.look_ahead is None else args.look_ahead)
+    return [Policy("pinned"), Policy("lru"), Policy("lookahead", foresight)]
+
+
 def require_tiers(args: argparse.Namespace, memory: Any) -> None:
     """Refuse these flags for a cluster without memory tiers, before long work.
 
@@ -30,8 +60,8 @@ def require_tiers(args: argparse.Namespace, memory: Any) -> None:
     """
     from moeplace.profiling.errors import InputError
 
-    for flag in ("policy", "accuracy", "look_ahead"):
-        value = getattr(args, flag)
+    for flag in ("policy", "accuracy", "look_ahead", "budgets"):
+        value = getattr(args, flag, None)
         if memory is None and value is not None:
             raise InputError(
                 f"--{flag.replace('_', '-')} ({value}) needs memory tiers: a cluster file (--cluster) with the tables "

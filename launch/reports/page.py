@@ -54,6 +54,10 @@ svg text.s4,svg text.s5,svg text.s6,svg text.s7,svg text.t0,svg text.t6{fill:#ff
 .block{fill:none;stroke:var(--ink);stroke-width:1.1}
 .bar{fill:var(--accent)}.bar.first{fill:var(--first)}.mark{stroke:var(--mark);stroke-width:2.2;fill:none}
 .grid{stroke:var(--line);fill:none}.front{stroke:var(--accent);stroke-width:1.5;stroke-dasharray:5 4;fill:none}
+.line{fill:none;stroke-width:2;stroke-linejoin:round}.line.dashed{stroke-width:1.3;stroke-dasharray:4 3}
+.line.c0,.dot.c0{stroke:var(--r0)}.dot.c0{fill:var(--r0)}.line.c1,.dot.c1{stroke:var(--r1)}.dot.c1{fill:var(--r1)}.line.c2,.dot.c2{stroke:var(--r2)}.dot.c2{fill:var(--r2)}
+.line.c3,.dot.c3{stroke:var(--r3)}.dot.c3{fill:var(--r3)}.line.c4,.dot.c4{stroke:var(--r4)}.dot.c4{fill:var(--r4)}.line.c5,.dot.c5{stroke:var(--r5)}.dot.c5{fill:var(--r5)}
+.line.c6,.dot.c6{stroke:var(--r6)}.dot.c6{fill:var(--r6)}.line.c7,.dot.c7{stroke:var(--r7)}.dot.c7{fill:var(--r7)}
 .seen{stroke:var(--ink);stroke-width:1.5;fill:none}svg text.number{font-weight:600;fill:#fff}
 .event{fill:var(--accent)}.event.good{fill:var(--good)}.event.bad{fill:var(--bad)}
 table.events td{text-align:left}table.events td:first-child{white-space:nowrap;width:1%}

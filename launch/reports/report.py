@@ -15,6 +15,7 @@ from moeplace.launch.reports.front_chart import Front
 from moeplace.launch.reports.measured import comparison, tiles
 from moeplace.launch.reports.sections import affinities, flows, loads, placements_section, sweeps, timeline
 from moeplace.launch.reports.standing import figures_of, objective_figure, sentence, standing_run
+from moeplace.launch.reports.tiers import Budgets, TierView, tier_section
 from moeplace.launch.reports.views import PlacementView, make_views
 from moeplace.placement.placement import Placement
 from moeplace.placement.placement_file import PlacementFile
@@ -35,6 +36,8 @@ class Report:
         equal: whether it went well.
         fronts: traffic against balance, may be none.
         events: of a service, may be none.
+        tiers: placements with experts that do not fit, may be none.
+        budgets: what more fast memory is worth, may be none.
     """
 
     views: Sequence[PlacementView]
@@ -44,6 +47,8 @@ class Report:
     equal: bool = True
     fronts: Sequence[Front] = ()
     events: Sequence[Event] = ()
+    tiers: Sequence[TierView] = ()
+    budgets: Sequence[Budgets] = ()
 
     @classmethod
     def of(
@@ -54,6 +59,8 @@ class Report:
         *,
         fronts: Sequence[Front] = (),
         events: Sequence[Event] = (),
+        tiers: Sequence[TierView] = (),
+        budgets: Sequence[Budgets] = (),
     ) -> Self:
         """A report on placements seen through `trace`.
 
@@ -63,6 +70,7 @@ class Report:
             document: conditions, runs and checks, as in report.json; may lack any.
             fronts: see `fronts_from_json`.
             events: see `read_events`.
+            tiers, budgets: see `reports.tiers`.
 
         Raises:
             InputError: a placement is for another model.
@@ -78,6 +86,8 @@ class Report:
             equal=checks.get("equal", True),
             fronts=fronts,
             events=events,
+            tiers=tiers,
+            budgets=budgets,
         )
 
     @property
@@ -120,6 +130,8 @@ def render(report: Report) -> str:
         best = shown[[view.name for view in views].index(report.after.name)]
         body.append(tiles([shown[0], best], figures=figures_of(report.after)))
     body.append(placements_section(views))
+    if report.tiers or report.budgets:
+        body.append(tier_section(report.tiers, report.budgets))
     if report.fronts:
         body.append(sweeps(report.fronts))
     body += [flows(views), loads(views)] if len(report.before.travel_BRR) else [loads(views)]

@@ -1,12 +1,13 @@
 """What `solve` and `evaluate` say where experts do not fit in fast memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moeplace.launch.tables import Cell, format_table
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
+from moeplace.placement.tiers.budgets import BudgetPoint
 from moeplace.placement.tiers.evaluation import TierEvaluation, evaluate_tiers, mean_expert_bytes
 from moeplace.placement.tiers.joint import TierPlan, plan_tiers
 from moeplace.placement.tiers.policy import Policy
@@ -90,3 +91,14 @@ def tier_table(judged: Mapping[str, TierEvaluation], title: str) -> str:
         for name, each in judged.items()
     ]  # fmt: skip
     return format_table([title, "policy", "ms/step", "hit rate", *shares, "MB/step", "link busy"], rows)
+
+
+def budget_rows(points: Sequence[BudgetPoint]) -> str:
+    """One row for each budget and policy."""
+    rows: list[list[Cell]] = [
+        [f"{p.budget:.1%}", p.fast_slots, p.times_active, p.policy, p.hit_rate,
+         "-" if p.belady_hit_rate is None else f"{p.belady_hit_rate:.4f}", p.seconds * 1e3]
+        for p in points
+    ]  # fmt: skip
+    header = ["budget", "rows a layer", "times active", "policy", "hit rate", "no cache above", "ms/step"]
+    return format_table(header, rows)

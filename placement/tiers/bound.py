@@ -5,10 +5,11 @@ a layer that hold what was used before, and one row through which others pass, f
 one row more that evicts what is used farthest in the future (Belady 1966) and gets its first contents for nothing.
 Experts fetched ahead for the very step are beyond it.
 
-**Seconds**, where every expert has one slot, residents stay, others are loaded when asked for, and hosts compute none:
-in a step the busiest link carries at least the mean, so a layer takes at least fixed + (backed experts asked for) x
-load / R; and likewise fixed + computing / R. Which experts are resident is left open but for their number over all
-ranks and layers: at best those that most steps ask for.
+**Seconds**, where residents stay, others are loaded when asked for, and hosts compute none: in a step the busiest link
+carries at least the mean, so a layer takes at least fixed + (backed experts asked for) x load / R; and likewise fixed +
+computing / R. Which experts are resident is left open but for their number over all ranks and layers: at best those
+that most steps ask for. A replica changes nothing in this: an expert with no resident slot is loaded by some rank, and
+two ranks that share its tokens compute it twice.
 
 Shape letters: L MoE layers, R ranks, E experts per layer, A experts asked for in a step.
 """

@@ -47,7 +47,7 @@ class TierEvaluation:
         link_bytes: bytes over all links per step.
         link_busy: busiest link's share of time.
         uses_LRU: (L, R, U) int64 activated experts by layer, rank and way.
-        loads_LR: (L, R) int64 loads over all steps, those in vain included.
+        loads_LR: (L, R) int64 loads begun over all steps, those in vain included.
         seconds_L: (L,) seconds of a step by layer.
         waited_LR: (L, R) seconds per step by which a rank took longer than with everything in fast memory.
     """
@@ -140,7 +140,7 @@ def evaluate_tiers(
         hit_rate=float(found_U[:3].sum() / activated),
         shares={name: float(share) for name, share in zip(USES, found_U / activated, strict=True)},
         belady_hit_rate=belady_hit_rate(routing, walked, rows) if with_bound else None,
-        link_bytes=float(link.loads_LR.sum() * size / walked.walked),
+        link_bytes=float((link.loads_LR.sum() - link.spared_R.sum()) * size / walked.walked),
         link_busy=float(link.busy_R.max() / seconds) if seconds else 0.0,
         uses_LRU=tally.uses_LRU,
         loads_LR=link.loads_LR,
@@ -209,6 +209,11 @@ def _link(placement: Placement, memory: Memory, expert_bytes: float) -> Link:
         expert_RQ=np.zeros((ranks, places), np.int64),
         since_RQ=np.zeros((ranks, places)),
         length_R=np.zeros(ranks, np.int64),
+        ahead_layer_R=np.full(ranks, -1),
+        ahead_expert_R=np.zeros(ranks, np.int64),
+        begun_R=np.zeros(ranks),
+        pieces=memory.pieces,
+        spared_R=np.zeros(ranks),
         loads_LR=np.zeros((placement.num_layers, ranks), np.int64),
         busy_R=np.zeros(ranks),
     )
@@ -221,6 +226,7 @@ def _pace(placement: Placement, memory: Memory, counted: Replay, terms: Terms, w
         fixed=expert.fixed,
         per_token=expert.per_token * terms.shape.batch / walked.width,
         per_activated=expert.per_activated,
+        wake=memory.host.wake,
         speed_R=terms.cluster.speed_of_rank,
         host_per_expert=np.inf if compute is None else compute.per_expert,
         host_per_token=0.0 if compute is None else compute.per_token,

@@ -54,6 +54,15 @@ class Link(NamedTuple):
     """Moment at which each waiting expert was named."""
     length_R: np.ndarray
     """int64 experts waiting."""
+    ahead_layer_R: np.ndarray
+    """int64 layer of the expert that was fetched ahead last, -1 = none since the link was asked for another."""
+    ahead_expert_R: np.ndarray
+    begun_R: np.ndarray
+    """Moment at which its load began, its pauses taken out."""
+    pieces: int
+    """Pieces of a load: between them a load that is fetched ahead can be broken off, or wait for others."""
+    spared_R: np.ndarray
+    """Loads that were broken off, in shares of a load that were not done."""
     loads_LR: np.ndarray
     """int64 loads so far."""
     busy_R: np.ndarray
@@ -125,6 +134,7 @@ def follow(fast, link, r, until, step, eviction, keep, none_E):  # type: ignore[
             link.free_R[r] = end
             fast.ready_LRE[layer, r, e] = end
             fast.fresh_LRE[layer, r, e] = True
+            link.ahead_layer_R[r], link.ahead_expert_R[r], link.begun_R[r] = layer, e, begin
             count_load(link, layer, r, e)
         done += 1
     if done:
@@ -134,6 +144,43 @@ def follow(fast, link, r, until, step, eviction, keep, none_E):  # type: ignore[
             link.since_RQ[r, i - done] = link.since_RQ[r, i]
         link.length_R[r] -= done
     link.looked_R[r] = max(link.looked_R[r], until)
+
+
+@njit(cache=True, nogil=True)
+def set_aside(fast, link, layer, r, now, awaited_E):  # type: ignore[no-untyped-def]
+    """The router of a layer has spoken: the link leaves what it fetches ahead, if that is not awaited now, at the end
+    of the piece under way. Of this layer it was in vain and is forgotten; of a later one it goes on after what is asked
+    for. Returns the seconds that are left of it, 0 = nothing was set aside."""
+    ahead, e = link.ahead_layer_R[r], link.ahead_expert_R[r]
+    if ahead < 0 or link.free_R[r] <= now or (ahead == layer and awaited_E[e]):
+        return 0.0
+    whole = link.load_LRE[ahead, r, e]
+    piece = whole / link.pieces
+    left = whole - min(np.ceil((now - link.begun_R[r]) / piece - 1e-9), link.pieces) * piece
+    if left <= 1e-9 * whole:
+        return 0.0
+    link.free_R[r] -= left
+    if ahead > layer:
+        return left
+    link.spared_R[r] += left / whole
+    link.busy_R[r] -= left
+    link.ahead_layer_R[r] = -1
+    fast.fresh_LRE[ahead, r, e] = False
+    if fast.state_LRE[ahead, r, e] == TRANSIT:
+        fast.transit_RW[r, fast.row_LRE[ahead, r, e]] = link.free_R[r]
+    else:
+        fast.used_LR[ahead, r] -= 1
+    fast.state_LRE[ahead, r, e] = ABSENT
+    return 0.0
+
+
+@njit(cache=True, nogil=True)
+def take_up(fast, link, r, since, left):  # type: ignore[no-untyped-def]
+    """Go on with what was set aside at `since`, behind what was loaded meanwhile."""
+    layer, e = link.ahead_layer_R[r], link.ahead_expert_R[r]
+    link.begun_R[r] += link.free_R[r] - since
+    link.free_R[r] += left
+    fast.ready_LRE[layer, r, e] = link.free_R[r]
 
 
 @njit(cache=True, nogil=True)

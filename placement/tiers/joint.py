@@ -3,7 +3,10 @@
 1. Residency by activation on the placement that is given.
 2. Layer by layer, experts change seats (`seating`): rank and residency at once.
 3. On every rank, layers trade resident rows, while one gains more by a row than another loses.
-4. 2 and 3 again; then, by the walk of the fitted tokens, the best of what was found and of simpler residencies.
+4. 2 and 3 again.
+5. Where there are spare slots, replicas of the most wanted experts take rows of the least wanted residents, as long as
+   the walk of the fitted tokens gets shorter.
+6. By that walk, the best of what was found and of simpler residencies.
 
 Shape letters: L MoE layers, E experts per layer, R ranks, S slots per layer, X seats.
 """
@@ -11,6 +14,7 @@ Shape letters: L MoE layers, E experts per layer, R ranks, S slots per layer, X 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +31,7 @@ from moeplace.placement.tiers.bound import pinned_seconds_bound
 from moeplace.placement.tiers.demand import Demand, count_demand
 from moeplace.placement.tiers.evaluation import TierEvaluation, evaluate_tiers, mean_expert_bytes
 from moeplace.placement.tiers.policy import Policy
+from moeplace.placement.tiers.replicas import with_replicas, without_replicas
 from moeplace.placement.tiers.residency import with_residency
 from moeplace.placement.tiers.seating import Asked, Seats, gains, seat
 from moeplace.profiling.errors import InputError
@@ -49,7 +54,7 @@ class TierPlan:
     Attributes:
         placement: with tiers.
         policy: to run it with.
-        found_by: "joint", or the simpler residency that was better.
+        found_by: "joint", "joint and N replicas", or the simpler residency that was better.
         evaluation: of it.
         lower_bound: proven seconds of a step for any placement that pins (see `bound`); None where hosts compute or
             experts are fetched ahead, which it does not cover.
@@ -84,7 +89,7 @@ def plan_tiers(
 
     Args:
         trace: tokens to fit to.
-        start: a placement of every expert; where experts have several slots, only residency is planned.
+        start: a placement of every expert; replicas are given up for the search, and come back where they pay.
         policy: what the plan is to be run with.
         cluster: with memory tiers.
         mode, shape, calibration, rule: as `evaluate_tiers` takes them.
@@ -106,27 +111,50 @@ def plan_tiers(
         by: with_residency(start, trace, memory, by=by, batch=shape.batch, expert_bytes=size)
         for by in ("load", "activation")
     }
-    if not start.has_replicas:
-        search = _Search(drafts["activation"], demand, cluster, memory, calibration, size)
-        for round_ in range(ROUNDS):
-            if time.monotonic() > deadline:
-                break
-            search.seat_layers(seed + round_, heat=HEAT / 2**round_)
-            search.trade_rows()
-            report((round_ + 1) / (ROUNDS + 1))
-        drafts["joint"] = search.placement(start)
-    judged = {
-        name: evaluate_tiers(
-            trace, draft, policy, cluster=cluster, mode=mode, shape=shape, calibration=calibration, rule=rule,
-            with_bound=False,
-        )
-        for name, draft in drafts.items()
+    terms: dict[str, Any] = {
+        "cluster": cluster, "mode": mode, "shape": shape, "calibration": calibration, "rule": rule, "with_bound": False,
     }  # fmt: skip
+    judged = {name: evaluate_tiers(trace, draft, policy, **terms) for name, draft in drafts.items()}
+    asked_LE = demand.activation_LE
+    bare = without_replicas(start, asked_LE) if start.has_replicas else start
+    first = drafts["activation"]
+    if start.has_replicas:
+        first = with_residency(bare, trace, memory, by="activation", batch=shape.batch, expert_bytes=size)
+    search = _Search(first, demand, cluster, memory, calibration, size)
+    for round_ in range(ROUNDS):
+        if time.monotonic() > deadline:
+            break
+        search.seat_layers(seed + round_, heat=HEAT / 2**round_)
+        search.trade_rows()
+        report((round_ + 1) / (ROUNDS + 1))
+    drafts["joint"] = search.placement(bare)
+    judge = lambda draft: evaluate_tiers(trace, draft, policy, **terms)  # noqa: E731
+    judged["joint"] = judge(drafts["joint"])
+    if (mode or start.mode) != "coherent":  # whose choice among replicas follows tokens that move
+        rows = [memory.rows(rank, layers=start.num_layers, expert_bytes=size) for rank in range(start.num_ranks)]
+        _add_replicas(drafts, judged, judge, asked_LE, np.array(rows) - memory.transit)
     best = min(judged, key=lambda name: judged[name].seconds)
     bound = None
-    if policy.name == "pinned" and policy.predictor is None and memory.host.compute is None and not start.has_replicas:
+    if policy.name == "pinned" and policy.predictor is None and memory.host.compute is None:
         bound = _lower_bound(trace, drafts[best], cluster, memory, mode, shape, calibration, rule, size)
     return TierPlan(drafts[best], policy, best, judged[best], bound, time.monotonic() - began)
+
+
+def _add_replicas(
+    drafts: dict[str, Placement],
+    judged: dict[str, TierEvaluation],
+    judge: Callable[[Placement], TierEvaluation],
+    asked_LE: np.ndarray,
+    room_R: np.ndarray,
+) -> None:
+    """More and more replicas, while a step gets shorter."""
+    least, count = judged["joint"].seconds, 1
+    while (more := with_replicas(drafts["joint"], asked_LE, room_R, count)) is not None:
+        name = f"joint and {(more.replica_counts - 1).clip(0).sum()} replicas"
+        drafts[name], judged[name] = more, judge(more)
+        if judged[name].seconds >= least or count >= asked_LE.shape[1]:
+            return
+        least, count = judged[name].seconds, 2 * count
 
 
 def _most_steps(trace: RoutingTrace, batch: int) -> int:
@@ -184,7 +212,12 @@ class _Search:
         ]
         tier = np.zeros(start.slot_to_expert.shape, np.int8) if start.tier is None else start.tier
         self.seats = [
-            Seats(start.rank_of_slot, row == RESIDENT, slots.astype(np.int64), 1.0 / cluster.speed_of_rank)
+            Seats(
+                start.rank_of_slot,
+                (row == RESIDENT) & (slots != EMPTY_SLOT),
+                slots.astype(np.int64),
+                1.0 / cluster.speed_of_rank,
+            )  # an empty seat has no row
             for row, slots in zip(tier, start.slot_to_expert, strict=True)
         ]
 

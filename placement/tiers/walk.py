@@ -3,11 +3,14 @@
 All ranks begin a layer's experts together, when its routing is known, and the next layer follows the slowest of them.
 On a rank, at that moment:
 
-1. What waits to be fetched ahead for this layer is forgotten; what is loaded already stays, what is on its way is late.
-2. Experts in fast memory are computed, then late ones as they come.
+1. What waits to be fetched ahead for this layer is forgotten; what is loaded already stays, what is on its way is late,
+   or, where nobody needs it or the host would have computed it before it comes, is broken off at the end of a piece.
+   What is on its way for a later layer waits, from the end of a piece on, until what is missing now has been loaded.
+2. Experts in fast memory are computed, then late ones as they come; who had to wait for one loses `wake` seconds more.
 3. Of the missing ones, from the fewest tokens on, the host computes an expert if it ends before its load would, all
    others being loaded (HybriMoE's rule). The link loads the rest, most tokens first, each computed when it has come.
-4. Behind these loads the predicted experts of the next layers wait for the link, most tokens first.
+4. Behind these loads the predicted experts of the next layers wait for the link, most tokens first. Of a layer only
+   the newest prediction counts.
 
 Shape letters: T tokens, L MoE layers, E experts per layer, K top-k, R ranks.
 """
@@ -28,6 +31,8 @@ from moeplace.placement.tiers.fast import (
     drop,
     follow,
     least_worth,
+    set_aside,
+    take_up,
     worth,
 )
 from moeplace.placement.tiers.policy import LFU
@@ -68,6 +73,8 @@ class Pace(NamedTuple):
     fixed: float
     per_token: float
     per_activated: float
+    wake: float
+    """Seconds that are lost beside each wait for a load."""
     speed_R: np.ndarray
     host_per_expert: float
     """Infinite where the host computes no experts."""
@@ -117,7 +124,7 @@ def walk(routing: Routing, steps: Steps, pace: Pace, rule: Rule, fast: Fast, lin
     tokens_RE = np.zeros((ranks, experts), np.int64)
     weight_RE = np.zeros((ranks, experts), np.float64)
     ahead_E = np.zeros(experts, np.int64)
-    none_E = np.zeros(experts, np.bool_)
+    none_E, awaited_E = np.zeros(experts, np.bool_), np.zeros(experts, np.bool_)
     now = 0.0
     for step in range(steps.walked):
         for layer in range(layers):
@@ -128,7 +135,12 @@ def walk(routing: Routing, steps: Steps, pace: Pace, rule: Rule, fast: Fast, lin
             for r in range(ranks):
                 follow(fast, link, r, now, step, rule.eviction, rule.keep, none_E)
                 drop(link, layer, r)
+                _awaited(pace, fast, layer, r, now, tokens_RE[r], awaited_E)
+                left = set_aside(fast, link, layer, r, now, awaited_E)
+                since = link.free_R[r]
                 end = _compute(pace, rule, fast, link, tally, Stand(step, layer, r, now), tokens_RE[r])
+                if left > 0:
+                    take_up(fast, link, r, since, left)
                 last = max(last, end)
                 _note_uses(rule, fast, layer, r, step, tokens_RE[r], weight_RE[r])
             for j in range(len(rule.accuracy_J)):
@@ -154,6 +166,15 @@ def _count_tokens(routing, steps, step, layer, tokens_RE, weight_RE):  # type: i
                 r = routing.rank_LTK[layer, t, k]
                 tokens_RE[r, e] += 1
                 weight_RE[r, e] += routing.weight_LTK[layer, t, k] if weighted else 1.0
+
+
+@njit(cache=True, nogil=True)
+def _awaited(pace, fast, layer, r, now, tokens_E, awaited_E):  # type: ignore[no-untyped-def]
+    """Which experts a rank waits for if they are on their way: those asked for that the host does not end before."""
+    for e in range(len(tokens_E)):
+        ends = now + pace.host_per_expert + pace.host_per_token * tokens_E[e]
+        awaited_E[e] = tokens_E[e] > 0
+        awaited_E[e] &= not (pace.on_host_LRE[layer, r, e] and ends < fast.ready_LRE[layer, r, e])
 
 
 @njit(cache=True, nogil=True)
@@ -186,7 +207,7 @@ def _compute(pace, rule, fast, link, tally, stand, tokens_E):  # type: ignore[no
             tally.uses_LRU[layer, r, use] += 1
     order = late[:num_late][np.argsort(fast.ready_LRE[layer, r][late[:num_late]], kind="mergesort")]
     for e in order:
-        at = max(at, fast.ready_LRE[layer, r, e]) + _device_seconds(pace, r, tokens_E[e])
+        at = _wait(pace, at, fast.ready_LRE[layer, r, e]) + _device_seconds(pace, r, tokens_E[e])
         done_E[e] = at
     found = missing[:num_missing]
     found = found[np.argsort(-tokens_E[found], kind="mergesort")]  # most tokens first, the lowest of equals first
@@ -194,7 +215,7 @@ def _compute(pace, rule, fast, link, tally, stand, tokens_E):  # type: ignore[no
     tally.uses_LRU[layer, r, ON_HOST] += num_missing - loaded
     tally.uses_LRU[layer, r, LOADED] += loaded
     for e in found[:loaded]:
-        at = _load(rule, fast, link, stand, e, at, _device_seconds(pace, r, tokens_E[e]), tokens_E, done_E)
+        at = _load(pace, rule, fast, link, stand, e, at, tokens_E, done_E)
         done_E[e] = at
     end = max(at, host_end)
     tally.waited_LR[layer, r] += end - everything
@@ -226,8 +247,14 @@ def _split(pace, link, layer, r, now, tokens_E, found):  # type: ignore[no-untyp
 
 
 @njit(cache=True, nogil=True)
-def _load(rule, fast, link, stand, e, at, own, tokens_E, done_E):  # type: ignore[no-untyped-def]
-    """Load a missing expert into a row, compute it in `own` seconds; the moment at which that is done."""
+def _wait(pace, at, until):  # type: ignore[no-untyped-def]
+    """The moment at which a rank that is free at `at` goes on with what comes at `until`."""
+    return at if until <= at else until + pace.wake
+
+
+@njit(cache=True, nogil=True)
+def _load(pace, rule, fast, link, stand, e, at, tokens_E, done_E):  # type: ignore[no-untyped-def]
+    """Load a missing expert into a row and compute it; the moment at which that is done."""
     step, layer, r, now = stand
     begin = max(link.free_R[r], now)
     transit = -1
@@ -247,7 +274,7 @@ def _load(rule, fast, link, stand, e, at, own, tokens_E, done_E):  # type: ignor
     came = begin + link.load_LRE[layer, r, e]
     link.free_R[r] = came
     count_load(link, layer, r, e)
-    at = max(at, came) + own
+    at = _wait(pace, at, came) + _device_seconds(pace, r, tokens_E[e])
     if transit >= 0:
         fast.transit_RW[r, transit] = at
     else:
@@ -286,6 +313,8 @@ def _predict(routing, steps, rule, fast, link, step, layer, j, now, ahead_E):  #
     """Queue what the predictor says of layer `layer`, most tokens first."""
     ahead_E[:] = 0
     experts = rule.experts_L[layer]
+    for r in range(len(link.free_R)):
+        drop(link, layer, r)
     for lane in range(steps.width):
         t = lane * steps.length + step
         for k in range(routing.ids_LTK.shape[2]):

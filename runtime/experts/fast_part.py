@@ -130,10 +130,16 @@ class FastPart:
         self.held[layer][row] = Held(target, load, fresh=True, in_transit=in_transit)
         return target
 
-    def learn_truth(self, layer: int, needed: Collection[int]) -> None:
-        """The layer's router has spoken: what was fetched ahead and is not needed may be given up."""
-        for row, held in self.held[layer].items():
-            held.fresh = held.fresh and row in needed
+    def learn_truth(self, layer: int, awaited: Collection[int]) -> list[Load]:
+        """The layer's router has spoken: what was fetched ahead and is not awaited may be given up; what of that
+        is still on its way is given up at once, its loads are returned."""
+        vain = []
+        for row, held in list(self.held[layer].items()):
+            held.fresh = held.fresh and row in awaited
+            if held.load is not None and not held.has_come and row not in awaited and row not in self.pinned[layer]:
+                vain.append(held.load)
+                self.give_up(layer, row)
+        return vain
 
     def on_its_way(self, layer: int) -> Load | None:
         """A load of the layer that has not come yet."""

@@ -1,20 +1,22 @@
 """Loader: the thread that brings experts into fast memory, one at a time.
 
 What is asked for goes before what is fetched ahead, and each in its order. What is fetched ahead gets its row when its
-turn comes, not before, and is forgotten without a trace if it is cancelled by then.
+turn comes, not before, and is forgotten without a trace if it is cancelled by then. It is loaded in pieces: between two
+of them it is broken off if nobody wants it any more, and waits while something is asked for.
 
 An emulated link makes every load take at least as long as its bytes would: the thread sleeps, as one that waits for a
 link does.
 """
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-Copy = Callable[[int, int, int], None]
-"""(layer, storage row, fast row): copies an expert's weights."""
+Copy = Callable[[int, int, int, int], Iterator[float]]
+"""(layer, storage row, fast row, pieces): copies an expert's weights, a piece per turn; the share that is there."""
 
 
 @dataclass(eq=False)
@@ -25,15 +27,20 @@ class Load:
         layer, row: the expert, by its storage row.
         target: fast row; None until the turn of what is fetched ahead comes.
         done: set when the weights are there.
+        began: moment at which it began, None = it has not; pauses are not taken out.
         error: what went wrong, to be raised where the load is waited for.
-        since: moment of the request.
+        is_ahead: nobody has asked for it yet.
+        is_dropped: nobody will; its row may have been given to another load, which comes behind it.
     """
 
     layer: int
     row: int
     target: int | None = None
     done: threading.Event = field(default_factory=threading.Event)
+    began: float | None = None
     error: BaseException | None = None
+    is_ahead: bool = False
+    is_dropped: bool = False
 
 
 class Loader:
@@ -42,7 +49,8 @@ class Loader:
     Attributes:
         lock: guards the queues and whatever `take_row` looks at.
         loads: finished so far.
-        seconds: spent on them.
+        broken: shares of loads that were broken off.
+        seconds: spent on finished loads.
     """
 
     def __init__(
@@ -52,6 +60,7 @@ class Loader:
         wanted: Callable[[Load], bool],
         take_row: Callable[[Load], int | None],
         least_seconds: Callable[[int], float],
+        pieces: int = 1,
     ) -> None:
         """Start the thread.
 
@@ -60,15 +69,18 @@ class Loader:
             wanted: whether what is fetched ahead is still to be fetched, asked with `lock` held.
             take_row: a row for what is fetched ahead, with `lock` held; None = there is none now.
             least_seconds: of a load of an expert of a layer, on the emulated link.
+            pieces: of a load that is fetched ahead.
         """
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
+        self._called = threading.Event()  # something is asked for, or was dropped
         self._copy, self._wanted, self._take_row, self._least_seconds = copy, wanted, take_row, least_seconds
+        self._pieces = pieces
         self._asked: deque[Load] = deque()
         self._ahead: deque[Load] = deque()
         self._current: Load | None = None
         self._stopped = False
-        self.loads, self.seconds = 0, 0.0
+        self.loads, self.broken, self.seconds = 0, 0.0, 0.0
         self._thread = threading.Thread(target=self._run, name="moeplace-loader", daemon=True)
         self._thread.start()
 
@@ -77,23 +89,26 @@ class Loader:
         with self._changed:
             self._asked.append(load)
             self._changed.notify_all()
+        self._called.set()
 
     def ask_ahead(self, load: Load) -> None:
         """Load when nothing is asked for, and when there is a row."""
+        load.is_ahead = True
         with self._changed:
             self._ahead.append(load)
             self._changed.notify_all()
-
-    def waits(self, layer: int, row: int) -> bool:
-        """Whether an expert waits to be fetched ahead."""
-        with self.lock:
-            return any(load.layer == layer and load.row == row for load in self._ahead)
 
     def cancel(self, layer: int | None = None) -> None:
         """Forget what waits to be fetched ahead for a layer, or all of it; what has begun goes on."""
         with self.lock:
             kept = [] if layer is None else [load for load in self._ahead if load.layer != layer]
             self._ahead = deque(kept)
+
+    def drop(self, loads: Iterable[Load]) -> None:
+        """Break off what was fetched ahead in vain, if it is under way; its row is free."""
+        for load in loads:
+            load.is_dropped = True
+            self._called.set()
 
     def retry(self) -> None:
         """Rows have become free: what waits for one may find it."""
@@ -140,15 +155,76 @@ class Loader:
             self._carry_out(load)
 
     def _carry_out(self, load: Load) -> None:
-        began = time.perf_counter()
         assert load.target is not None
+        pieces, least = self._pieces if load.is_ahead else 1, self._least_seconds(load.layer)
+        load.began = time.perf_counter()
+        course = _Course(load, load.began, pieces, least)
         try:
-            self._copy(load.layer, load.row, load.target)
-            left = self._least_seconds(load.layer) - (time.perf_counter() - began)
-            if left > 0:
-                time.sleep(left)
+            for share in self._copy(load.layer, load.row, load.target, pieces):
+                if share < 1 and not self._goes_on(course, share):
+                    return
+            if not self._follow_link(course):
+                return
         except BaseException as error:  # raised where the load is waited for, on the thread that computes
             load.error = error
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - course.began
         self.loads += 1
         load.done.set()
+
+    def _goes_on(self, course: "_Course", share: float) -> bool:
+        """Between two pieces: whether the rest is to be loaded; what is asked for passes first."""
+        if course.load.is_dropped:
+            self.broken += share
+            course.load.done.set()
+            return False
+        began = time.perf_counter()
+        while True:
+            with self.lock:
+                if not self._asked:
+                    break
+                asked = self._asked.popleft()
+            self._carry_out(asked)
+        course.began += time.perf_counter() - began
+        return True
+
+    def _follow_link(self, course: "_Course") -> bool:
+        """Sleep as long as the emulated link takes; False = the load was broken off."""
+        while (left := course.end - time.perf_counter()) > 0:
+            if not course.load.is_ahead:
+                time.sleep(left)
+                continue
+            self._called.clear()
+            if not (course.load.is_dropped or self._asked):
+                self._called.wait(left)
+                continue
+            share, moment = course.next_break(time.perf_counter())
+            time.sleep(max(moment - time.perf_counter(), 0.0))
+            if share < 1 and not self._goes_on(course, share):
+                return False
+        return True
+
+
+@dataclass
+class _Course:
+    """A load on the emulated link.
+
+    Attributes:
+        load: the load.
+        began: moment at which it began, pauses taken out.
+        pieces: in which it is loaded.
+        least: seconds that it takes.
+    """
+
+    load: Load
+    began: float
+    pieces: int
+    least: float
+
+    @property
+    def end(self) -> float:
+        return self.began + self.least
+
+    def next_break(self, now: float) -> tuple[float, float]:
+        """The end of the piece under way: as a share of the load, and its moment."""
+        share = min(math.ceil((now - self.began) / self.least * self.pieces), self.pieces) / self.pieces
+        return share, self.began + share * self.least

@@ -19,6 +19,7 @@ class TierLimits:
         policy: what stays and what is fetched ahead; see `placement.tiers.policy`.
         look_ahead: layers whose gates see this layer's input before their turn; 0 = what is asked for is loaded.
         transit: rows over all layers for what is on its way.
+        pieces: in which an expert is fetched ahead; between two of them that can be broken off.
         host_computes: whether a missing expert may be computed on the host, where that ends sooner.
         latency: seconds that every load takes beside its bytes: a link to be emulated; None = as fast as it goes.
         bandwidth: bytes per second of that link; None = as fast as it goes.
@@ -29,6 +30,7 @@ class TierLimits:
     policy: PolicyName = "pinned"
     look_ahead: int = 0
     transit: int = 2
+    pieces: int = 4
     host_computes: bool = False
     latency: float | None = None
     bandwidth: float | None = None
@@ -38,7 +40,7 @@ class TierLimits:
             raise InputError(f"policy {self.policy!r} must be one of {', '.join(POLICIES)}")
         if self.policy == "lookahead" and self.look_ahead < 1:
             object.__setattr__(self, "look_ahead", 1)
-        for name, least in (("fast_slots", 1), ("host_slots", 0), ("look_ahead", 0), ("transit", 1)):
+        for name, least in (("fast_slots", 1), ("host_slots", 0), ("look_ahead", 0), ("transit", 1), ("pieces", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} ({value}) must be at least {least}")

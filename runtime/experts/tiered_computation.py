@@ -163,7 +163,7 @@ class TieredComputation(ExpertComputation):
             self._counters.experts_foreseen["named"] += len(needed & named)
         with loader.lock:
             loader.cancel(layer)
-            fast.learn_truth(layer, needed)
+            loader.drop(fast.learn_truth(layer, needed - self._sooner_on_host(layer, segments)))
             there, late, missing = self._sort_out(layer, segments)
         missing.sort(key=lambda segment: (-segment.size, segment.row))
         on_host = self._choose_for_host(layer, missing, len(late))
@@ -218,12 +218,27 @@ class TieredComputation(ExpertComputation):
                 self._count("resident" if pinned else "prefetched" if held.fresh else "cached", 1)
         return there, late, missing
 
+    def _sooner_on_host(self, layer: int, segments: list[Segment]) -> set[int]:
+        """Storage rows on their way that the host would have computed before they come; the loader's lock is held."""
+        if not self._tiered.limits.host_computes:
+            return set()
+        fast, now, load = self._tiered.fast, time.perf_counter(), self._load_seconds(layer)
+        sooner = set()
+        for segment in segments:
+            held = fast.held[layer].get(segment.row)
+            if held is None or held.has_come or segment.row >= self._tiered.host_rows(layer):
+                continue
+            began = now if held.load is None or held.load.began is None else held.load.began
+            if now + self._pace.host_row * segment.size < began + load:
+                sooner.add(segment.row)
+        return sooner
+
     def _choose_for_host(self, layer: int, missing: list[Segment], late: int) -> list[Segment]:
         """Of the missing ones, from the fewest rows on, those that the host ends before their load would (HybriMoE)."""
-        limits, pace = self._tiered.limits, self._pace
-        if not limits.host_computes:
+        pace = self._pace
+        if not self._tiered.limits.host_computes:
             return []
-        load = max(self._mean_load(), limits.least_seconds(self._tiered.expert_bytes(layer)))
+        load = self._load_seconds(layer)
         chosen: list[Segment] = []
         host_end = 0.0
         for segment in reversed(missing):
@@ -236,9 +251,10 @@ class TieredComputation(ExpertComputation):
             chosen.append(segment)
         return chosen[::-1]
 
-    def _mean_load(self) -> float:
-        loader = self._tiered.loader
-        return loader.seconds / loader.loads if loader.loads else 0.0
+    def _load_seconds(self, layer: int) -> float:
+        """What a load takes: the mean so far, at least what the emulated link takes."""
+        loader, least = self._tiered.loader, self._tiered.limits.least_seconds(self._tiered.expert_bytes(layer))
+        return max(loader.seconds / loader.loads if loader.loads else 0.0, least)
 
     def _ask(
         self,
@@ -271,12 +287,12 @@ class TieredComputation(ExpertComputation):
             order = counts.argsort(descending=True, stable=True)
             named = order[counts[order] > 0].tolist()
             rows = [row for expert in named if (row := store.row_of_expert(ahead, expert)) is not None]
-            self._named.setdefault(ahead, set()).update(rows)
+            self._named[ahead] = set(rows)
             with store.loader.lock:
+                store.loader.cancel(ahead)  # what gates farther away had said
                 for row in rows:
-                    if row in store.fast.held[ahead] or store.loader.waits(ahead, row):
-                        continue
-                    store.loader.ask_ahead(Load(ahead, row))
+                    if row not in store.fast.held[ahead]:
+                        store.loader.ask_ahead(Load(ahead, row))
 
     def _on_host(self, layer: int, segment: Segment, x_MD: torch.Tensor, out_MD: torch.Tensor) -> None:
         piece = slice(segment.start, segment.stop)

@@ -10,7 +10,7 @@ Shape letters: L MoE layers, C slots per rank.
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -75,16 +75,17 @@ class TieredStore(ExpertStore):
         store, fast = weakref.ref(self), self.fast
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
 
-        def copy(layer: int, row: int, target: int) -> None:
+        def copy(layer: int, row: int, target: int, pieces: int) -> Iterator[float]:
             here = store()
             if here is not None:
-                here.copy_to_fast(layer, row, target)
+                yield from here.copy_in_pieces(layer, row, target, pieces)
 
         self.loader = Loader(
             copy,
             wanted=lambda load: load.row not in fast.held[load.layer],
             take_row=fast.take_ahead,
             least_seconds=lambda layer: limits.least_seconds(sizes[layer]),
+            pieces=limits.pieces,
         )
         weakref.finalize(self, self.loader.close)
         self._is_placed = self._is_whole = False
@@ -159,6 +160,14 @@ class TieredStore(ExpertStore):
             first += self._slots
         self._views, self._is_whole = views, True
 
+    def restart(self, placement: Placement, rank: int) -> None:
+        """Fill fast memory as at the start, and forget who was used: to measure again what was measured."""
+        self.loader.drain()
+        with self.loader.lock:
+            self.fast.clear()
+        self._is_placed = False
+        self.placed(placement, rank)
+
     def take_apart(self) -> None:
         """Let experts be computed one by one though all are in fast memory: to measure what that takes."""
         self._is_whole = False
@@ -177,16 +186,28 @@ class TieredStore(ExpertStore):
 
     def copy_to_fast(self, layer: int, row: int, target: int) -> None:
         """Copy an expert into a fast row; returns when it is there."""
-        parts, rooms = self.parts_of(layer, row), self.pool.parts()
-        if self._stream is None:
-            for part, value in parts.items():
-                rooms[part][target].copy_(value)
-            return
-        self._stream.wait_stream(torch.cuda.default_stream(self.pool.device))  # whoever still reads that row
-        with torch.cuda.stream(self._stream):
-            for part, value in parts.items():
-                rooms[part][target].copy_(value, non_blocking=True)
-        self._stream.synchronize()
+        for _ in self.copy_in_pieces(layer, row, target, 1):
+            pass
+
+    def copy_in_pieces(self, layer: int, row: int, target: int, pieces: int) -> Iterator[float]:
+        """Copy an expert into a fast row, a piece of all parts per turn; yields the share that is there.
+
+        On a CPU it is one piece whatever is asked: an emulated link is slow by itself, and every turn takes the
+        interpreter from the thread that computes.
+        """
+        pieces = 1 if self._stream is None else pieces
+        rooms = {part: room[target].view(-1) for part, room in self.pool.parts().items()}
+        parts = {part: value.reshape(-1) for part, value in self.parts_of(layer, row).items()}
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.default_stream(self.pool.device))  # whoever still reads that row
+        for piece in range(pieces):
+            with torch.cuda.stream(self._stream):
+                for part, value in parts.items():
+                    here = slice(len(value) * piece // pieces, len(value) * (piece + 1) // pieces)
+                    rooms[part][here].copy_(value[here], non_blocking=self._stream is not None)
+            if self._stream is not None:
+                self._stream.synchronize()
+            yield (piece + 1) / pieces
 
     # What changes storage rows: fast memory must not go on with what was there.
 

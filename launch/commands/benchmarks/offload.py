@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences side by side (1)")
     parser.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens of a prompt (32)")
     parser.add_argument("--steps", type=int, default=48, metavar="N", help="decode steps that are timed (48)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times that every serving is done (3)")
     parser.add_argument("--look-ahead", type=int, default=1, metavar="N", help="layers that lookahead looks ahead (1)")
     parser.add_argument("--transit", type=int, default=2, metavar="N", help="rows for what is on its way (2)")
     parser.add_argument(
@@ -44,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moeplace.launch.benches.offload import OffloadOptions, budgets_of, offload_bench
+    from moeplace.launch.benches.offload import offload_bench
+    from moeplace.launch.benches.offload_serving import OffloadOptions
+    from moeplace.launch.options.policy import budgets_of
     from moeplace.launch.quickstart.run import shipped, shipped_texts
     from moeplace.placement.placement_file import load_placement
     from moeplace.profiling.errors import InputError
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     unknown = [name for name in policies if name not in POLICY_NAMES]
     if unknown:
         raise InputError(f"policy {unknown[0]!r} must be one of {', '.join(POLICY_NAMES)}")
-    for name, least in (("batch", 1), ("prompt", 8), ("steps", 2)):
+    for name, least in (("batch", 1), ("prompt", 8), ("steps", 2), ("rounds", 1)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} ({getattr(args, name)}) must be at least {least}")
     model = Path(args.model) if args.model else shipped("tiny-moe")
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         model=model, prompts=prompts[: args.batch], other_prompts=prompts[args.batch :],
         budgets=budgets_of(args.budgets), policies=policies, look_ahead=args.look_ahead,  # type: ignore[arg-type]
         transit=args.transit, host_computes=args.host_computes, latency=args.latency, bandwidth=args.bandwidth,
-        mode=args.mode, steps=args.steps, timeout=args.timeout,
+        mode=args.mode, steps=args.steps, rounds=args.rounds, timeout=args.timeout,
         placement=load_placement(args.placement) if args.placement else None,
     )  # fmt: skip
     with progress("serving") as report:

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from moeplace.launch.benches.offload import budgets_of
 from moeplace.launch.cli import main
+from moeplace.launch.options.policy import budgets_of
 from moeplace.profiling.errors import InputError
 
 
 def test_budgets_and_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A row for each; logits are the plain model's; shares add up; nothing is loaded where everything is resident."""
     out = tmp_path / "f.json"
-    words = "--budgets 25,100 --policies pinned,lookahead --steps 4 --prompt 8 --latency 1e-4"
+    words = "--budgets 25,100 --policies pinned,lookahead --steps 4 --rounds 2 --prompt 8 --latency 1e-4"
     assert main(["bench", "offload", *words.split(), "--json", str(out)]) == 0
     document = json.loads(out.read_text())
     assert [(run["budget"], run["policy"]) for run in document["runs"]] == [

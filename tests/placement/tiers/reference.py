@@ -1,5 +1,6 @@
 """A second walk, from the description of the first: every rank is an object, and nothing is compiled."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,9 +35,14 @@ class Rank:
     link: float = 0.0
     seen: float = 0.0
     loads: int = 0
+    spared: float = 0.0
+    ahead: tuple[tuple[int, int], float] | None = None  # what was fetched ahead last, and when, pauses taken out
 
     def seconds(self, tokens: int) -> float:
         return (self.terms["per_activated"] + self.terms["per_token"] * tokens) / self.speed
+
+    def wait(self, device: float, came: float) -> float:
+        return came + self.terms["wake"] if came > device else device
 
     def has(self, key: tuple[int, int]) -> bool:
         return key in self.pinned or key in self.cached or key in self.held
@@ -70,12 +76,47 @@ class Rank:
                 self.link = begin + self.load[key]
                 self.loads += 1
                 self.fresh.add(key)
-                if key in self.held:
-                    self.held[key] = (self.held[key][0], self.link)
-                else:
-                    self.cached[key] = self.link
+                self.ahead = (key, begin)
+                self.comes(key, self.link)
             self.queue.pop(0)
         self.seen = max(self.seen, until)
+
+    def comes(self, key: tuple[int, int], moment: float) -> None:
+        if key in self.held:
+            self.held[key] = (self.held[key][0], moment)
+        else:
+            self.cached[key] = moment
+
+    def host_is_sooner(self, layer: int, expert: int, tokens: int, now: float) -> bool:
+        key = (layer, expert)
+        if self.terms["host"] is None or key not in self.on_host:
+            return False
+        per_expert, per_token = self.terms["host"]
+        came = self.held[key][1] if key in self.held else self.cached.get(key, 0.0)
+        return now + per_expert + per_token * tokens < came
+
+    def pause(self, layer: int, now: float, asked: set[int]) -> float:
+        """Leave what is fetched ahead and not needed now; seconds that are left of it if it is to go on."""
+        if self.ahead is None or self.link <= now:
+            return 0.0
+        key, begun = self.ahead
+        if key[0] == layer and key[1] in asked:
+            return 0.0
+        pieces = self.terms["pieces"]
+        done = next(n for n in range(pieces + 1) if begun + n * self.load[key] / pieces >= now - 1e-9 or n == pieces)
+        left = self.load[key] * (pieces - done) / pieces
+        if math.isclose(left, 0.0, abs_tol=1e-9):
+            return 0.0
+        self.link -= left
+        if key[0] > layer:
+            return left
+        self.spared += left / self.load[key]
+        self.ahead = None
+        self.fresh.discard(key)
+        self.cached.pop(key, None)
+        if key in self.held:
+            self.transit[self.held.pop(key)[0]] = self.link
+        return 0.0
 
     def make_room(self, key: tuple[int, int], begin: float, step: int) -> bool:
         layer = key[0]
@@ -97,6 +138,8 @@ class Rank:
     def compute(self, layer: int, step: int, now: float, asked: dict[int, tuple[int, float]], uses: Any) -> float:
         self.follow(now, step)
         self.queue = [item for item in self.queue if item.layer != layer]
+        left = self.pause(layer, now, {e for e in asked if not self.host_is_sooner(layer, e, asked[e][0], now)})
+        paused = self.link
         device, done = now + self.terms["fixed"], dict[int, float]()
         late: list[tuple[float, int]] = []
         missing = []
@@ -118,7 +161,7 @@ class Rank:
             device += self.seconds(asked[expert][0])
             done[expert] = device
         for came, expert in sorted(late):
-            device = max(device, came) + self.seconds(asked[expert][0])
+            device = self.wait(device, came) + self.seconds(asked[expert][0])
             done[expert] = device
         missing.sort(key=lambda expert: (-asked[expert][0], expert))
         host = now
@@ -135,6 +178,11 @@ class Rank:
             uses["loaded"] += 1
             device = self.fetch(layer, expert, step, now, device, asked, done)
             done[expert] = device
+        if left:
+            assert self.ahead is not None
+            self.ahead = (self.ahead[0], self.ahead[1] + self.link - paused)
+            self.link += left
+            self.comes(self.ahead[0], self.link)
         for expert, (_, weight) in asked.items():
             self.note(layer, expert, step, weight)
         return max(device, host)
@@ -163,7 +211,7 @@ class Rank:
             self.fresh.discard(gone)
         self.link = begin + self.load[layer, expert]
         self.loads += 1
-        device = max(device, self.link) + self.seconds(asked[expert][0])
+        device = self.wait(device, self.link) + self.seconds(asked[expert][0])
         if row is None:
             self.cached[layer, expert] = self.link
         else:
@@ -208,7 +256,11 @@ def walk_reference(
             for index, rank in enumerate(ranks):
                 asked = {e: (tokens, weight) for e, (r, tokens, weight) in routed.items() if r == index}
                 ends.append(rank.compute(layer, step, now, asked, uses[index]))
-            for target, index, expert in ahead(step, layer):
+            named = ahead(step, layer)
+            for target in {target for target, _, _ in named}:
+                for rank in ranks:
+                    rank.queue = [item for item in rank.queue if item.layer != target]
+            for target, index, expert in named:
                 rank = ranks[index]
                 waits = any((w.layer, w.expert) == (target, expert) for w in rank.queue)
                 if not rank.has((target, expert)) and not waits:

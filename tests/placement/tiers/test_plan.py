@@ -17,6 +17,7 @@ from moeplace.placement.tiers.evaluation import evaluate_tiers
 from moeplace.placement.tiers.exact import solve_exactly
 from moeplace.placement.tiers.joint import plan_tiers
 from moeplace.placement.tiers.policy import Policy
+from moeplace.placement.tiers.replicas import without_replicas
 from moeplace.placement.tiers.residency import RESIDENCIES, with_residency
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -140,19 +141,73 @@ def test_plans_keep_slots_and_rows(policy: Policy, dated_seed: int) -> None:
     assert (plan.lower_bound is None) == (policy.name != "pinned")
 
 
-def test_hosts_that_compute_and_replicas_have_no_bound() -> None:
-    """What the bound does not cover is not bounded; replicas keep their places, only residency is planned."""
+def test_hosts_that_compute_have_no_bound() -> None:
+    """What the bound does not cover is not bounded."""
     trace, start, cluster, shape = instance(1)
     assert cluster.memory is not None
     memory = replace(cluster.memory, host=replace(cluster.memory.host, compute=HostCompute(1.0, 1.0)))
     options: dict[str, Any] = {"mode": "allgather", "shape": shape, "calibration": CALIBRATION}
     assert plan_tiers(trace, start, Policy(), cluster=cluster.replace(memory=memory), **options).lower_bound is None
-    twice = Placement(np.array([[0, 1, 2, 1, 2, 3]]), np.array([3, 3]), np.zeros(2, int), np.array([4]))
-    plan = plan_tiers(trace, twice, Policy(), cluster=cluster.replace(slots_of_rank=np.array([3, 3])), **options)
-    assert plan.lower_bound is None
-    assert np.array_equal(plan.placement.slot_to_expert, twice.slot_to_expert)
     with pytest.raises(InputError, match="no memory tiers"):
         plan_tiers(trace, start, Policy(), cluster=cluster.replace(memory=None), **options)
+
+
+def replicated(seed: int) -> Placement:
+    """Eight experts on two ranks of six slots: four replicas, drawn."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for _ in range(3):
+        order = draw.permutation(8)
+        rows.append([*order[:6], *order[6:], *draw.permutation(order[:6])[:4]])
+    return Placement(np.array(rows), np.array([6, 6]), np.zeros(2, int), np.full(3, 8))
+
+
+def test_replicas_come_back_only_where_they_pay(dated_seed: int) -> None:
+    """Where loads are what a step waits for, rows go to other experts, and no plan is worse than with all replicas;
+    bounds hold for all of them."""
+    for seed in (0, dated_seed):
+        trace, _, cluster, shape = instance(seed, layers=3, experts=8, ranks=2, fast=3, transit=2, tokens=60)
+        assert cluster.memory is not None
+        start, cluster = replicated(seed), cluster.replace(slots_of_rank=np.array([6, 6]))
+        options: dict[str, Any] = {"mode": "allgather", "shape": shape, "calibration": CALIBRATION}
+        plan = plan_tiers(trace, start, Policy(), cluster=cluster, **options)
+        for by in ("load", "activation"):
+            draft = with_residency(start, trace, cluster.memory, by=by, batch=shape.batch, expert_bytes=1.0)
+            judged = evaluate_tiers(trace, draft, Policy(), cluster=cluster, **options)
+            assert plan.evaluation.seconds <= judged.seconds
+            assert plan.lower_bound is not None
+            assert plan.lower_bound <= judged.seconds * (1 + 1e-9)
+        assert ((plan.placement.tier_LER == 0).sum(axis=(0, 1)) <= 3 * 3 - 2).all()
+        assert (plan.placement.replica_counts >= 1).all()
+
+
+def test_a_replica_pays_where_computing_is_what_steps_wait_for() -> None:
+    """One expert has nearly all tokens and loads are quick: two ranks share them, for the row of somebody unwanted."""
+    ids = np.zeros((66, 1, 1), int)  # lanes of 11 tokens: those of a step are at home on both ranks
+    ids[::6, 0, 0] = np.arange(11) % 3 + 1
+    trace = RoutingTrace(ids, np.array([4]))
+    memory = Memory(HostTier(bandwidth=1e3), fast_slots=np.full(2, 3), transit=1)
+    cluster = Cluster.uniform(2, slots_per_rank=4).replace(memory=memory)
+    start = Placement(np.array([[0, 1, -1, -1, 2, 3, -1, -1]]), np.array([4, 4]), np.zeros(2, int), np.array([4]))
+    calibration = replace(CALIBRATION, expert=ExpertTime(0.0, 1.0, 0.0))
+    shape = StepShape(batch=6, hidden_size=1, kv_dim=0)
+    options: dict[str, Any] = {"mode": "dispatch-combine", "shape": shape, "calibration": calibration}
+    plan = plan_tiers(trace, start, Policy(), cluster=cluster, **options)
+    assert plan.found_by == "joint and 1 replicas"
+    assert plan.placement.replica_counts[0].tolist() == [2, 1, 1, 1]
+    assert (plan.placement.tier_LER[0, 0] == 0).all()
+    assert plan.lower_bound is not None
+    assert plan.lower_bound <= plan.evaluation.seconds
+
+
+def test_giving_up_replicas_keeps_one_slot_of_each(dated_seed: int) -> None:
+    """Of its own slots, whoever is asked for; ranks are asked for about alike."""
+    start = replicated(dated_seed)
+    asked_LE = np.random.default_rng(dated_seed).random((3, 8))
+    bare = without_replicas(start, asked_LE)
+    assert (bare.replica_counts == 1).all()
+    kept = bare.slot_to_expert >= 0
+    assert np.array_equal(bare.slot_to_expert[kept], start.slot_to_expert[kept])
 
 
 @pytest.mark.parametrize("by", RESIDENCIES)

@@ -12,7 +12,7 @@ from moeplace.placement.cost.evaluation import evaluate
 from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.memory import DISK, HOST, DiskTier, HostCompute, HostTier, Memory
 from moeplace.placement.placement import Placement, index_order
-from moeplace.placement.tiers.evaluation import TierEvaluation, evaluate_tiers
+from moeplace.placement.tiers.evaluation import TierEvaluation, evaluate_tiers, mean_expert_bytes
 from moeplace.placement.tiers.policy import POLICIES, Policy, Predictor
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -40,8 +40,8 @@ class Instance:
             self.trace = replace(self.trace, topk_weights=np.where(self.trace.topk_ids < 0, 0, weights))
         compute = HostCompute(7.0, 1.5) if host else None
         self.memory = Memory(
-            HostTier(bandwidth=0.1, latency=1.0, compute=compute), fast_slots=np.array([2, 3]), disk=DiskTier(0.2, 3.0),
-            transit=transit,
+            HostTier(bandwidth=0.1, latency=1.0, compute=compute, wake=0.5 * (seed % 2)), fast_slots=np.array([2, 3]),
+            disk=DiskTier(0.2, 3.0), transit=transit, pieces=1 + seed % 4,
         )  # fmt: skip
         speed = np.array([1.0, 3.0])
         self.cluster = Cluster.uniform(RANKS, slots_per_rank=SLOTS).replace(memory=self.memory, speed_of_rank=speed)
@@ -69,14 +69,29 @@ class Instance:
         def ahead(step: int, layer: int) -> list[tuple[int, int, int]]:
             named = []
             for target in range(layer + 1, min(layer + 1 + (predictor.depth if predictor else 0), 3)):
-                counts = sorted((-tokens, e) for e, (_, tokens, _) in steps[step][target].items())
+                counts = sorted((-tokens, e) for e, tokens in self._foreseen(predictor, step, target, layer).items())
                 named += [(target, int(rank_LE[target, e]), e) for _, e in counts]
             return named
 
         ranks = [self._rank(index, policy) for index in range(RANKS)]
         seconds, uses = walk_reference(ranks, steps, [OUTSIDE] * 3, ahead)
-        self.loads = [rank.loads for rank in ranks]
+        self.loads, self.spared = [rank.loads for rank in ranks], sum(rank.spared for rank in ranks)
         return seconds / len(steps), {kind: sum(each[kind] for each in uses) for kind in uses[0]}
+
+    def _foreseen(self, predictor: Predictor | None, step: int, target: int, layer: int) -> dict[int, int]:
+        """Expert -> tokens that the predictor names it for."""
+        assert predictor is not None
+        length, named, ahead = self.trace.num_tokens // BATCH, dict[int, int](), target - layer - 1
+        for token in range(step, BATCH * length, length):
+            for k, e in enumerate(np.asarray(self.trace.topk_ids)[token, target].tolist()):
+                if e < 0:
+                    continue
+                place = (token, target * 64 + ahead, k)
+                if (mixed(0, *place) >> 11) / 2.0**53 >= predictor.accuracy ** (ahead + 1):
+                    other = mixed(1, *place) % 4
+                    e = other + (other >= e)
+                named[e] = named.get(e, 0) + 1
+        return named
 
     def _rank(self, index: int, policy: Policy) -> Rank:
         tier_LE = self.placement.tier_LER[:, :, index]
@@ -104,6 +119,7 @@ class Instance:
             speed=float(speed),
             terms={
                 "fixed": EXPERT.fixed, "per_token": EXPERT.per_token, "per_activated": EXPERT.per_activated,
+                "wake": self.memory.host.wake, "pieces": self.memory.pieces,
                 "host": None if host is None else (host.per_expert, host.per_token),
             },
             eviction={"lookahead": "score", "pinned": "lru"}.get(policy.name, policy.name),
@@ -128,10 +144,24 @@ class Instance:
         return steps
 
 
+def mixed(seed: int, *numbers: int) -> int:
+    """The finaliser of splitmix64 over all of them, by which the walk draws a predictor's errors."""
+    a, *rest = numbers
+    mask = 2**64 - 1
+    x = (seed * 0x9E3779B97F4A7C15 + a) & mask
+    for add in (*rest, None):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        if add is not None:
+            x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+            x = ((x ^ (x >> 31)) + add * 0x9E3779B97F4A7C15) & mask
+    return x ^ (x >> 31)
+
+
 def policies() -> list[Policy]:
-    """Every policy, without predictor and with one that is always right, one and two layers ahead."""
+    """Every policy, without predictor and with some: always right or often wrong, one and two layers ahead."""
     plain = [Policy(name) for name in POLICIES if name != "lookahead"]
-    return plain + [Policy(name, Predictor(1.0, depth)) for name in POLICIES for depth in (1, 2)]
+    foresight = [Predictor(1.0), Predictor(1.0, 2), Predictor(0.5), Predictor(0.7, 2)]
+    return plain + [Policy(name, predictor) for name in POLICIES for predictor in foresight]
 
 
 @pytest.mark.parametrize("policy", policies(), ids=lambda policy: policy.label)
@@ -146,6 +176,8 @@ def test_the_walk_is_the_reference(policy: Policy, dated_seed: int) -> None:
             assert {kind: round(share * total) for kind, share in found.shares.items()} == uses, (seed, transit)
             assert found.loads_LR.sum(axis=0).tolist() == instance.loads
             assert found.seconds == pytest.approx(seconds, rel=1e-9), (seed, transit)
+            carried = found.link_bytes * found.steps / mean_expert_bytes(instance.trace)
+            assert carried == pytest.approx(sum(instance.loads) - instance.spared, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(4))
