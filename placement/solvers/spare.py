@@ -56,7 +56,9 @@ def use_all_slots(
         judge = judge.on_all_tokens()
         (broken, before, _), breaks = judge.key(least), judge.key(filled)[0]
     if breaks > broken:
-        return choose(drafts), f"{int((least == EMPTY_SLOT).sum())} slots stay empty: replicas there break a constraint"
+        best = choose(drafts)
+        empty = int((best == EMPTY_SLOT).sum())
+        return best, f"{empty} slots stay empty: replicas there break a constraint" if empty else ""
     if problem.mode == "coherent":
         best = choose([*drafts, filled])
         empty = int((best == EMPTY_SLOT).sum())
