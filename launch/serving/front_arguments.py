@@ -45,7 +45,9 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
         default=True,
         help="a prompt takes over the K/V of another one that begins with the same tokens (default: yes)",
     )
-    parser.add_argument("--kv-bytes", type=int, metavar="B", help="K/V memory of a rank")
+    parser.add_argument(
+        "--kv-bytes", type=int, metavar="B", help="K/V memory of a rank, claimed as sequences grow (default: no limit)"
+    )
     add_tier_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the checkpoint's)")
     parser.add_argument(

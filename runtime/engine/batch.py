@@ -14,6 +14,7 @@ import torch
 
 from moeplace.runtime.engine.requests import RunningSequence
 from moeplace.runtime.exchange.dispatcher import TokenRows
+from moeplace.runtime.kv.row_pool import Trim
 
 _FACTOR_BITS = 2
 """Prompts are padded to the longest of a part: lengths in a part differ by less than 2 to this power."""
@@ -45,11 +46,13 @@ class Batch:
         sequences: by home, there by kind, and then by row.
         lengths: tokens of each that run, the first that are not cached.
         has_prompts: whether tokens run beside the last ones of sequences: of prompts, or of what is made again.
+        trims: (home, memory of a row that is given back) before anything is written.
     """
 
     sequences: tuple[RunningSequence, ...]
     lengths: tuple[int, ...]
     has_prompts: bool
+    trims: tuple[tuple[int, Trim], ...] = ()
 
     @classmethod
     def of(cls, sequences: Sequence[RunningSequence], lengths: Sequence[int], *, has_prompts: bool) -> Self:

@@ -18,6 +18,7 @@ from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.modes import AtHome, ModeRule, RecordedRouting, TracePredictor, choose_mode_rule
 from moeplace.runtime.kv.cache import kv_bytes_per_position, kv_bytes_per_sequence
+from moeplace.runtime.kv.row_pool import PAGE
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.opening import ServedModel, open_model
 from moeplace.runtime.models.whole import WholeModel
@@ -36,6 +37,7 @@ class EngineParts:
         replica_rule: who serves an expert with several slots.
         cache_rows: rows per rank of the K/V cache.
         cache_positions: positions of each.
+        cache_pages: memory for them, where it is claimed by the page; None = all of it.
         agreed: what must be the same on all ranks, beside the placement.
     """
 
@@ -47,6 +49,7 @@ class EngineParts:
     replica_rule: str
     cache_rows: int
     cache_positions: int
+    cache_pages: int | None
     agreed: dict[str, str]
 
 
@@ -89,7 +92,7 @@ def prepare_engine(
     if node_aware is None:
         node_aware = checkpoint.top_k > 1
     modes = _mode_rule(choices, placement, decoder)
-    rows, positions = _cache_size(choices.limits, decoder, size, replicated=modes.may_be_coherent)
+    rows, positions, pages = _cache_size(choices.limits, decoder, size, replicated=modes.may_be_coherent)
     name = choices.mode if isinstance(choices.mode, str) else "a rule"
     agreed = {
         "checkpoint": checkpoint.fingerprint,
@@ -100,7 +103,7 @@ def prepare_engine(
         "replica rule": choices.replica_rule,
     }
     rule = choices.replica_rule
-    return EngineParts(checkpoint, placement, decoder, modes, node_aware, rule, rows, positions, agreed)
+    return EngineParts(checkpoint, placement, decoder, modes, node_aware, rule, rows, positions, pages, agreed)
 
 
 def _mode_rule(choices: EngineChoices, placement: Placement, decoder: ServedModel) -> ModeRule:
@@ -144,18 +147,23 @@ def _make_predictor(recorded: RecordedRouting, placement: Placement, decoder: Se
     return TracePredictor(recorded, placement, shape)
 
 
-def _cache_size(limits: EngineLimits, decoder: ServedModel, ranks: int, *, replicated: bool) -> tuple[int, int]:
-    """Rows per rank and positions per row of the K/V cache."""
+def _cache_size(
+    limits: EngineLimits, decoder: ServedModel, ranks: int, *, replicated: bool
+) -> tuple[int, int, int | None]:
+    """Rows per rank, positions per row, and pages of the K/V cache, None = rows have memory of their own."""
     positions = min(decoder.max_positions, 2048) if limits.max_length is None else limits.max_length
     if not 1 <= positions <= decoder.max_positions:
         raise InputError(f"max_length ({positions}) must lie in 1..{decoder.max_positions}, the model's own limit")
     rows = limits.max_sequences if replicated else limits.rank_sequences or -(-limits.max_sequences // ranks)
-    if limits.kv_bytes is not None:
-        row_bytes = kv_bytes_per_sequence(decoder, positions)
-        rows = min(rows, limits.kv_bytes // row_bytes)
-        if rows < 1:
-            raise InputError(
-                f"the K/V budget ({limits.kv_bytes} bytes) must hold at least one sequence of {positions} positions, "
-                f"which takes {row_bytes} bytes"
-            )
-    return rows, positions
+    if limits.kv_bytes is None:
+        return rows, positions, None
+    row_bytes = kv_bytes_per_sequence(decoder, positions)
+    if limits.kv_bytes < row_bytes:
+        raise InputError(
+            f"the K/V budget ({limits.kv_bytes} bytes) must hold at least one sequence of {positions} positions, "
+            f"which takes {row_bytes} bytes"
+        )
+    if isinstance(decoder, WholeModel) or decoder.device.type != "cpu":  # what is reserved there takes memory
+        return min(rows, limits.kv_bytes // row_bytes), positions, None
+    pages = limits.kv_bytes // (kv_bytes_per_position(decoder) * PAGE)
+    return rows, positions, max(pages, -(-positions // PAGE))

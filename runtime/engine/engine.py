@@ -123,7 +123,7 @@ class Engine:
             self.group.close()  # the others must not wait in a collective for a rank that never comes
             group.close()
             raise
-        self.window = self.executor.window
+        self.window, self._pages = self.executor.window, parts.cache_pages
         self.scheduler = self._make_scheduler()
         self.stop_ids = frozenset(self.checkpoint.stop_ids)
 
@@ -161,6 +161,7 @@ class Engine:
             replicated=self._modes.rule.may_be_coherent,
             max_prefill_tokens=self.limits.max_prefill_tokens,
             cuts_prompts=is_cut,
+            pages=self._pages,
             reuses_prefixes=self.limits.reuses_prefixes and is_cut and not rotates_by_length(executor.decoder),
         )
 

@@ -71,6 +71,9 @@ class Executor(PlacedExperts[Decoder, KvCache]):
             self.settle()
         if coherent or share:
             self._hand_over(batch.sequences)
+        for home, trim in batch.trims:
+            if self.cache.replicated or home == self.group.rank:
+                self.cache.trim(trim.row, trim.end)
         self._take_prefixes(batch)
         tokens_of_rank = batch.tokens_of_rank(self.group.size)
         self._claim(batch)

@@ -14,7 +14,9 @@ class EngineLimits:
     Attributes:
         max_sequences: sequences in flight over all ranks.
         max_length: positions of a sequence, prompt and completion together; None = the model's, at most 2048.
-        kv_bytes: K/V memory of a rank; lowers `max_sequences` where it does not suffice. None = no limit.
+        kv_bytes: K/V memory of a rank; None = no limit. On a CPU it is claimed by the page as sequences grow, and the
+            youngest one gives way where it does not suffice; elsewhere, and with models that run whole, it lowers
+            `max_sequences`.
         max_prefill_tokens: tokens of a pass that serves prompts: one of every sequence that goes on, then chunks of
             prompts, at least one token of them. It bounds how long arrivals hold up sequences that run.
         staging_rows: experts, of whatever layers, that a rank holds beyond its slots while they arrive.

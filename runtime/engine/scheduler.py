@@ -6,16 +6,20 @@ A pass has a budget of tokens. Every sequence that goes on takes one of them; wh
 first served, in chunks where a prompt does not fit. So neither side waits for the other: a sequence gets a token in
 every pass, however long the prompts are that arrive, and prompts proceed by a token at least, however many sequences
 there are.
+
+Where memory is claimed by the page, a sequence that finds none takes it from the youngest one, which waits again, first
+of all, and is made again from its tokens. So the oldest one always goes on, and all end.
 """
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.batch import Batch
 from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request, RunningSequence
-from moeplace.runtime.kv.row_pool import Holding, Prefix, RowPool
+from moeplace.runtime.kv.row_pool import PAGE, Holding, Prefix, RowPool
 
 
 class Scheduler:
@@ -38,6 +42,7 @@ class Scheduler:
         max_prefill_tokens: int,
         cuts_prompts: bool = True,
         reuses_prefixes: bool = False,
+        pages: int | None = None,
     ) -> None:
         """`rows` cache rows of `positions` on every rank; with `replicated` a sequence takes its row on all ranks.
 
@@ -45,6 +50,7 @@ class Scheduler:
             max_prefill_tokens: the budget of a pass that serves prompts.
             cuts_prompts: whether a prompt may run in chunks. If not, one that exceeds the budget exceeds it.
             reuses_prefixes: whether a prompt takes over the K/V of another one that begins with the same tokens.
+            pages: of memory on every rank, enough for a sequence of all positions; None = enough for all rows.
         """
         self.num_ranks, self.rows, self.positions, self.replicated = num_ranks, rows, positions, replicated
         self.max_prefill_tokens, self._cuts_prompts = max_prefill_tokens, cuts_prompts
@@ -55,7 +61,8 @@ class Scheduler:
         self._logprobs: dict[str, dict[int, TokenLogprob]] = {}
         self.running: list[RunningSequence] = []
         pools = 1 if replicated else num_ranks
-        self._pools = [RowPool(rows) for _ in range(pools)]
+        self._pools = [RowPool(rows, pages=pages) for _ in range(pools)]
+        self._room = rows * positions if pages is None else min(rows * positions, pages * PAGE)  # of each
         self._foreseen: Batch | None = None
         self.kept_free = 0
 
@@ -71,7 +78,7 @@ class Scheduler:
     @property
     def kv_room(self) -> int:
         """Positions that sequences can take on all ranks together."""
-        return len(self._pools) * self.rows * self.positions
+        return len(self._pools) * self._room
 
     def add(self, request: Request) -> None:
         """Queue a request; raises as `check`."""
@@ -107,7 +114,7 @@ class Scheduler:
 
     def seat(self, sequence: RunningSequence) -> None:
         """Take over a sequence that has a home and a row, which must be free."""
-        self._pool(sequence.home).take(sequence.row)
+        self._pool(sequence.home).seat(sequence.row, sequence.cached)
         self.running.append(sequence)
 
     def cancel(self, request_id: str) -> None:
@@ -120,7 +127,10 @@ class Scheduler:
     def next_batch(self) -> Batch:
         """What the next pass runs; waiting requests that take part get a place. Empty = there is nothing to do."""
         batch, self._foreseen = self.foresee(), None
-        return batch
+        if not batch.sequences:
+            return batch
+        trims = [(home, trim) for home, pool in enumerate(self._pools) for trim in pool.take_trims()]
+        return replace(batch, trims=tuple(trims)) if trims else batch
 
     def foresee(self) -> Batch:
         """What `next_batch` is going to give, unless a sequence goes before."""
@@ -139,22 +149,69 @@ class Scheduler:
         return lengths
 
     def _plan(self) -> Batch:
-        ready: list[RunningSequence] = []
-        behind: deque[RunningSequence] = deque()
-        for sequence in self.running:
-            is_ready = sequence.start > 0 and (sequence.num_missing == 1 or not self._cuts_prompts)
-            (ready if is_ready else behind).append(sequence)
-        prompts: list[RunningSequence] = []
+        sequences: list[RunningSequence] = []
         lengths: list[int] = []
-        room = max(self.max_prefill_tokens - len(ready), 1)
-        while room > 0:
-            prompt = behind.popleft() if behind else self._admit(room, is_first=not prompts)
-            if prompt is None:
-                break
-            prompts.append(prompt)
-            lengths.append(self._chunk(prompt.num_missing, room, is_first=True))
-            room -= lengths[-1]
-        return Batch.of([*ready, *prompts], [1] * len(ready) + lengths, has_prompts=bool(prompts))
+        room = max(self.max_prefill_tokens - sum(map(self._is_ready, self.running)), 1)
+        has_prompts, before = False, list(self.running)
+        for sequence in before:  # the oldest first: they may take from those that follow
+            if len(self.running) < len(before) and sequence not in self.running:
+                continue
+            if self._is_ready(sequence):
+                length = int(self._grow(sequence, sequence.start + 1))
+            else:
+                chunk = self._chunk(sequence.num_missing, room, is_first=not has_prompts)
+                length = self._grow_by(sequence, chunk)
+                room, has_prompts = room - length, has_prompts or length > 0
+            if length:
+                sequences.append(sequence)
+                lengths.append(length)
+        goes_on = len(sequences) == len(before)  # else there is no memory for more
+        while goes_on and room > 0 and (prompt := self._admit(room, is_first=not has_prompts)) is not None:
+            sequences.append(prompt)
+            lengths.append(self._grow_by(prompt, self._chunk(prompt.num_missing, room, is_first=True)))
+            room, has_prompts = room - lengths[-1], True
+        return Batch.of(sequences, lengths, has_prompts=has_prompts)
+
+    def _is_ready(self, sequence: RunningSequence) -> bool:
+        """Whether a sequence runs one token, its last one (or the next one of a state that takes no more)."""
+        return sequence.start > 0 and (sequence.num_missing == 1 or not self._cuts_prompts)
+
+    def _grow(self, sequence: RunningSequence, end: int) -> bool:
+        """Let a sequence have memory up to a position, if need be from younger ones; False = it has to wait itself."""
+        pool = self._pool(sequence.home)
+        while not pool.claim(sequence.row, end):
+            youngest = self._youngest(pool)
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _grow_by(self, prompt: RunningSequence, length: int) -> int:
+        """Let a prompt have memory for so many tokens, or for fewer; how many. Younger sequences give way to one."""
+        if length <= 0:
+            return 0
+        pool = self._pool(prompt.home)
+        room = pool.room(prompt.row)
+        while room is not None and room <= prompt.start and (youngest := self._youngest(pool)) is not prompt:
+            self._preempt(youngest)
+            room = pool.room(prompt.row)
+        length = length if room is None else min(length, room - prompt.start)
+        if length <= 0:
+            return 0
+        claimed = pool.claim(prompt.row, prompt.start + length)
+        assert claimed
+        return length
+
+    def _youngest(self, pool: RowPool) -> RunningSequence:
+        return next(sequence for sequence in reversed(self.running) if self._pool(sequence.home) is pool)
+
+    def _preempt(self, sequence: RunningSequence) -> None:
+        """Let a sequence wait again, before all others, with the tokens that it has got."""
+        request = sequence.request
+        self.release(sequence)
+        self.waiting.appendleft(request)
+        self._added[request.request_id] = sequence.added
+        self._logprobs[request.request_id] = dict(sequence.logprobs)
 
     def _chunk(self, missing: int, room: int, *, is_first: bool) -> int:
         """How many tokens a prompt that lacks `missing` gets of `room`; 0 = it has to wait."""
@@ -170,12 +227,14 @@ class Scheduler:
         if not self._chunk(len(request.token_ids) + len(self.added(request)), room, is_first=is_first):
             return None
         sequence = self.place(request, reuse=self._reuses_prefixes)
-        assert sequence is not None
+        if sequence is None:
+            return None
         self._forget(self.waiting.popleft().request_id)
         return sequence
 
     def place(self, request: Request, *, reuse: bool = False) -> RunningSequence | None:
-        """A sequence at the home with the fewest sequences (the lowest of equals); None = no row is free.
+        """A sequence at the home with the fewest sequences (the lowest of equals); None = no row is free, or there is
+        no memory for its tokens and the next one.
 
         Args:
             reuse: let it begin with what a row holds of its tokens: at the home where that is most, of those which
@@ -184,11 +243,11 @@ class Scheduler:
         load = [0] * self.num_ranks
         for sequence in self.running:
             load[sequence.home] += 1
-        homes = [home for home in range(self.num_ranks) if len(self._pool(home))]
+        known = [*request.token_ids, *self.added(request)]
+        homes = [home for home in range(self.num_ranks) if self._has_place(home, len(known))]
         if not homes:
             return None
         least = min(load[home] for home in homes)
-        known = [*request.token_ids, *self.added(request)]
         prefixes = {home: self._find_prefix(known, home) for home in homes if reuse and load[home] <= least + 1}
 
         def order(home: int) -> tuple[int, int]:
@@ -197,11 +256,29 @@ class Scheduler:
 
         home = min(homes, key=order)
         prefix, pool = prefixes.get(home), self._pool(home)
-        row = pool.take(prefix.row if prefix and pool.is_free(prefix.row) else None)
+        in_place = prefix is not None and pool.is_free(prefix.row)
+        row = pool.take(prefix.row, keep=prefix.positions) if prefix and in_place else pool.take()
         sequence = RunningSequence(request, home, row, known, prefix=prefix)
+        if not reuse:
+            claimed = pool.claim(row, len(known))
+            assert claimed
         sequence.logprobs.update(self.logprobs(request))
         self.running.append(sequence)
         return sequence
+
+    def make_room(self, tokens: int) -> None:
+        """For a check of the ranks: let a row that is free have memory for so many tokens, from sequences that run."""
+        for home in range(self.num_ranks):
+            pool = self._pool(home)
+            while len(pool) and not self._has_place(home, tokens) and pool in map(self._pool_of, self.running):
+                self._preempt(self._youngest(pool))
+            if self._has_place(home, tokens):
+                return
+
+    def _has_place(self, home: int, tokens: int) -> bool:
+        pool = self._pool(home)
+        room = pool.room()
+        return len(pool) > 0 and (room is None or room >= min(tokens + 1, self.positions))
 
     def release(self, sequence: RunningSequence, *, keep: bool = True) -> None:
         """Take a sequence's place back; `keep`: its K/V are good for others."""
@@ -228,6 +305,9 @@ class Scheduler:
         """What a request had got before; it does not wait any more."""
         self._added.pop(request_id, None)
         self._logprobs.pop(request_id, None)
+
+    def _pool_of(self, sequence: RunningSequence) -> RowPool:
+        return self._pool(sequence.home)
 
     def _pool(self, home: int) -> RowPool:
         return self._pools[0 if len(self._pools) == 1 else home]

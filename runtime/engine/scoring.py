@@ -39,6 +39,7 @@ class Scorer:
         results: list[torch.Tensor] = []
         pending = list(zip(sequences, prompt_lengths, strict=True))
         while pending:
+            self._scheduler.make_room(len(pending[0][0]))
             placed: list[tuple[RunningSequence, int]] = []
             while pending and (sequence := self._place(pending[0][0], len(results) + len(placed))) is not None:
                 placed.append((sequence, pending.pop(0)[1]))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moeplace.runtime.kv.lazy_zeros import LazyZeros
 from moeplace.runtime.models.decoder import Decoder
 from moeplace.runtime.models.opening import ServedModel
 from moeplace.runtime.models.whole import WholeModel
@@ -28,12 +29,11 @@ class KvCache:
         """`replicated`: a sequence has its row on every rank, not at its home alone."""
         key_shape, value_shape = _probe_shapes(decoder)
 
-        def slab(shape: tuple[int, int]) -> torch.Tensor:
-            # On a CPU an untouched page of zeros takes no memory, so an idle row costs nothing there.
-            size = (decoder.num_layers, rows, shape[0], positions, shape[1])
-            return torch.zeros(size, dtype=decoder.dtype, device=decoder.device)
-
-        self.all_keys, self.all_values = slab(key_shape), slab(value_shape)
+        self._memory = [
+            LazyZeros((decoder.num_layers, rows, heads, positions, dim), dtype=decoder.dtype, device=decoder.device)
+            for heads, dim in (key_shape, value_shape)
+        ]
+        self.all_keys, self.all_values = (memory.tensor for memory in self._memory)
         self.keys, self.values = self.all_keys.unbind(0), self.all_values.unbind(0)
         self.rows, self.positions, self.num_layers = rows, positions, decoder.num_layers
         self.replicated = replicated
@@ -52,6 +52,13 @@ class KvCache:
             for slab in (*self.keys, *self.values):
                 slab[row, :, end : self._filled[row]] = 0
         self._filled[row] = end
+
+    def trim(self, row: int, end: int) -> None:
+        """Give the memory of a row beyond a position back; it is zero there."""
+        if self._filled[row] > end:
+            for memory in self._memory:
+                memory.clear(row, end, self._filled[row])
+            self._filled[row] = end
 
     def copy(self, source: int, target: int, end: int) -> None:
         """Let the first positions of a row, up to `end`, be those of another one."""

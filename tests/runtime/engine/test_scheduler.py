@@ -7,6 +7,7 @@ from moeplace.runtime.engine.batch import Batch
 from moeplace.runtime.engine.requests import Request, RunningSequence
 from moeplace.runtime.engine.sampling import SamplingParameters
 from moeplace.runtime.engine.scheduler import Scheduler
+from moeplace.runtime.kv.row_pool import PAGE, Trim
 
 
 def make_scheduler(**changes: int) -> Scheduler:
@@ -18,12 +19,27 @@ def request(name: str, length: int = 2) -> Request:
     return Request(name, tuple(range(length)), max_new_tokens=3)
 
 
+def served(batch: Batch) -> dict[str, int]:
+    return {s.request.request_id: length for s, length in zip(batch.sequences, batch.lengths, strict=True)}
+
+
+def run_passes(scheduler: Scheduler, count: int) -> list[dict[str, int]]:
+    """What runs in some passes; everybody who has run all tokens gets another."""
+    passes = []
+    for _ in range(count):
+        batch = scheduler.next_batch()
+        passes.append(served(batch))
+        for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
+            sequence.cached += length
+            if not sequence.num_missing:
+                sequence.token_ids.append(0)
+    return passes
+
+
 def admit(scheduler: Scheduler) -> list[RunningSequence]:
-    """Sequences that have come with the next pass, which runs their prompts, in the order in which they came."""
+    """Sequences that have come with the next pass, in the order in which they came."""
     before = len(scheduler.running)
-    batch = scheduler.next_batch()
-    for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
-        sequence.cached += length
+    run_passes(scheduler, 1)
     return scheduler.running[before:]
 
 
@@ -46,23 +62,6 @@ def test_rows_of_replicated_caches_are_global() -> None:
     for name in "abcd":
         scheduler.add(request(name, 1))
     assert [(s.home, s.row) for s in admit(scheduler)] == [(0, 0), (1, 1), (0, 2)]
-
-
-def served(batch: Batch) -> dict[str, int]:
-    return {s.request.request_id: length for s, length in zip(batch.sequences, batch.lengths, strict=True)}
-
-
-def run_passes(scheduler: Scheduler, count: int) -> list[dict[str, int]]:
-    """What runs in some passes; everybody who has run all tokens gets another."""
-    passes = []
-    for _ in range(count):
-        batch = scheduler.next_batch()
-        passes.append(served(batch))
-        for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
-            sequence.cached += length
-            if not sequence.num_missing:
-                sequence.token_ids.append(0)
-    return passes
 
 
 def test_a_pass_has_a_budget() -> None:
@@ -98,6 +97,54 @@ def test_what_is_to_be_made_again_is_a_prompt() -> None:
         scheduler = make_scheduler(max_prefill_tokens=3, cuts_prompts=cuts)
         scheduler.seat(RunningSequence(request("a"), home=0, row=0, token_ids=list(range(7)), cached=2))
         assert [one["a"] for one in run_passes(scheduler, 3)] == expected
+
+
+def paged(pages: int, **changes: int) -> Scheduler:
+    return make_scheduler(num_ranks=1, rows=9, positions=4 * PAGE, max_prefill_tokens=100, pages=pages, **changes)
+
+
+def test_short_sequences_share_the_memory_of_a_long_one() -> None:
+    """Each takes the pages that it has tokens for."""
+    scheduler = paged(4)
+    assert scheduler.kv_room == 4 * PAGE
+    for name in "abcdef":
+        scheduler.add(request(name, 3))
+    assert run_passes(scheduler, 1) == [dict.fromkeys("abcd", 3)]
+    scheduler.cancel("b")
+    assert run_passes(scheduler, 1) == [{"a": 1, "c": 1, "d": 1, "e": 3}]
+
+
+def test_the_youngest_gives_way() -> None:
+    """A sequence that needs a page takes it from the last one that came, which waits before all others, with its
+    tokens; the row's memory is given back before anything is written."""
+    scheduler = paged(4)
+    for name, length in (("a", PAGE - 1), ("b", 2 * PAGE), ("c", 1), ("d", 3)):
+        scheduler.add(Request(name, (1,) * length, max_new_tokens=2 * PAGE - 5, stop_ids=()))
+    assert run_passes(scheduler, 1) == [{"a": PAGE - 1, "b": 2 * PAGE, "c": 1}]
+    trims = []
+    for expected in ({"a": 1, "b": 1}, {"a": 1}):  # b needs a third page, then a a second one
+        batch = scheduler.next_batch()
+        assert served(batch) == expected
+        trims.append(batch.trims)
+        for sequence in batch.sequences:
+            sequence.cached += 1
+            sequence.token_ids.append(0)
+    assert [request.request_id for request in scheduler.waiting] == ["b", "c", "d"]
+    assert [scheduler.added(request) for request in scheduler.waiting] == [(0, 0), (0,), ()]
+    assert trims == [((0, Trim(2, 0)),), ((0, Trim(1, 0)),)]
+
+
+def test_a_check_gets_memory() -> None:
+    """From what runs, youngest first."""
+    scheduler = paged(4)
+    for name in "abcd":
+        scheduler.add(request(name, 3))
+    run_passes(scheduler, 1)
+    assert scheduler.place(request("check", 2 * PAGE)) is None
+    scheduler.make_room(2 * PAGE)
+    assert [s.request.request_id for s in scheduler.running] == ["a"]
+    assert [r.request_id for r in scheduler.waiting] == ["b", "c", "d"]
+    assert scheduler.place(request("check", 2 * PAGE)) is not None
 
 
 def test_requests_are_checked_and_survive_json() -> None:

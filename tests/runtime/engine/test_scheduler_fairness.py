@@ -1,22 +1,26 @@
 """The scheduler under any arrivals: nobody starves, the budget holds, and all ranks plan alike."""
 
+from typing import Any
+
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 from hypothesis.strategies import DrawFn
 
 from moeplace.runtime.engine.batch import Batch
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.scheduler import Scheduler
+from moeplace.runtime.kv.row_pool import PAGE
 
 ARRIVALS = st.lists(
     st.tuples(st.integers(0, 4), st.integers(1, 40), st.integers(1, 6), st.integers(0, 3)), min_size=1, max_size=12
 )
 """(passes since the one before, prompt tokens, tokens to add, beginning of the prompt) of requests."""
-EVERYWHERE = 0
+EVERYWHERE, NOTHING = 0, -1
 
 
 @st.composite
-def schedulers(draw: DrawFn, **options: bool) -> tuple[Scheduler, Scheduler]:
+def schedulers(draw: DrawFn, **options: Any) -> tuple[Scheduler, Scheduler]:
     """Two of one kind, as two ranks have them."""
     drawn = {
         "num_ranks": draw(st.integers(1, 3)),
@@ -39,17 +43,22 @@ def prompt_of(number: int, length: int, beginning: int) -> tuple[int, ...]:
 class Rows:
     """What is in the rows of a cache: the tokens whose K/V they are. A pass does to it what executors do."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, pages: int | None = None) -> None:
+        """`pages`: what a pass may leave in memory in each of the caches."""
+        self._scheduler, self._pages = scheduler, pages
         self._rows: dict[tuple[int, int], list[int]] = {}
-        self.reused = 0
+        self.reused = self.passes = 0
 
     def _row(self, home: int, row: int) -> list[int]:
         place = (EVERYWHERE if self._scheduler.replicated else home, row)
-        return self._rows.setdefault(place, [-1] * self._scheduler.positions)
+        return self._rows.setdefault(place, [NOTHING] * self._scheduler.positions)
 
     def carry_out(self, batch: Batch) -> None:
         """What a pass leaves; every sequence must have its own tokens in its row."""
+        self.passes += 1
+        for home, trim in batch.trims:
+            row = self._row(home, trim.row)
+            row[trim.end :] = [NOTHING] * (len(row) - trim.end)
         for sequence in batch.sequences:
             if sequence.prefix is not None:
                 end = sequence.prefix.positions
@@ -60,6 +69,11 @@ class Rows:
             row, end = self._row(sequence.home, sequence.row), sequence.cached + length
             row[sequence.cached : end] = sequence.token_ids[sequence.cached : end]
             sequence.cached = sequence.replicated = end
+        if self._pages is not None:
+            for home in range(self._scheduler.num_ranks):
+                rows = [row for (there, _), row in self._rows.items() if there == home]
+                ends = [max((n + 1 for n, token in enumerate(row) if token != NOTHING), default=0) for row in rows]
+                assert sum(-(-end // PAGE) for end in ends) <= self._pages
         for sequence in batch.sequences:
             assert self._row(sequence.home, sequence.row)[: sequence.cached] == sequence.token_ids[: sequence.cached]
             if not sequence.num_missing:
@@ -121,18 +135,24 @@ def test_nobody_starves(pair: tuple[Scheduler, Scheduler], arrivals: list[tuple[
     assert [int(name) for name in first_pass] == sorted(range(len(arrivals)))
 
 
+@pytest.mark.parametrize("pages", [None, 4, 6])
 @given(
-    pair=schedulers(cuts_prompts=True, reuses_prefixes=True),
+    data=st.data(),
     arrivals=ARRIVALS,
     cancelled=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 11), st.booleans()), max_size=6),
 )
 def test_what_is_taken_over_is_what_would_have_been_run(
-    pair: tuple[Scheduler, Scheduler], arrivals: list[tuple[int, int, int, int]], cancelled: list[tuple[int, int, bool]]
+    pages: int | None,
+    data: st.DataObject,
+    arrivals: list[tuple[int, int, int, int]],
+    cancelled: list[tuple[int, int, bool]],
 ) -> None:
-    """Prompts that begin alike, rows that change hands, cancellations also between the plan and the pass: a row has
-    the tokens of its sequence, the last one of a prompt runs, all ranks do the same, and everybody ends."""
+    """Prompts that begin alike, rows that change hands, cancellations also between the plan and the pass, and memory
+    for one sequence of full length or little more: a row has the tokens of its sequence, the last one of a prompt
+    runs, no more memory is used, all ranks do the same, and everybody ends with all tokens."""
+    pair = data.draw(schedulers(cuts_prompts=True, reuses_prefixes=data.draw(st.booleans()), pages=pages))
     due = [sum(gap for gap, *_ in arrivals[: n + 1]) for n in range(len(arrivals))]
-    rows, number = [Rows(one) for one in pair], 0
+    rows, number = [Rows(one, pages) for one in pair], 0
     while number <= due[-1] or not pair[0].is_idle:
         for one, held in zip(pair, rows, strict=True):
             for n, (_, prompt, new, beginning) in enumerate(arrivals):

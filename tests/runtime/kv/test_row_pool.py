@@ -93,6 +93,7 @@ def test_a_prompt_goes_where_its_beginning_is() -> None:
     (second,) = [s for s in scheduler.next_batch().sequences if s.prefix]
     assert (second.home, second.row, second.prefix, second.num_missing) == (0, 1, Prefix(0, 40), 1)
     second.cached, second.prefix = 41, None
+    second.token_ids.append(0)
     third = serve_one(scheduler, "c", (*LONG, 60))
     assert third.home == 1
     scheduler.release(first)
