@@ -24,7 +24,7 @@ from moeplace.runtime.kv.hand_over import KvPlaces, give_kv, hand_over, store_sh
 from moeplace.runtime.kv.stream import KvStream, default_pieces
 from moeplace.runtime.kv.views import DecodeView, PromptView, embed_positions
 from moeplace.runtime.models.decoder import AttentionView, Decoder
-from moeplace.runtime.models.token_attention import rotation_of
+from moeplace.runtime.models.token_attention import Rotation, rotation_of
 
 
 class Executor(PlacedExperts[Decoder, KvCache]):
@@ -164,11 +164,11 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         views, sizes = [self._view(part) for part in parts], [part.num_tokens for part in parts]
         for layer in range(self.decoder.num_layers):
             if len(views) == 1:
-                rows = TokenRows(self.decoder.attend(layer, rows.x, views[0]), rows.token)
+                rows = replace(rows, x=self.decoder.attend(layer, rows.x, views[0]))
             elif views:
                 pieces = zip(rows.x.split(sizes), views, strict=True)
                 x = torch.cat([self.decoder.attend(layer, piece, view) for piece, view in pieces])
-                rows = TokenRows(x, rows.token)
+                rows = replace(rows, x=x)
             rows = self._feed_forward(layer, dispatcher, rows, step)
         self.group.counters.steps += 1
         return rows
@@ -187,7 +187,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
                 view = make_view(rows.token, ledger)
                 step = replace(step, ledger=ledger)
             if view is not None:
-                rows = TokenRows(self.decoder.attend(layer, rows.x, view), rows.token)
+                rows = replace(rows, x=self.decoder.attend(layer, rows.x, view))
             else:
                 ledger.add(layer, rows.token, rows.x.new_empty(0, self.cache.row_width))
             moved = self._feed_forward(layer, dispatcher, rows, step)
@@ -204,7 +204,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         moe_layer = self.decoder.moe_index.get(layer)
         if moe_layer is not None:
             return dispatcher.forward(moe_layer, self.decoder.blocks[moe_layer], rows, step)
-        return TokenRows(self.decoder.feed_forward(layer, rows.x), rows.token) if len(rows) else rows
+        return replace(rows, x=self.decoder.feed_forward(layer, rows.x)) if len(rows) else rows
 
     def _kv_stream(self) -> KvStream[KvPlaces]:
         """Of the group in force; all ranks make it in the same step."""
@@ -252,23 +252,31 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         """What makes the view of those of the tokens that are here, with the ledger in which their K/V are noted."""
         device = self.decoder.device
         positions = [sequence.cached for sequence in ordered]
-        row_B = torch.tensor([sequence.row for sequence in ordered], device=device)
-        position_B = torch.tensor(positions, device=device)
-        embeddings = self.decoder.position_embeddings(position_B[:, None])
+        place_B2 = torch.tensor([(sequence.row, sequence.cached) for sequence in ordered], device=device)
+        embeddings = self.decoder.position_embeddings(place_B2[:, 1:])
         rotation = rotation_of(embeddings) if self.decoder.is_quick else None
         longest, even = max(positions) + 1, min(positions) == max(positions)
+        joined = None if rotation is None else torch.cat([*embeddings, rotation[1]], dim=-1)  # one look-up, not four
+
+        def pick(token: torch.Tensor) -> tuple[Any, Rotation | None]:
+            if joined is None:
+                return _pick(embeddings, token), None
+            cosine, sine, signed_sine = joined[token].chunk(3, dim=-1)
+            return (cosine, sine), (cosine, signed_sine)
 
         def make_view(token: torch.Tensor, ledger: KvLedger) -> AttentionView | None:
             if not len(token):
                 return None
+            row, position = place_B2[token].unbind(1)
+            position_embeddings, rotation = pick(token)
             return DecodeView(
                 self.cache,
-                row=row_B[token],
-                position=position_B[token],
+                row=row,
+                position=position,
                 longest=longest,
                 even=even,
-                position_embeddings=_pick(embeddings, token),
-                rotation=None if rotation is None else _pick(rotation, token),
+                position_embeddings=position_embeddings,
+                rotation=rotation,
                 token=token,
                 ledger=ledger,
             )

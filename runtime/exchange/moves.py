@@ -71,16 +71,28 @@ class HostMoves:
 
     def __init__(self) -> None:
         self._kept: dict[str, np.ndarray] = {}
+        self._given: dict[str, tuple[torch.Tensor, np.ndarray]] = {}  # the last message of each name, in both forms
 
     def room(self, name: str, rows: int, width: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         """See `Moves`."""
         size = rows * width * dtype.itemsize
-        if size > KEPT_BYTES:
-            return torch.empty(rows, width, dtype=dtype)
         kept = self._kept.get(name)
-        if kept is None or len(kept) < size:
+        if size > KEPT_BYTES:
+            kept = np.empty(size, np.uint8)
+        elif kept is None or len(kept) < size:
             kept = self._kept[name] = np.empty(min(2 * size, KEPT_BYTES), np.uint8)
-        return _tensor_on(kept[:size], rows, width, dtype)
+        room = _tensor_on(kept[:size], rows, width, dtype)
+        if dtype == torch.uint8 and size <= KEPT_BYTES:
+            self._given[name] = room, kept[:size].reshape(rows, width)
+        return room
+
+    def _content(self, message: torch.Tensor) -> np.ndarray:
+        """The bytes of a message, without a call of an operator where it was given here."""
+        for given, content in self._given.values():
+            if given is message:
+                return content
+        array: np.ndarray = message.numpy()
+        return array
 
     def index(self, rows: np.ndarray) -> torch.Tensor:
         """See `Moves`."""
@@ -96,14 +108,14 @@ class HostMoves:
         values: Mapping[str, torch.Tensor],
     ) -> None:
         """See `Moves`."""
-        content = message.numpy()
+        content = self._content(message)
         content[:, : layout.head_words * 4].view(np.int32)[:] = heads
         for name, value in values.items():
             _items_in(content, layout.fields[name])[place] = _items_of(value)[source]
 
     def heads(self, message: torch.Tensor, layout: RowLayout) -> np.ndarray:
         """See `Moves`; a view."""
-        return message.numpy()[:, : layout.head_words * 4].view(np.int32)
+        return self._content(message)[:, : layout.head_words * 4].view(np.int32)
 
     def join(
         self, own: torch.Tensor, kept: np.ndarray | None, message: torch.Tensor, field: RowField, place: np.ndarray
@@ -113,7 +125,7 @@ class HostMoves:
         memory = np.empty((count + len(place)) * field.nbytes, np.uint8)
         items = memory.view(_item(field.nbytes))
         items[:count] = _items_of(own) if kept is None else _items_of(own)[kept]
-        items[count:] = _items_in(message.numpy(), field)[place]
+        items[count:] = _items_in(self._content(message), field)[place]
         return _tensor_on(memory, len(items), field.width, field.dtype)
 
 

@@ -5,6 +5,7 @@ Shape letters: B sequences, Q queries per sequence, M tokens of this rank.
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from moeplace.runtime.exchange.kv_ledger import KvLedger
@@ -195,8 +196,9 @@ def _as_slice(row: torch.Tensor) -> slice | None:
     """The rows as a slice, where they are consecutive (looked at on the CPU only, where that is free)."""
     if row.device.type != "cpu" or not len(row):
         return None
-    first, count = int(row[0]), len(row)
-    return slice(first, first + count) if bool((row == torch.arange(first, first + count)).all()) else None
+    numbers = row.numpy()
+    first, count = int(numbers[0]), len(numbers)
+    return slice(first, first + count) if bool((np.diff(numbers) == 1).all()) else None
 
 
 def _as_mask(seen: torch.Tensor, additive: torch.dtype | None) -> torch.Tensor:
