@@ -16,7 +16,7 @@ MOST = {1: 1250, 8: 1500, 64: 1500}
 """Sequences -> operator events of a step of six layers, operators inside operators included. Before slots were reckoned
 on the host and single tokens had an attention of their own they were 2,181, 2,898 and 4,510."""
 MOST_OF_RANKS = {"coherent": {1: 1500, 8: 2300}, "dispatch-combine": {1: 1400, 8: 1700}}
-"""The same of the busiest of four ranks, by mode. Before rows were moved on the host they were 3,490 and 4,397, and 1,529
+"""The same of the busiest of four ranks, by mode. Before rows were moved on the host they were 3,490 and 4,397, 1,529
 and 2,230 in the mean over ranks."""
 
 

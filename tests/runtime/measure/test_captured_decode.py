@@ -8,11 +8,11 @@ import torch
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.engine.captured_decode import CapturedDecode, CudaRecorder, EagerRecorder, Recorder
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.executor import Executor
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.measure.captured_decode import CapturedDecode, CudaRecorder, EagerRecorder, Recorder
 from moeplace.runtime.models.decoder import Decoder
 from tests.runtime.checkpoints import VOCABULARY, save_checkpoint
 

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 
 from moeplace.profiling.errors import InputError
-from moeplace.runtime.exchange.dispatcher import Step, TokenDispatcher, TokenRows
+from moeplace.runtime.exchange.dispatcher import Step, TokenRows
+from moeplace.runtime.exchange.fixed.step import FixedDispatcher, StepNotes
 from moeplace.runtime.kv.cache import KvCache
 from moeplace.runtime.kv.views import DecodeView
 from moeplace.runtime.models.decoder import Decoder
@@ -83,7 +84,7 @@ class CapturedDecode:
         self,
         decoder: Decoder,
         cache: KvCache,
-        dispatcher: TokenDispatcher,
+        dispatcher: FixedDispatcher,
         *,
         sequences: int,
         reach: int,
@@ -92,7 +93,7 @@ class CapturedDecode:
         """Record a pass; it writes to row 0 and position 0 of the cache, which nobody may use yet.
 
         Args:
-            dispatcher: one that reads nothing on the host.
+            dispatcher: of one rank; what it notes of these passes is not kept.
 
         Raises:
             InputError: the cache has fewer positions than `reach`.
@@ -118,7 +119,7 @@ class CapturedDecode:
         return self._replay()
 
     def _run(self) -> torch.Tensor:
-        decoder = self._decoder
+        decoder, self._dispatcher.notes = self._decoder, StepNotes()
         ids_B, row_B, position_B = self._inputs_3B.unbind(0)
         embeddings = decoder.position_embeddings(position_B[:, None])
         view = DecodeView(
