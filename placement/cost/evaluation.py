@@ -12,7 +12,7 @@ from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.replay import Replay, replay
 from moeplace.placement.cost.replica_rule import MOEPLACE, ReplicaRule
-from moeplace.placement.cost.seconds import predict_step
+from moeplace.placement.cost.seconds import kv_exchange_seconds, layer_seconds
 from moeplace.placement.cost.steps import StepShape, default_shape
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
@@ -49,6 +49,7 @@ class Evaluation:
         served_LR, served_LN: (L, R), (L, N) tokens that a rank serves, that any rank of a node serves.
         moved_RR: (R, R) copies of `copies_per_token` from rank to rank.
         replica_rule: name of the rule by which experts with several slots were served.
+        seconds_L: (L,) of `predicted_seconds`, what each layer takes; the K/V exchange belongs to none.
         tokens_per_step: the busiest rank's routed tokens over the mean rank's in one step, mean over steps and layers.
     """
 
@@ -77,6 +78,7 @@ class Evaluation:
     served_LR: np.ndarray = field(repr=False)
     served_LN: np.ndarray = field(repr=False)
     moved_RR: np.ndarray = field(repr=False)
+    seconds_L: np.ndarray = field(repr=False)
     step_imbalance_mean: float = 1.0
     replica_rule: str = MOEPLACE.name
 
@@ -212,6 +214,7 @@ def _evaluation(
     if mode == "coherent":
         moved_LRR = moved_LRR[1:]  # per layer boundary, as copies_per_token
     moved_RR = moved_LRR.sum(axis=0) / max(len(moved_LRR), 1)
+    seconds_L = layer_seconds(counted, cluster, shape, calibration)
     return Evaluation(
         mode=mode,
         tokens=tokens,
@@ -226,7 +229,7 @@ def _evaluation(
         imbalance_worst=float(imbalance_L.max()),
         activated_imbalance_mean=float(activated_imbalance),
         step_imbalance_mean=float(step_imbalance),
-        predicted_seconds=predict_step(counted, cluster, shape, calibration),
+        predicted_seconds=float(seconds_L.sum()) + kv_exchange_seconds(counted, cluster, shape),
         batch=min(shape.batch, tokens),
         kv_bytes_per_token=_kv_bytes(counted, shape),
         collectives_per_layer=_collectives_per_layer(counted),
@@ -239,6 +242,7 @@ def _evaluation(
         served_LR=counted.served_LR,
         served_LN=counted.served_LN,
         moved_RR=moved_RR,
+        seconds_L=seconds_L,
         replica_rule=rule.name,
     )
 

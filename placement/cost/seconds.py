@@ -29,9 +29,14 @@ def predict_step(counted: Replay, cluster: Cluster, shape: StepShape, calibratio
         shape: sizes of a step.
         calibration: times.
     """
+    layers = float(layer_seconds(counted, cluster, shape, calibration).sum())
+    return layers + kv_exchange_seconds(counted, cluster, shape)
+
+
+def layer_seconds(counted: Replay, cluster: Cluster, shape: StepShape, calibration: Calibration) -> np.ndarray:
+    """(L,) seconds of a step in each layer, see `predict_step`."""
     outside_L = seconds_outside_experts(counted, cluster, shape, calibration)
-    experts_L = calibration.expert.fixed + counted.step_L4[:, 2]
-    return float((outside_L + experts_L).sum()) + kv_exchange_seconds(counted, cluster, shape)
+    return outside_L + calibration.expert.fixed + counted.step_L4[:, 2]
 
 
 def seconds_outside_experts(

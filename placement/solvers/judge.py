@@ -80,12 +80,25 @@ class Judge:
         """The same judge, who takes the time to compare on all tokens."""
         return Judge(self._problem, self._ties, self._caps_L) if self.sampled else self
 
-    def combine(self, drafts: Sequence[np.ndarray]) -> np.ndarray | None:
-        """Each layer's best row, where layers are independent; None where they are not, or rows differ in length."""
+    def by_layer(self, slots_LS: np.ndarray) -> np.ndarray | None:
+        """(L,) the objective of each layer, which is their mean; None where layers depend on each other."""
+        return self._values(self._problem.placement(slots_LS)).objective_L
+
+    def combine(self, drafts: Sequence[np.ndarray], by_layer: Sequence[np.ndarray] | None = None) -> np.ndarray | None:
+        """Each layer's best row, where layers are independent; None where they are not, or rows differ in length.
+
+        Args:
+            drafts: (L, S) each.
+            by_layer: (L,) what to compare instead of the objective of each draft.
+        """
         if len({draft.shape for draft in drafts}) > 1:
             return None
-        by_layer = [self._layer_values(self._problem.placement(draft)) for draft in drafts]
-        values = [value_L for value_L in by_layer if value_L is not None]
+        given = [None] * len(drafts) if by_layer is None else by_layer
+        by_layer_D = [
+            self._layer_values(self._problem.placement(draft), value_L)
+            for draft, value_L in zip(drafts, given, strict=True)
+        ]
+        values = [value_L for value_L in by_layer_D if value_L is not None]
         if len(values) < len(drafts):
             return None
         chosen_L = []
@@ -98,17 +111,20 @@ class Judge:
             chosen_L.append(best)
         return np.stack([drafts[draft][layer] for layer, draft in enumerate(chosen_L)])
 
-    def _layer_values(self, placement: Placement) -> list[tuple[tuple[float, ...], float, float]] | None:
+    def _layer_values(
+        self, placement: Placement, objective_L: np.ndarray | None
+    ) -> list[tuple[tuple[float, ...], float, float]] | None:
         """`key` of each layer by itself, None if the objective is no mean over layers."""
         layers, values = self._problem.num_layers, self._values(placement)
-        if values.objective_L is None:
+        objective_L = values.objective_L if objective_L is None else objective_L
+        if objective_L is None:
             return None
         over_L = np.zeros(layers)
         if self._caps_L is not None:
             over_L = np.maximum(values.imbalance_L - self._caps_L - CAP_ROUNDING, 0.0).round(4)
         moves_L, limit = self._moves_L(placement), np.inf if self._ties is None else self._ties.most_moves
         excess_L = np.maximum(moves_L - limit, 0.0)
-        value_L = values.objective_L / layers + self._price_L(placement)
+        value_L = objective_L / layers + self._price_L(placement)
         return [((float(excess_L[x]), float(over_L[x])), float(value_L[x]), float(moves_L[x])) for x in range(layers)]
 
     def _values(self, placement: Placement) -> "_Values":
@@ -154,6 +170,8 @@ def _evaluated(problem: Problem, placement: Placement, trace: RoutingTrace | Non
         by_layer = evaluation.imbalance_L
     elif name == "traffic" and problem.mode == "dispatch-combine":
         by_layer = evaluation.ranks_per_token_L + problem.node_weight * evaluation.nodes_per_token_L
+    elif name == "seconds" and problem.mode == "dispatch-combine":
+        by_layer = evaluation.seconds_L * len(evaluation.seconds_L)
     imbalance_L = evaluation.imbalance_L
     if trace is not problem.trace and not placement.has_replicas:
         imbalance_L = load_imbalance(problem, placement)  # of all tokens: nothing to choose, hence nothing to replay

@@ -33,6 +33,10 @@ a percent or two, less than an even load does; on slower ones it halves the step
 SLOWNESS = (1.0, 10.0, 100.0)
 """Times that links may be as slow as the nominal ones: those of one machine, of a good and of a plain network."""
 
+_SLOWEST = SLOWNESS[-1]
+_MIXED_FOR = (1.0, 3.0, 10.0, 30.0, 100.0)
+"""Slownesses of links for which layers of different plans are put together."""
+
 
 def as_fast(problem: Problem) -> float:
     """Share by which predicted steps may differ and count as equally short.
@@ -49,7 +53,7 @@ def fastest(problem: Problem, budget: Budget, search: Search, ties: Ties | None 
     Index order and packing compete too.
     """
     hardest = problem.max_imbalance
-    caps = [c for c in _CAPS if hardest is None or (c is not None and c <= hardest)] or [hardest]
+    caps = [*_CAPS] if hardest is None else [*(c for c in _CAPS if c is not None and c < hardest), hardest]
     caps = caps[-searches_within(problem, 0.5 * budget.time_limit) :]
     drafts, by_index = [solve_lpt(problem, budget).slot_to_expert], solve_index_order(problem, budget).slot_to_expert
     if hardest is None:
@@ -63,6 +67,9 @@ def fastest(problem: Problem, budget: Budget, search: Search, ties: Ties | None 
         cut |= shortened
         drafts += found
     judge = Judge(problem, ties, held_imbalance(problem), budget.time_limit)
+    if problem.mode == "dispatch-combine" and problem.replica_budget == "per-layer":  # else layers share something
+        slow = Judge(_on_slower_links(problem, _SLOWEST), ties, None, budget.time_limit)
+        drafts += _mixtures(judge, slow, drafts)
     trace = judging_trace(problem, budget.time_limit)
     # Who asks for a plan wants none that is slower than having none, nor than the one in force.
     known = [by_index] * (hardest is None) + ([] if ties is None else [ties.rows_LS])
@@ -70,6 +77,27 @@ def fastest(problem: Problem, budget: Budget, search: Search, ties: Ties | None 
     choose = partial(_best, problem, trace, judge, longest)
     slots_LS, note = use_all_slots(problem, drafts, ties, judge, choose)
     return Draft(slots_LS, "time_limit" if cut else "feasible", notes=(note,) if note else ())
+
+
+def _mixtures(judge: Judge, slow: Judge, drafts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Each layer's row of the draft that suits it, on links of several speeds; layers must be independent.
+
+    A tight cap costs some layers little traffic and others much. What a layer takes is a time that does not depend on
+    how fast links are, and one that is as much longer as they are slower.
+    """
+    seconds_D2L = np.array([[each.by_layer(draft) for each in (judge, slow)] for draft in drafts], dtype=float)
+    mixed: dict[bytes, np.ndarray] = {}
+    for slowness in _MIXED_FOR:
+        share = (slowness - 1.0) / (_SLOWEST - 1.0)
+        seconds = [(1.0 - share) * swift_L + share * slow_L for swift_L, slow_L in seconds_D2L]
+        found = judge.combine(drafts, seconds)
+        if found is not None:
+            mixed.setdefault(found.tobytes(), found)
+    return list(mixed.values())
+
+
+def _on_slower_links(problem: Problem, times: float) -> Problem:
+    return problem.replace(calibration=problem.calibration.slower(times))
 
 
 def _best(
@@ -99,8 +127,7 @@ def _regrets(problem: Problem, trace: RoutingTrace, placements: Sequence[Placeme
     """(C,) most times that the step of each of C placements is longer than the shortest, over links of all speeds."""
     worst_C = np.ones(len(placements))
     for times in SLOWNESS:
-        calibration = problem.calibration.slower(times)
-        slower = problem.replace(calibration=calibration)
+        slower = _on_slower_links(problem, times)
         step_C = np.array([slower.evaluate(placement, trace).predicted_seconds for placement in placements])
         worst_C = np.maximum(worst_C, step_C / step_C.min())
     return worst_C

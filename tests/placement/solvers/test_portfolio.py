@@ -65,7 +65,9 @@ def test_whole_nodes_are_renamed_so_that_tokens_stay() -> None:
     assert names_LR.tolist() == [[0, 1, 2, 3], [3, 2, 1, 0]]
 
 
-@pytest.mark.parametrize(("hardest", "asked"), [(None, [1.01, 1.05, 1.15, None]), (1.1, [1.01, 1.05]), (1.0, [1.0])])
+@pytest.mark.parametrize(
+    ("hardest", "asked"), [(None, [1.01, 1.05, 1.15, None]), (1.1, [1.01, 1.05, 1.1]), (1.0, [1.0])]
+)
 def test_several_caps_compete_for_the_shortest_step(hardest: float | None, asked: list[Any]) -> None:
     """Every cap up to the user's gets an equal share of the time."""
     problem = Problem.from_trace(
