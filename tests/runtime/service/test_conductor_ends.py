@@ -1,9 +1,10 @@
-"""The conductor at the beginning and at the end of a service, and what it says of losses."""
+"""The conductor at the beginning and at the end of a service, and what it says of what happens between."""
 
 from itertools import pairwise
 
 import pytest
 
+from moeplace.placement.placement import Placement
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.event import Event
 from moeplace.runtime.service.api import RequestRecord
@@ -128,3 +129,86 @@ def test_a_report_that_cannot_be_used_is_told(report: dict[str, object]) -> None
     made = serving(1).conductor.handle(report, 5.0)
     assert [type(action) for action in made] == [actions.Note]
     assert (made[0].event.kind, made[0].event.time) == ("bad-report", 5.0)  # type: ignore[union-attr]
+
+
+def turned(world: World) -> Placement:
+    """The placement in force with its slots in the opposite order."""
+    placement = world.conductor.placement
+    return placement.replace(
+        slot_to_expert=placement.slot_to_expert[:, ::-1], slots_of_rank=placement.slots_of_rank[::-1]
+    )
+
+
+def test_placements_that_are_wanted_come_to_pass_in_their_order() -> None:
+    """One after the other; one for ranks that are no more is told to have failed, and the next one is done."""
+    world = serving(2)
+    for _ in range(2):
+        world.conductor.replace(turned(world))
+    world.do(world.conductor.take_actions())
+    world.settle()
+    assert notes(world).count("replaced") == 2
+    assert "replace-failed" not in notes(world)
+    assert world.conductor.status().placement_version == 2
+    for _ in range(2):
+        world.conductor.replace(turned(world))
+    world.conductor.scale(3, None)
+    world.do(world.conductor.take_actions())
+    world.die(1)
+    world.settle()
+    told = [event.sentence for event in events(world, "replace-failed")]
+    assert told == ["the placement is for 2 ranks, but 3 are active"]  # the other one was under way and was dropped
+    assert notes(world).count("replaced") == 3  # the last one gave the newcomers experts
+    assert not world.conductor.status().changing
+
+
+def test_who_joins_is_told() -> None:
+    """Not of those with whom the service begins."""
+    world = serving(2)
+    assert not events(world, "joined")
+    world.conductor.scale(4, None)
+    world.do(world.conductor.take_actions())
+    world.settle()
+    assert [event.figures["members"] for event in events(world, "joined")] == [[2, 3]]
+
+
+def test_newcomers_that_cannot_be_connected_are_given_up_and_nobody_else() -> None:
+    """After some proposals; the ranks that serve go on."""
+    world = serving(2, keep_width=False)
+    world.conductor.scale(3, None)
+    world.do(world.conductor.take_actions())
+    ticket = ask(world)
+    for _ in range(400):
+        world.fail_next_connection = True
+        while world.queue:
+            world.deliver(0)
+        for member in sorted(world.ranks):
+            if member in world.ranks:
+                world.turn(member)
+        if 2 not in world.ranks:
+            break
+        world.pass_time(1.0)
+    assert len(events(world, "regroup-failed")) == 6
+    world.settle()
+    assert set(world.ranks) == {0, 1}
+    assert world.ended == {ticket: "length"}
+
+
+def test_a_service_that_fails_says_so_in_its_log() -> None:
+    """Once, with the reason that its status has."""
+    world = World(keep_width=True, ranks=1)
+    world.handle({"kind": "failed", "member": 0, "error": "there is no such checkpoint", "final": True})
+    world.die(0)
+    world.settle()
+    assert [event.sentence for event in events(world, "failed")] == [world.conductor.status().reason]
+
+
+def test_routing_is_asked_of_the_ranks_that_serve_and_of_nobody_else() -> None:
+    """Before there are any, nothing is asked; while it is asked for, not again."""
+    world = World(keep_width=True, ranks=2)
+    assert world.conductor.routing() is None
+    assert not [a for a in world.conductor.take_actions() if isinstance(a, actions.Append)]
+    world.settle()
+    for _ in range(2):
+        assert world.conductor.routing() is None
+    asked = [a.command for a in world.conductor.take_actions() if isinstance(a, actions.Append)]
+    assert [command["kind"] for command in asked] == ["routing"]
