@@ -65,11 +65,12 @@ async def _keep_placing(server: Server, files: list[bytes], stop: asyncio.Event,
     headers = {"Authorization": f"Bearer {ADMIN_KEY}", "Content-Type": "application/json"}
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, headers=headers) as client:
         while not stop.is_set():
-            answer = await client.post("/admin/place", content=files[(len(done) + 1) % 2])
-            if answer.status_code == 202:
-                done.append(answer.json()["placement_version"])
-            elif "another" not in answer.text:
-                raise RuntimeError(answer.text)
+            with suppress(httpx.TransportError):  # of a server that is too busy to keep a connection
+                answer = await client.post("/admin/place", content=files[(len(done) + 1) % 2])
+                if answer.status_code == 202:
+                    done.append(answer.json()["placement_version"])
+                elif "another" not in answer.text:
+                    raise RuntimeError(answer.text)
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), 0.1)
 
