@@ -3,9 +3,9 @@
 import argparse
 import importlib
 
-HELP = "benchmarks: replay, elastic and offload of the runtime, solve of the solvers"
+HELP = "benchmarks: replay, elastic, offload and precision of the runtime, solve of the solvers"
 EXAMPLE = "moeplace bench elastic --ranks 4 --steps 200 --json elastic.json"
-BENCHMARKS = ("replay", "elastic", "offload", "solve")  # modules in moeplace.launch.commands.benchmarks
+BENCHMARKS = ("replay", "elastic", "offload", "precision", "solve")  # modules in moeplace.launch.commands.benchmarks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

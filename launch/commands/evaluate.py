@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_replica_rule(parser)
     add_policy_arguments(parser)
     parser.add_argument(
+        "--precision",
+        metavar="F",
+        help="plan of `moeplace bench precision --out`: bytes of ranks, predicted error",
+    )
+    parser.add_argument(
         "--budgets", metavar="P,Q,...", help="with memory tiers: hit rate and seconds with these percentages of a "
         "rank's experts in fast memory, under --policy or some of them side by side",
     )  # fmt: skip
@@ -84,9 +89,35 @@ def run(args: argparse.Namespace) -> int:
             figures["budgets"] = _sweep_budgets(args, side, fit, placement, cluster, shape, budgets)
     elif placement.tier is not None:
         print("(as if every expert were in fast memory: name the tiers with --cluster)")
+    if args.precision:
+        figures["precision"] = _evaluate_precision(args.precision, placement)
     if args.json:
         write_json(args.json, figures)
     return 0
+
+
+def _evaluate_precision(path: str, placement: "Placement") -> Any:
+    """Print what experts in fewer bits take on each rank, and what they spoil; the figures."""
+    import numpy as np
+
+    from moeplace.placement.tiers.precision import bytes_by_rank, load_precision
+    from moeplace.profiling.errors import InputError
+
+    plan = load_precision(path)
+    if not np.array_equal(plan.costs.experts_per_layer, placement.experts_per_layer):
+        raise InputError(f"{path} is for another number of layers or experts than the placement")
+    bytes_R = bytes_by_rank(plan.costs, placement, plan.choice_LE)
+    exact_R = bytes_by_rank(plan.costs, placement, np.zeros_like(plan.choice_LE))
+    counts = ", ".join(f"{number} {name}" for name, number in plan.counts().items())
+    share = bytes_R.sum() / exact_R.sum()
+    print(
+        f"\nprecision: {counts}; bytes of a rank {bytes_R.min():,} to {bytes_R.max():,} ({share:.1%} of exact ones); "
+        f"predicted error {plan.error:.3e}, proven >= {plan.lower_bound:.3e} within the plan's budgets"
+    )
+    return {
+        "experts": plan.counts(), "bytes_per_rank": bytes_R.tolist(), "exact_bytes_per_rank": exact_R.tolist(),
+        "predicted_error": plan.error, "lower_bound": plan.lower_bound,
+    }  # fmt: skip
 
 
 def _evaluate_tiers(

@@ -3,6 +3,8 @@
 Shape letters: D hidden size, N token rows, K top-k, A = N K assignments (token row, slot), M those of this rank.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -11,6 +13,9 @@ from moeplace.runtime.experts.grouped import Groups
 from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.experts.weights import Activation, LayerWeights, gated_silu
 
+Observer = Callable[[int, torch.Tensor, np.ndarray, torch.Tensor, Activation], None]
+"""(layer, (N, D) rows, (N, K) slots, (N, K) gate weights, activation)."""
+
 
 class ExpertComputation:
     """Computes with the experts of a store, and counts.
@@ -18,10 +23,14 @@ class ExpertComputation:
     Args:
         counters: where assignments, activated experts and seconds are counted.
         activation: from the first product of an expert to the input of the second.
+
+    Attributes:
+        observer: called with what experts on the CPU are given, before they compute; None = nobody.
     """
 
     def __init__(self, store: ExpertStore, *, counters: Counters, activation: Activation = gated_silu) -> None:
         self._store, self._counters, self._activation = store, counters, activation
+        self.observer: Observer | None = None
         device = store.weights[0].device
         # On a GPU the counts stay there until they are read: a copy to the host per layer would stop the pipeline.
         self._pending = (
@@ -90,6 +99,8 @@ class ExpertComputation:
     ) -> torch.Tensor:
         """On the CPU, where sizes are free to read: only the assignments that exist are touched. What is reckoned with
         slots is numpy's, which takes a fraction of the calls of small tensors."""
+        if self.observer is not None:
+            self.observer(layer, x_ND, slots_NK, weights_NK, self._activation)
         rows, top_k = slots_NK.shape
         weights = self._weights(layer)
         storage_A = self._store.row_table(layer)[slots_NK.reshape(-1)]  # A = N * K, row after row

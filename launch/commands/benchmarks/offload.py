@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise InputError(f"--{name} ({getattr(args, name)}) must be at least {least}")
     model = Path(args.model) if args.model else shipped("tiny-moe")
-    prompts = _prompts(model, args.text or [str(path) for path in shipped_texts()], args)
+    texts = args.text or [str(path) for path in shipped_texts()]
+    prompts = prompts_of(model, texts, length=args.prompt, count=2 * args.batch)
     options = OffloadOptions(
         model=model, prompts=prompts[: args.batch], other_prompts=prompts[args.batch :],
         budgets=budgets_of(args.budgets), policies=policies, look_ahead=args.look_ahead,  # type: ignore[arg-type]
@@ -79,8 +80,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prompts(model: Path, texts: list[str], args: argparse.Namespace) -> tuple[tuple[int, ...], ...]:
-    """Two batches of prompts, from all texts in turn."""
+def prompts_of(model: Path, texts: list[str], *, length: int, count: int) -> tuple[tuple[int, ...], ...]:
+    """Prompts from all texts in turn.
+
+    Raises:
+        InputError: the texts do not hold so many.
+    """
     from itertools import chain, islice
 
     import transformers
@@ -90,10 +95,10 @@ def _prompts(model: Path, texts: list[str], args: argparse.Namespace) -> tuple[t
 
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    streams = [token_sequences(path, encode, length=args.prompt) for path in texts]
-    found = tuple(tuple(ids) for ids in islice(chain.from_iterable(zip(*streams, strict=False)), 2 * args.batch))
-    if len(found) < 2 * args.batch:
-        raise InputError(f"the texts hold {len(found)} prompts of {args.prompt} tokens, {2 * args.batch} are needed")
+    streams = [token_sequences(path, encode, length=length) for path in texts]
+    found = tuple(tuple(ids) for ids in islice(chain.from_iterable(zip(*streams, strict=False)), count))
+    if len(found) < count:
+        raise InputError(f"the texts hold {len(found)} prompts of {length} tokens, {count} are needed")
     return found
 
 
