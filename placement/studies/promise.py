@@ -114,8 +114,7 @@ def forecast(problem: Problem, placement: Placement, *, confidence: float, seed:
     Raises:
         InputError: there are too few sequences, no trace, or the confidence is none.
     """
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence ({confidence}) must lie between 0 and 1")
+    _require_grounds(problem, confidence)
     load_QLR, sequences = _loads_by_sequence(problem, placement)
     rng, speed_R = np.random.default_rng(seed), problem.cluster.speed_of_rank
     groups = len(load_QLR)
@@ -166,7 +165,7 @@ def solve_promised(
     asked = problem.max_imbalance
     if asked is None:
         raise InputError("a cap on held-out imbalance needs --max-imbalance to say which")
-    _require_sequences(problem)
+    _require_grounds(problem, confidence)
 
     def attempt(cap: float, seconds: float) -> _Try:
         capped = problem.replace(max_imbalance=cap)
@@ -215,8 +214,10 @@ def _next_cap(asked: float, tried: list[tuple[float, float]]) -> float | None:
     return None if min(abs(following - each) for each, _ in tried) < LEAST_STEP else following
 
 
-def _require_sequences(problem: Problem) -> None:
-    """Raises InputError where sequences are too few, or not told apart."""
+def _require_grounds(problem: Problem, confidence: float) -> None:
+    """Raises InputError where sequences are too few or not told apart, or the confidence is none."""
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence ({confidence}) must lie between 0 and 1")
     if problem.trace is None or problem.trace.sequence_ids is None:
         raise InputError("a promise about unseen sequences needs a trace with sequence ids")
     sequences = len(np.unique(problem.trace.sequence_ids))
@@ -229,7 +230,6 @@ def _require_sequences(problem: Problem) -> None:
 
 def _loads_by_sequence(problem: Problem, placement: Placement) -> tuple[np.ndarray, int]:
     """((Q, L, R) assignments that each rank serves of each sequence, or group of sequences; number of sequences)."""
-    _require_sequences(problem)
     trace = problem.trace
     assert trace is not None
     rows, ranks = sequence_rows(trace), placement.num_ranks
@@ -257,8 +257,9 @@ def _hidden_part(problem: Problem, hidden_BLR: np.ndarray) -> np.ndarray:
     and has nothing to hide: with variance V of a rank's share over random placements, of which s come from accidents, a
     share v s of their variance remains, v = 1 - s / V (shrinkage of the empirical Bayes kind, Efron and Morris 1973).
     """
-    experts, parts_L = problem.num_experts, []
-    for load_E, accident_BR in zip(problem.load_LE, hidden_BLR.swapaxes(0, 1), strict=True):
+    parts_L = []
+    by_layer = zip(problem.load_LE, problem.experts_per_layer.tolist(), hidden_BLR.swapaxes(0, 1), strict=True)
+    for load_E, experts, accident_BR in by_layer:
         each_E = load_E[:experts] / max(load_E.sum(), 1.0)
         per_rank = experts / problem.num_ranks
         random = per_rank * float(each_E.var()) * (experts - per_rank) / max(experts - 1, 1)

@@ -63,7 +63,7 @@ def random_problem(rng: np.random.Generator) -> Problem:
         trace, cluster, mode=MODES[rng.integers(3)], objective="traffic",
         shape=StepShape(batch=int(rng.choice([1, 6, 64])), hidden_size=256),
         calibration=Times(cluster.intra, cluster.inter, ExpertTime(1e-6, 1e-7, 1e-6)),
-        replica_rule=get_rule(["moeplace", "nearest-static", "random", "hash"][rng.integers(4)]),
+        replica_rule=get_rule(["moeplace", "balanced", "nearest-static", "random", "hash"][rng.integers(5)]),
     )  # fmt: skip
 
 
