@@ -151,26 +151,30 @@ class HomeMeans:
 
 @dataclass(frozen=True, eq=False)
 class NodeMeans:
-    """Copies inside a node: a gateway's own tokens, and those of other nodes that came through it.
+    """Copies inside a node: of own tokens, or of those of other nodes that came through a gateway.
 
     Attributes:
         use_LR: see `use_of_ranks`.
         mates: ranks of the node.
+        foreign: whose tokens.
     """
 
     use_LR: np.ndarray
     mates: Sequence[int]
+    foreign: bool
 
     def most(self, step: Step) -> np.ndarray:
-        """See `Means`: its own tokens and at most all tokens of other nodes."""
+        """See `Means`: all own tokens, or at most all tokens of other nodes."""
         own_n = np.array(step.tokens_of_rank)[self.mates]
-        return _without_own((own_n + step.num_tokens - own_n.sum())[:, None].repeat(len(own_n), 1))
+        rows_n = np.full_like(own_n, step.num_tokens - own_n.sum()) if self.foreign else own_n
+        return _without_own(rows_n[:, None].repeat(len(own_n), 1))
 
     def mean(self, layer: int, step: Step) -> np.ndarray:
         """See `Means`: a token that a gateway is to pass on to a mate needs both of them."""
         own_n, use_n = np.array(step.tokens_of_rank, np.float64)[self.mates], self.use_LR[layer][self.mates]
-        foreign = step.num_tokens - own_n.sum()
-        return own_n[:, None] * use_n[None, :] + foreign * np.minimum(use_n[:, None], use_n[None, :])
+        if not self.foreign:
+            return own_n[:, None] * use_n[None, :]
+        return (step.num_tokens - own_n.sum()) * np.minimum(use_n[:, None], use_n[None, :])
 
 
 @dataclass(frozen=True, eq=False)

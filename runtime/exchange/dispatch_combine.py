@@ -7,10 +7,9 @@ The copies carry all slots of the token, and each rank computes those that are i
 which copies arrived, so that the second all-to-all has exact sizes on both sides and no header.
 
 Node-aware form: one copy per *node* of A goes to a gateway there (the rank of A on that node with most of the token's
-experts, ties to the lowest), which forwards it inside the node and sums what comes back: two more, node-local,
-collectives for fewer bytes between nodes.
-
-Shared experts are computed while the first exchange travels.
+experts, ties to the lowest), which forwards it inside the node and sums what comes back. What own tokens need of their
+own node, and shared experts, are served while the first exchange travels: so there are four more, node-local,
+collectives, for fewer bytes between nodes, and links that are busy while ranks compute.
 
 Shape letters: M tokens at home, N rows here and received, D hidden size, K top-k, R ranks.
 """
@@ -42,14 +41,14 @@ class Dispatched:
 
 @dataclass(frozen=True, eq=False)
 class DispatchRules:
-    """Rooms of the messages between all ranks, and of those inside the node."""
+    """Rooms of the messages between all ranks, and of those inside the node: of own and of foreign tokens."""
 
     all: CapacityRule
-    node: CapacityRule | None
+    node: tuple[CapacityRule, CapacityRule] | None
 
 
 class DispatchCombineDispatcher:
-    """Two all-to-alls per MoE layer; four in the node-aware form, two of them inside the nodes."""
+    """Two all-to-alls per MoE layer; six in the node-aware form, four of them inside the nodes."""
 
     def __init__(self, runtime: MoeRuntime, group: RankGroup, *, node_aware: bool = False) -> None:
         self.runtime, self.group = runtime, group
@@ -57,8 +56,12 @@ class DispatchCombineDispatcher:
         self._rank_of_slot = runtime.tables.rank_of_slot.cpu().numpy()
         self._moves: Moves = make_moves(group.device)
         self._exchange = RowExchange(group, make_moves(group.device), kind="dispatch")
-        inside = None if self.node is None else RowExchange(self.node, make_moves(group.device), kind="dispatch")
-        self._inside = inside
+        # Inside the node: of own tokens, and of those that came through this gateway.
+        self._inside = (
+            []
+            if self.node is None
+            else [RowExchange(self.node, make_moves(group.device), kind="dispatch") for _ in range(2)]
+        )
         self._rules: DispatchRules | None = None  # made when the first tokens tell how many experts they have
 
     def forward(self, layer: int, block: MoeBlock, rows: TokenRows, step: Step) -> TokenRows:
@@ -102,22 +105,30 @@ class DispatchCombineDispatcher:
     def _through_nodes(
         self, layer: int, home: TokenCopies, step: Step, node: RankGroup, meanwhile: Meanwhile
     ) -> torch.Tensor:
-        rules, rank, mates = self.rules_for(home.slots.shape[1]), self.group.rank, self.group.node_ranks
-        assert self._inside is not None
-        assert rules.node is not None
+        mates, served = self.group.node_ranks, []
         gateway_MR = gateways_of(self._count(home.slots), self.group.node_of_rank)
         gateway_MR[:, mates] = False  # the own node needs no gateway
-        across = self._dispatch(self._exchange, rules.all, layer, step, home, gateway_MR, meanwhile)
-        # Own tokens and those that came through this gateway are forwarded inside the node alike.
-        here = self._with(home, across.received)
-        wanted_Nn = self._count(here.slots)[:, mates] > 0
-        wanted_Nn[:, mates.index(rank)] = False
-        inside = self._dispatch(self._inside, rules.node, layer, step, here, wanted_Nn, _nothing)
-        sums = self._compute(layer, self._with(here, inside.received))
-        gathered, forwarded = sums[: len(here.slots)], sums[len(here.slots) :]
-        summed = self._combine(node, "gather", inside, forwarded, gathered)
-        own, foreign = summed[: len(home.slots)], summed[len(home.slots) :]
-        return self._combine(self.group, "combine", across, foreign, own)
+
+        def serve_home() -> None:
+            """What own tokens need of the own node, while links between nodes carry what they need of others."""
+            meanwhile()
+            served.append(self._inside_node(layer, home, step, node, 0))
+
+        rule = self.rules_for(home.slots.shape[1]).all
+        across = self._dispatch(self._exchange, rule, layer, step, home, gateway_MR, serve_home)
+        foreign = self._inside_node(layer, self._those_of(across.received, home), step, node, 1)
+        return self._combine(self.group, "combine", across, foreign, served[0])
+
+    def _inside_node(self, layer: int, rows: TokenCopies, step: Step, node: RankGroup, turn: int) -> torch.Tensor:
+        """Sums of the node's experts for rows of this rank: two collectives of the node, an exchange for each turn."""
+        mates, rule = self.group.node_ranks, self.rules_for(rows.slots.shape[1]).node
+        assert rule is not None
+        wanted_Nn = self._count(rows.slots)[:, mates] > 0
+        wanted_Nn[:, mates.index(self.group.rank)] = False
+        sent = self._dispatch(self._inside[turn], rule[turn], layer, step, rows, wanted_Nn, _nothing)
+        sums = self._compute(layer, self._with(rows, sent.received))
+        own, others = sums[: len(rows.slots)], sums[len(rows.slots) :]
+        return self._combine(node, f"gather {turn}", sent, others, own)
 
     def _count(self, slots: np.ndarray) -> np.ndarray:
         """(N, R) experts of each row that each rank serves."""
@@ -138,7 +149,10 @@ class DispatchCombineDispatcher:
                     short_messages=of.short_messages,
                 )
 
-            inside = None if node is None else rule(node, NodeMeans(use_LR, group.node_ranks))
+            inside = None
+            if node is not None:
+                own, foreign = (NodeMeans(use_LR, group.node_ranks, foreign=foreign) for foreign in (False, True))
+                inside = rule(node, own), rule(node, foreign)
             self._rules = DispatchRules(rule(group, HomeMeans(use_LR)), inside)
         return self._rules
 
@@ -167,6 +181,12 @@ class DispatchCombineDispatcher:
             values = {name: received.join(self._moves, value, None, name) for name, value in values.items()}
         slots = np.concatenate([copies.slots, received.slots])
         return TokenCopies(np.arange(len(slots)), slots, values)
+
+    def _those_of(self, received: Received, like: TokenCopies) -> TokenCopies:
+        """The rows that came, alone."""
+        none = np.zeros(0, np.int64)
+        values = {name: received.join(self._moves, value, none, name) for name, value in like.values.items()}
+        return TokenCopies(np.arange(len(received.place)), received.slots, values)
 
     def _compute(self, layer: int, rows: TokenCopies) -> torch.Tensor:
         """Partial sums of own and of received rows, in one pass over the experts: their weights are read once."""

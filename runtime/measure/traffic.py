@@ -225,18 +225,20 @@ def _by_node(position: _Position, counts: Sequence[np.ndarray], sizes: WireSizes
     node_R = position.placement.node_of_rank
     across, inside = [], []
     for count_TR in counts:
-        far = near = np.zeros((), np.int64)
+        far = own = foreign = np.zeros((), np.int64)
         for node in range(int(node_R[-1]) + 1):
             here_TR = np.where(node_R == node, count_TR, 0)
             at_home_T = node_R[position.home_T] == node
             gateway_T = np.where(at_home_T | ~here_TR.any(axis=1), -1, here_TR.argmax(axis=1))
             far = far + position.copies(position.home_T, np.arange(len(node_R)) == gateway_T[:, None])
-            near = near + position.copies(np.where(at_home_T, position.home_T, gateway_T), here_TR > 0)
+            own = own + position.copies(np.where(at_home_T, position.home_T, -1), here_TR > 0)
+            foreign = foreign + position.copies(gateway_T, here_TR > 0)
         across.append(far)
-        inside.append(near)
+        inside.append((own, foreign))
     there, back = _there_and_back(np.stack(across, axis=1), sizes, None)
-    forward, collect = _there_and_back(np.stack(inside, axis=1), sizes, node_R[:, None] == node_R[None, :])
-    return there, forward, collect, back
+    turns = [np.stack([copies[turn] for copies in inside], axis=1) for turn in (0, 1)]
+    same_RR = node_R[:, None] == node_R[None, :]
+    return there, *(e for copies in turns for e in _there_and_back(copies, sizes, same_RR)), back
 
 
 def _moving(

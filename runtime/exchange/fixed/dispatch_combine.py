@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from moeplace.runtime.comm.group import RankGroup
-from moeplace.runtime.exchange.capacity import CapacityRule
 from moeplace.runtime.exchange.dispatch_combine import DispatchCombineDispatcher
 from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime, Step, TokenRows, add_outputs
 from moeplace.runtime.exchange.fixed.counts import count_by_rank, gateways_of
@@ -26,10 +25,15 @@ class _Rows:
     slots: torch.Tensor
     values: Mapping[str, torch.Tensor]  # weights (N, K), x (N, D)
 
-    def followed_by(self, received: FixedReceived) -> "_Rows":
+    def alone(self, received: FixedReceived) -> "_Rows":
+        """The rows that came."""
         slots = torch.where(received.token[:, None] == NOBODY, -1, received.values["slots"].long())
-        values = {name: torch.cat([value, received.values[name]]) for name, value in self.values.items()}
-        return _Rows(torch.cat([self.slots, slots]), values)
+        return _Rows(slots, {name: received.values[name] for name in self.values})
+
+    def followed_by(self, received: FixedReceived) -> "_Rows":
+        others = self.alone(received)
+        values = {name: torch.cat([value, others.values[name]]) for name, value in self.values.items()}
+        return _Rows(torch.cat([self.slots, others.slots]), values)
 
 
 class FixedDispatchCombine:
@@ -44,7 +48,13 @@ class FixedDispatchCombine:
         self._node = exact.node
         self._slots = FixedSlots(self.runtime)
         self._exchange = FixedRowExchange(self.group, kind="dispatch", back="combine")
-        self._inside = None if self._node is None else FixedRowExchange(self._node, kind="dispatch", back="combine")
+        self._inside = (
+            []
+            if self._node is None
+            else [FixedRowExchange(self._node, kind="dispatch", back="combine") for _ in range(2)]
+        )
+        mates = self.group.node_ranks
+        self._own_node = slice(mates[0], mates[-1] + 1)
         starts = [int(rank) for rank in (self.group.node_of_rank[:-1] != self.group.node_of_rank[1:]).nonzero()[0] + 1]
         self._nodes = tuple(slice(a, b) for a, b in zip([0, *starts], [*starts, self.group.size], strict=True))
 
@@ -62,26 +72,28 @@ class FixedDispatchCombine:
     def _direct(self, layer: int, home: _Rows, step: Step) -> torch.Tensor:
         wanted_MR = self._count(home.slots) > 0
         wanted_MR[:, self.group.rank] = False
-        rooms = self._rooms(layer, step, home, inside=False)
+        rooms = self._rooms(layer, step, home, None)
         sent = self._send(self._exchange, home, wanted_MR, rooms)
         sums = self._compute(layer, home.followed_by(sent))
         return self._exchange.send_back(sums[len(home.slots) :], sums[: len(home.slots)], sent, rooms)
 
     def _through(self, layer: int, home: _Rows, step: Step) -> torch.Tensor:
-        assert self._inside is not None
-        rank, mates = self.group.rank, self.group.node_ranks
-        own_node = slice(mates[0], mates[-1] + 1)
         gateway_MR = gateways_of(self._count(home.slots), self._nodes)
-        gateway_MR[:, own_node] = False
-        far, near = (self._rooms(layer, step, home, inside=inside) for inside in (False, True))
+        gateway_MR[:, self._own_node] = False
+        far = self._rooms(layer, step, home, None)
         across = self._send(self._exchange, home, gateway_MR, far)
-        here = home.followed_by(across)
-        wanted_Nn = self._count(here.slots)[:, own_node] > 0
-        wanted_Nn[:, mates.index(rank)] = False
-        inside = self._send(self._inside, here, wanted_Nn, near)
-        sums = self._compute(layer, here.followed_by(inside))
-        summed = self._inside.send_back(sums[len(here.slots) :], sums[: len(here.slots)], inside, near)
-        return self._exchange.send_back(summed[len(home.slots) :], summed[: len(home.slots)], across, far)
+        own = self._inside_node(layer, step, home, 0)
+        foreign = self._inside_node(layer, step, home.alone(across), 1)
+        return self._exchange.send_back(foreign, own, across, far)
+
+    def _inside_node(self, layer: int, step: Step, rows: _Rows, turn: int) -> torch.Tensor:
+        """Sums of the node's experts for rows of this rank, own ones or those that came through it."""
+        wanted_Nn = self._count(rows.slots)[:, self._own_node] > 0
+        wanted_Nn[:, self.group.node_ranks.index(self.group.rank)] = False
+        rooms, exchange = self._rooms(layer, step, rows, turn), self._inside[turn]
+        inside = self._send(exchange, rows, wanted_Nn, rooms)
+        sums = self._compute(layer, rows.followed_by(inside))
+        return exchange.send_back(sums[len(rows.slots) :], sums[: len(rows.slots)], inside, rooms)
 
     def _send(self, exchange: FixedRowExchange, rows: _Rows, wanted: torch.Tensor, rooms: Rooms) -> FixedReceived:
         values = {"slots": rows.slots, **rows.values}
@@ -98,10 +110,12 @@ class FixedDispatchCombine:
         local = self.runtime.tables.local_slots(rows.slots)
         return self.runtime.computation.compute_fixed(layer, rows.values["x"], local, rows.values["weights"])
 
-    def _rooms(self, layer: int, step: Step, home: _Rows, *, inside: bool) -> Rooms:
-        rules = self._exact.rules_for(home.slots.shape[1])
-        rule: CapacityRule | None = rules.node if inside else rules.all
-        group = self._node if inside else self.group
+    def _rooms(self, layer: int, step: Step, rows: _Rows, turn: int | None) -> Rooms:
+        """Between all ranks, or in one of the turns inside the node."""
+        rules, group, rule = self._exact.rules_for(rows.slots.shape[1]), self.group, None
+        if turn is None:
+            rule = rules.all
+        elif self._node is not None and rules.node is not None:
+            group, rule = self._node, rules.node[turn]
         assert rule is not None
-        assert group is not None
         return self._slots.rooms(rule.capacity(layer, step), group.rank, self.group.device)

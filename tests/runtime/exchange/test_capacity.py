@@ -27,22 +27,22 @@ from tests.runtime.placements import random_placement
 from tests.runtime.toy_layers import ToyModel
 
 LAYERS, EXPERTS, RANKS = 2, 12, 6
-KINDS = ("home", "node", "owner")
+KINDS = ("home", "own in node", "foreign in node", "owner")
 
 
 def means_of(kind: str, tables: SlotTables, top_k: int) -> Means:
     use_LR = use_of_ranks(tables, top_k)
     if kind == "home":
         return HomeMeans(use_LR)
-    if kind == "node":
-        return NodeMeans(use_LR, [2, 3, 5])
+    if kind.endswith("node"):
+        return NodeMeans(use_LR, [2, 3, 5], foreign=kind.startswith("foreign"))
     return OwnerMeans(use_LR, owned_shares(tables))
 
 
 def make_rules(kind: str, seed: int, top_k: int) -> list[ExpectedRows]:
     """One per rank, each from the tables of that rank alone."""
     placement = random_placement(LAYERS, EXPERTS, RANKS, seed=seed, extra_slots=seed % 3)
-    ranks = 3 if kind == "node" else RANKS
+    ranks = 3 if kind.endswith("node") else RANKS
     tables = [SlotTables.from_placement(placement, rank=rank) for rank in range(RANKS)]
     return [
         ExpectedRows(rank, means_of(kind, tables[rank], top_k), num_layers=LAYERS, num_ranks=ranks)

@@ -117,11 +117,11 @@ def test_every_mode_equals_the_reference(pool: RankPool, name: str, short: bool)
 
 
 def test_collectives_per_layer(pool: RankPool) -> None:
-    """Top-1: coherent needs exactly one collective per layer, the others two, node-aware four, overflow one more."""
+    """Top-1: coherent needs exactly one collective per layer, the others two, node-aware six, overflow one more."""
     model = ToyModel.random(24, layers=3, experts=8, top_k=1, seed=1)
     modes = (*MODES, "coherent, no room")
     results = pool.run(run_modes, model, 2, 3, (6, 6, 6, 6), True, modes)
-    expected = {"dispatch-combine": 2, "node-aware": 4, "coherent": 1, "allgather": 2, "coherent, no room": 2}
+    expected = {"dispatch-combine": 2, "node-aware": 6, "coherent": 1, "allgather": 2, "coherent, no room": 2}
     for result in results:
         assert {mode: result[mode][2]["collectives_per_layer"] for mode in modes} == expected
         assert result["coherent"][2]["single_exchange_share"] == 1

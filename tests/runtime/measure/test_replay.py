@@ -69,13 +69,15 @@ def test_node_aware_sends_one_copy_per_node() -> None:
     )
     across_RR = direct.exchanges[1].bytes_SLRR[0, 0]
     assert across_RR[2:, :2].sum() == 4 * SIZES.hidden
-    there, forward, collect, back = (exchange.bytes_SLRR[0, 0] for exchange in aware.exchanges)
+    there, own, own_back, foreign, foreign_back, back = (exchange.bytes_SLRR[0, 0] for exchange in aware.exchanges)
     assert back[2:, :2].sum() == 2 * SIZES.hidden
     assert back[2, 0] == back[2, 1] == SIZES.hidden
-    assert forward[2, 3] == 3 * SIZES.row  # rank 2's own token and two that came through it
-    assert collect[3, 2] == 3 * SIZES.hidden
+    assert own[2, 3] == SIZES.row
+    assert own_back[3, 2] == SIZES.hidden
+    assert foreign[2, 3] == 2 * SIZES.row  # two tokens of the other node came through rank 2
+    assert foreign_back[3, 2] == 2 * SIZES.hidden
     assert there[0, 2] == SIZES.row
-    assert forward[:2, 2:].sum() == 0
+    assert own[:2, 2:].sum() == foreign[:2, 2:].sum() == 0
 
 
 def test_coherent_tokens_stay_where_their_expert_ran() -> None:
