@@ -19,7 +19,7 @@ from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.batch import Batch
 from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request, RunningSequence
-from moeplace.runtime.kv.row_pool import PAGE, Holding, Prefix, RowPool
+from moeplace.runtime.kv.row_pool import LEAST_PREFIX, PAGE, Holding, Prefix, RowPool
 
 
 class Scheduler:
@@ -151,13 +151,17 @@ class Scheduler:
     def _plan(self) -> Batch:
         sequences: list[RunningSequence] = []
         lengths: list[int] = []
+        leaders: list[RunningSequence] = []
         room = max(self.max_prefill_tokens - sum(map(self._is_ready, self.running)), 1)
-        has_prompts, before = False, list(self.running)
-        for sequence in before:  # the oldest first: they may take from those that follow
+        has_prompts, num_waiting, before = False, 0, list(self.running)
+        for sequence in before:  # the oldest first: they may take memory from those that follow
             if len(self.running) < len(before) and sequence not in self.running:
                 continue
             if self._is_ready(sequence):
                 length = int(self._grow(sequence, sequence.start + 1))
+            elif self._awaits(sequence, leaders):
+                num_waiting += 1
+                continue
             else:
                 chunk = self._chunk(sequence.num_missing, room, is_first=not has_prompts)
                 length = self._grow_by(sequence, chunk)
@@ -165,12 +169,37 @@ class Scheduler:
             if length:
                 sequences.append(sequence)
                 lengths.append(length)
-        goes_on = len(sequences) == len(before)  # else there is no memory for more
+                leaders += [sequence] if self._will_give(sequence) else []
+        goes_on = len(sequences) + num_waiting == len(before)  # else there is no memory for more
         while goes_on and room > 0 and (prompt := self._admit(room, is_first=not has_prompts)) is not None:
+            if self._awaits(prompt, leaders):
+                continue
             sequences.append(prompt)
             lengths.append(self._grow_by(prompt, self._chunk(prompt.num_missing, room, is_first=True)))
             room, has_prompts = room - lengths[-1], True
+            leaders.append(prompt)
         return Batch.of(sequences, lengths, has_prompts=has_prompts)
+
+    def _will_give(self, sequence: RunningSequence) -> bool:
+        """Whether others can take over more of a sequence soon: its prompt runs, or its K/V are about to be shared."""
+        is_shared_next = self.replicated and self.num_ranks > 1 and sequence.num_added <= 1
+        return not self._is_ready(sequence) or is_shared_next
+
+    def _awaits(self, prompt: RunningSequence, leaders: Sequence[RunningSequence]) -> bool:
+        """Whether a prompt of which nothing has run waits for an older one that runs now and begins alike.
+
+        Those of several completions come together; one of them runs what they share. If none is worth waiting for, the
+        prompt takes over what running sequences have by now.
+        """
+        if not self._reuses_prefixes or prompt.cached:
+            return False
+        pool = self._pool(prompt.home)
+        mates = [Holding(s.row, s.token_ids, len(s.token_ids)) for s in leaders if self._pool(s.home) is pool]
+        awaited = pool.find(prompt.token_ids, mates, free=False)
+        known = pool.find(prompt.token_ids, self._held_at(pool), free=False)
+        if known is not None and known.positions > prompt.start:
+            prompt.prefix = known
+        return awaited is not None and awaited.positions >= prompt.start + LEAST_PREFIX
 
     def _is_ready(self, sequence: RunningSequence) -> bool:
         """Whether a sequence runs one token, its last one (or the next one of a state that takes no more)."""
@@ -293,9 +322,12 @@ class Scheduler:
 
     def _find_prefix(self, token_ids: Sequence[int], home: int) -> Prefix | None:
         """What a row at a home holds of the beginning of a prompt."""
-        pool = self._pool(home)
+        return self._pool(home).find(token_ids, self._held_at(self._pool(home)))
+
+    def _held_at(self, pool: RowPool) -> list[Holding]:
+        """What running sequences hold there that others may take over."""
         mates = (sequence for sequence in self.running if self._pool(sequence.home) is pool)
-        return pool.find(token_ids, (Holding(s.row, s.token_ids, self._usable(s)) for s in mates))
+        return [Holding(s.row, s.token_ids, self._usable(s)) for s in mates]
 
     def _usable(self, sequence: RunningSequence) -> int:
         """Positions of a sequence whose K/V are wherever one of another home, or of the same one, may want them."""

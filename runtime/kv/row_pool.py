@@ -139,17 +139,18 @@ class RowPool:
     def is_free(self, row: int) -> bool:
         return row in self._free
 
-    def find(self, token_ids: Sequence[int], running: Iterable[Holding]) -> Prefix | None:
+    def find(self, token_ids: Sequence[int], running: Iterable[Holding], *, free: bool = True) -> Prefix | None:
         """The longest beginning of a prompt that a row holds, but for its last token, whose hidden state is wanted.
 
         Of equal ones that of a free row, where nothing need be copied, then of the lowest row. None = it is short.
 
         Args:
             running: what rows that are not free hold.
+            free: look at free rows too.
         """
         most = len(token_ids) - 1
         best, rank = None, (0, False, 0)
-        kept = (Holding(row, tokens, len(tokens)) for row, tokens in self._held.items())
+        kept = (Holding(row, tokens, len(tokens)) for row, tokens in self._held.items() if free)
         for holding in (*kept, *running):
             limit = min(most, holding.positions)
             if limit < max(rank[0], LEAST_PREFIX):

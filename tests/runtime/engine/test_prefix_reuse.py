@@ -10,6 +10,7 @@ import torch
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.engine.sampling import SamplingParameters
 from moeplace.runtime.kv.views import rotates_by_length
 from tests.model_families import save_family
 from tests.runtime.checkpoints import FAMILIES, VOCABULARY, save_checkpoint
@@ -72,6 +73,16 @@ def test_every_family_takes_over(tmp_path: Path, family: str) -> None:
     assert engine.group.counters.tokens_reused >= 3 * 22
     assert sorted(found, key=lambda c: c.request_id) == expected
     assert engine.generate(requests) == expected
+
+
+def test_several_completions_of_a_prompt_run_it_once(checkpoint: Path) -> None:
+    """Drawn ones: each has the tokens that it has alone."""
+    prompt = tokens(9, 30)
+    asked = [Request(str(n), prompt, 5, SamplingParameters(1.0, seed=1, choice=n), stop_ids=()) for n in range(4)]
+    expected = make_engine(checkpoint, reuses_prefixes=False).generate(asked)
+    engine = make_engine(checkpoint)
+    assert engine.generate(asked) == expected
+    assert engine.group.counters.tokens_reused == 3 * 29
 
 
 def test_nothing_beyond_what_is_taken_over_is_read(checkpoint: Path) -> None:

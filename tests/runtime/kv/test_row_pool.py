@@ -106,11 +106,58 @@ def test_where_k_v_are_everywhere_only_those_are_taken_over() -> None:
     """Positions that are at one home are of no use to another."""
     scheduler = make_scheduler(replicated=True)
     first = serve_one(scheduler, "a", LONG)
-    first.replicated = 20
+    first.replicated, first.cached = 20, 41
+    first.token_ids.append(0)
     scheduler.add(Request("b", LONG, max_new_tokens=2))
     (second,) = [s for s in scheduler.next_batch().sequences if s.prefix]
     assert second.prefix == Prefix(0, 20)
     assert second.home == 1
+
+
+def run_pass(scheduler: Scheduler, *, shares: bool = True) -> dict[str, int]:
+    """What runs, by request; K/V are everywhere a pass later."""
+    batch = scheduler.next_batch()
+    for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
+        sequence.cached, sequence.prefix = sequence.start, None
+        sequence.replicated = sequence.cached if shares else 0
+        sequence.cached += length
+        if not sequence.num_missing:
+            sequence.token_ids.append(0)
+    return {s.request.request_id: length for s, length in zip(batch.sequences, batch.lengths, strict=True)}
+
+
+def test_prompts_that_come_together_run_once_what_they_share() -> None:
+    """The others wait while the first one runs it, in chunks, and then run the rest; the budget is for others."""
+    scheduler = make_scheduler(num_ranks=1, rows=4, max_prefill_tokens=22)
+    for name in "abc":
+        scheduler.add(Request(name, (*LONG, ord(name)), max_new_tokens=9))
+    scheduler.add(Request("d", (7,) * 12, max_new_tokens=9))
+    assert run_pass(scheduler) == {"a": 22}
+    assert run_pass(scheduler) == {"a": 19, "d": 3}
+    assert run_pass(scheduler) == {"a": 1, "b": 1, "c": 1, "d": 9}
+
+
+def test_nobody_waits_for_one_that_is_gone() -> None:
+    """The next one runs it, and is waited for."""
+    scheduler = make_scheduler(num_ranks=1, rows=4, max_prefill_tokens=50)
+    for name in "abc":
+        scheduler.add(Request(name, (*LONG, ord(name)), max_new_tokens=9))
+    assert run_pass(scheduler) == {"a": 41}
+    assert len(scheduler.running) == 3
+    scheduler.cancel("a")
+    assert run_pass(scheduler) == {"b": 41}
+    assert run_pass(scheduler) == {"b": 1, "c": 1}
+
+
+def test_where_k_v_are_shared_later_others_wait_for_that() -> None:
+    """A pass longer; and no longer, where nothing is shared because passes are of another mode."""
+    for shares in (True, False):
+        scheduler = make_scheduler(replicated=True, rows=4, max_prefill_tokens=100)
+        for name in "ab":
+            scheduler.add(Request(name, (*LONG, ord(name)), max_new_tokens=9))
+        assert run_pass(scheduler, shares=shares) == {"a": 41}
+        assert run_pass(scheduler, shares=shares) == {"a": 1}
+        assert run_pass(scheduler, shares=shares) == {"a": 1, "b": 1 if shares else 41}
 
 
 def test_rows_of_a_check_hold_nothing() -> None:
