@@ -18,6 +18,7 @@ from moeplace.placement.solvers.previous import keep_close, moved_summary
 from moeplace.placement.solvers.replicas.drawn import applies as is_drawn
 from moeplace.placement.solvers.replicas.drawn import keep_drawn_caps
 from moeplace.placement.solvers.replicas.running import keep_caps_by_rule
+from moeplace.placement.solvers.spare import count_empty_again
 from moeplace.placement.statement import state
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.kernel_cache import compile_once
@@ -121,9 +122,10 @@ def within_caps(
     if is_drawn(problem):
         if draft.slot_to_expert.shape[1] != problem.cluster.num_slots:  # shared out over layers
             return draft
-        return replace(draft, slot_to_expert=keep_drawn_caps(problem, draft.slot_to_expert, caps_L, stop))
-    slots_LS = keep_caps_by_rule(problem, draft.slot_to_expert, caps_L, rng, stop)
-    return replace(draft, slot_to_expert=slots_LS)
+        slots_LS = keep_drawn_caps(problem, draft.slot_to_expert, caps_L, stop)
+    else:
+        slots_LS = keep_caps_by_rule(problem, draft.slot_to_expert, caps_L, rng, stop)
+    return replace(draft, slot_to_expert=slots_LS, notes=count_empty_again(draft.notes, slots_LS))
 
 
 def with_layout(problem: Problem, draft: Draft) -> tuple[Problem, Draft]:

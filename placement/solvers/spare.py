@@ -16,6 +16,7 @@ from moeplace.placement.solvers.replicas.drawn import applies as draws_replicas
 
 Choose = Callable[[Sequence[np.ndarray]], np.ndarray]
 _WORTH_SAYING = 0.001
+_STAY_EMPTY = "slots stay empty: "
 
 
 def without_spare(problem: Problem) -> Problem | None:
@@ -47,7 +48,7 @@ def use_all_slots(
     if draws_replicas(problem):
         best = choose(drafts)
         empty, rule = int((best == EMPTY_SLOT).sum()), problem.replica_rule.name
-        note = f"{empty} slots stay empty: by the replica rule {rule} a replica there costs more than it saves"
+        note = f"{empty} {_STAY_EMPTY}by the replica rule {rule} a replica there costs more than it saves"
         return best, note if empty else ""
     least = choose(sparse)
     filled = judge.best([_fill(problem, least, ties, heaviest) for heaviest in (True, False)])
@@ -58,11 +59,11 @@ def use_all_slots(
     if breaks > broken:
         best = choose(drafts)
         empty = int((best == EMPTY_SLOT).sum())
-        return best, f"{empty} slots stay empty: replicas there break a constraint" if empty else ""
+        return best, f"{empty} {_STAY_EMPTY}replicas there break a constraint" if empty else ""
     if problem.mode == "coherent":
         best = choose([*drafts, filled])
         empty = int((best == EMPTY_SLOT).sum())
-        return best, f"{empty} slots stay empty: replicas there cost more than they save" if empty else ""
+        return best, f"{empty} {_STAY_EMPTY}replicas there cost more than they save" if empty else ""
     best = choose([draft for draft in drafts if not (draft == EMPTY_SLOT).any()] + [filled])
     cost = judge.key(best)[1] / before - 1 if before > 0 else 0.0
     if judge.key(best)[0] > broken or cost < _WORTH_SAYING:
@@ -71,6 +72,16 @@ def use_all_slots(
         f"replicas cost more than they save here: with every slot used the objective is {cost:.1%} above that of the "
         "same plan with empty slots; solve with fewer slots per rank, or leave slots empty"
     )
+
+
+def count_empty_again(notes: Sequence[str], slots_LS: np.ndarray) -> tuple[str, ...]:
+    """Notes of a plan that was mended since: the slots that stay empty now, or nothing of them."""
+    empty, counted = int((slots_LS == EMPTY_SLOT).sum()), []
+    for note in notes:
+        _, found, why = note.partition(_STAY_EMPTY)
+        if not found or empty:
+            counted.append(f"{empty} {_STAY_EMPTY}{why}" if found else note)
+    return tuple(counted)
 
 
 def _fill(problem: Problem, slots_LS: np.ndarray, ties: Ties | None, heaviest: bool) -> np.ndarray:
