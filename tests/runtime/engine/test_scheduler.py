@@ -134,6 +134,22 @@ def test_the_youngest_gives_way() -> None:
     assert trims == [((0, Trim(2, 0)),), ((0, Trim(1, 0)),)]
 
 
+def test_a_prompt_that_is_older_gets_the_memory_of_a_younger_sequence() -> None:
+    """After a change of ranks, say: it goes on by as many tokens as there is memory for; a younger one only waits."""
+    for older in (True, False):
+        scheduler = paged(4)
+        prompt = RunningSequence(request("prompt", 3 * PAGE), 0, 0, [1] * 3 * PAGE, cached=PAGE)
+        other = RunningSequence(Request("other", (1,) * 3 * PAGE), 0, 1, [1] * (3 * PAGE - 3), cached=3 * PAGE - 4)
+        for sequence in (prompt, other) if older else (other, prompt):
+            scheduler.seat(sequence)
+        if older:
+            assert served(scheduler.next_batch()) == {"prompt": 2 * PAGE}
+            assert [request.request_id for request in scheduler.waiting] == ["other"]
+        else:
+            assert served(scheduler.next_batch()) == {"other": 1}
+            assert len(scheduler.running) == 2
+
+
 def test_a_check_gets_memory() -> None:
     """From what runs, youngest first."""
     scheduler = paged(4)
