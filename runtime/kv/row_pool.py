@@ -52,7 +52,7 @@ class Holding(NamedTuple):
     """
 
     row: int
-    token_ids: Sequence[int]
+    token_ids: list[int]
     positions: int
 
 
@@ -62,7 +62,7 @@ class RowPool:
     def __init__(self, rows: int, *, pages: int | None = None) -> None:
         """`pages` of all rows together; None = enough, and then no memory is given back."""
         self._free = dict.fromkeys(range(rows))
-        self._held: dict[int, Sequence[int]] = {}  # of free rows, those that became free first are first
+        self._held: dict[int, list[int]] = {}  # of free rows, those that became free first are first
         self._pages_left, self._is_paged = pages or 0, pages is not None
         self._pages = [0] * rows
         # What was there before is not known.
@@ -93,7 +93,7 @@ class RowPool:
         """A row is free; it holds the K/V of these tokens."""
         self._free[row] = None
         if len(token_ids) >= LEAST_PREFIX:
-            self._held[row] = token_ids
+            self._held[row] = list(token_ids)
             self._shrink(row, len(token_ids))
         else:
             self._shrink(row, 0)
@@ -148,30 +148,37 @@ class RowPool:
             running: what rows that are not free hold.
             free: look at free rows too.
         """
-        most = len(token_ids) - 1
-        best, rank = None, (0, False, 0)
-        kept = (Holding(row, tokens, len(tokens)) for row, tokens in self._held.items() if free)
-        for holding in (*kept, *running):
-            limit = min(most, holding.positions)
-            if limit < max(rank[0], LEAST_PREFIX):
+        prompt, kept = list(token_ids), self._held.items() if free else ()
+        best, length = None, LEAST_PREFIX - 1
+        in_order = (
+            *sorted((Holding(row, tokens, len(tokens)) for row, tokens in kept), key=_row_of),
+            *sorted(running, key=_row_of),
+        )
+        for holding in in_order:
+            limit = min(len(prompt) - 1, holding.positions)
+            # Most prompts are of no use, or of as much as the best one: one token says so.
+            if limit <= length or holding.token_ids[length] != prompt[length]:
                 continue
-            positions = _common(token_ids, holding.token_ids, limit)
-            found = (positions, self.is_free(holding.row), -holding.row)
-            if positions >= LEAST_PREFIX and found > rank:
-                best, rank = Prefix(holding.row, positions), found
+            positions = _common(prompt, holding.token_ids, limit)
+            if positions > length:
+                best, length = Prefix(holding.row, positions), positions
         return best
+
+
+def _row_of(holding: Holding) -> int:
+    return holding.row
 
 
 def _pages_for(positions: int) -> int:
     return -(-positions // PAGE)
 
 
-def _common(first: Sequence[int], second: Sequence[int], limit: int) -> int:
-    """Length of the common beginning of two sequences of one type, at most `limit`."""
+def _common(first: list[int], second: list[int], limit: int) -> int:
+    """Length of the common beginning of two lists, at most `limit`."""
     low, high = 0, limit  # the first `low` are equal, the first `high` + 1 are not (or beyond the limit)
     while low < high:
         middle = (low + high + 1) // 2
-        if list(first[low:middle]) == list(second[low:middle]):
+        if first[low:middle] == second[low:middle]:
             low = middle
         else:
             high = middle - 1

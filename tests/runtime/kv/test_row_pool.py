@@ -49,7 +49,7 @@ def test_the_longest_is_found_and_a_free_row_preferred() -> None:
         pool.give_back(pool.take(row), tokens)
     assert pool.find(LONG, [Holding(1, list(LONG), 25)]) == Prefix(7, 25)
     assert pool.find(LONG, [Holding(1, list(LONG), 26)]) == Prefix(1, 26)
-    assert pool.find(LONG, [Holding(3, LONG, 26), Holding(1, LONG, 26)]) == Prefix(1, 26)
+    assert pool.find(LONG, [Holding(3, list(LONG), 26), Holding(1, list(LONG), 26)]) == Prefix(1, 26)
 
 
 @given(
