@@ -48,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budgets", metavar="P,Q,...", help="with memory tiers: hit rate and seconds with these percentages of a "
         "rank's experts in fast memory, under --policy or some of them side by side",
     )  # fmt: skip
+    parser.add_argument(
+        "--alike", type=int, metavar="N", help="with memory tiers: what batches of requests with alike experts gain "
+        "over drawn ones, by N tokens of every sequence that has so many behind its first 16",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the figures for machines")
 
 
@@ -87,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         if budgets:
             fit = trace.split("train") if name == "test" else side
             figures["budgets"] = _sweep_budgets(args, side, fit, placement, cluster, shape, budgets)
+        if args.alike is not None:
+            figures["alike"] = _evaluate_alike(args, side, placement, cluster, shape)
     elif placement.tier is not None:
         print("(as if every expert were in fast memory: name the tiers with --cluster)")
     if args.precision:
@@ -94,6 +100,29 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, figures)
     return 0
+
+
+def _evaluate_alike(args: argparse.Namespace, side: Any, placement: "Placement", cluster: Any, shape: Any) -> Any:
+    """Print what batches of alike requests cost beside drawn ones; the figures."""
+    from moeplace.launch.options.problem import load_calibration
+    from moeplace.placement.cost.replica_rule import get_rule
+    from moeplace.placement.tiers.alike import batch_alike
+    from moeplace.placement.tiers.evaluation import evaluate_tiers
+
+    batches = batch_alike(side, batch=args.batch, steps=args.alike)
+    rows: list[list[Cell]] = []
+    figures: dict[str, Any] = {"requests": batches.requests}
+    for name, trace, active in zip(("alike", "drawn"), (batches.alike, batches.drawn), batches.active, strict=True):
+        judged = evaluate_tiers(
+            trace, placement, policy_of(args), cluster=cluster, mode=args.mode, shape=shape,
+            calibration=load_calibration(args), rule=get_rule(args.replica_rule), with_bound=False,
+        )  # fmt: skip
+        rows.append([name, active, judged.hit_rate, judged.seconds * 1e3])
+        figures[name] = {"active_experts": active, "hit_rate": judged.hit_rate, "seconds": judged.seconds}
+    print(
+        "\n" + format_table([f"batches of {batches.requests} requests", "active experts", "hit rate", "ms/step"], rows)
+    )
+    return figures
 
 
 def _evaluate_precision(path: str, placement: "Placement") -> Any:

@@ -60,7 +60,7 @@ def require_tiers(args: argparse.Namespace, memory: Any) -> None:
     """
     from moeplace.profiling.errors import InputError
 
-    for flag in ("policy", "accuracy", "look_ahead", "budgets"):
+    for flag in ("policy", "accuracy", "look_ahead", "budgets", "alike"):
         value = getattr(args, flag, None)
         if memory is None and value is not None:
             raise InputError(

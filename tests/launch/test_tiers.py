@@ -62,6 +62,27 @@ def test_solve_and_evaluate(folder: Path, capsys: pytest.CaptureFixture[str], po
     assert ("proven >=" in text.split("residency by load")[1]) == (policy[0] == "pinned")
 
 
+def test_batches_of_alike_requests(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside drawn ones, of the same requests; short sequences are named."""
+    ids = np.random.default_rng(0).permuted(np.tile(np.arange(8), (400, 3, 1)), axis=2)[:, :, :2]
+    trace = type(skewed_trace(0, tokens=9, layers=3, experts=8, top_k=2))(
+        ids, np.full(3, 8), sequence_ids=np.arange(400) // 20, expert_bytes=np.full((3, 8), 1000)
+    )
+    save_trace(folder / "t.trace", trace)
+    out = str(folder / "p.json")
+    run(folder, "solve", str(folder / "t.trace"), "--time-limit", "1", "--out", out)
+    found = run(folder, "evaluate", str(folder / "t.trace"), out, "--alike", "4")["alike"]
+    assert found["requests"] == 8
+    assert 2 <= found["alike"]["active_experts"] <= 8
+    assert found["drawn"]["seconds"] > 0
+    assert "batches of 8 requests" in capsys.readouterr().out
+    words = ["evaluate", str(folder / "t.trace"), out, "--cluster", str(folder / "c.toml"), "--batch", "4"]
+    assert main([*words, "--alike", "5"]) == 1
+    assert "0 sequences have 16 + 5 tokens" in capsys.readouterr().err
+    assert main(["evaluate", str(folder / "t.trace"), out, "--alike", "4"]) == 1
+    assert "--alike (4) needs memory tiers" in capsys.readouterr().err
+
+
 def test_a_placement_with_tiers_without_a_cluster_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Figures that take everything for resident say so; a predictor that cannot be is one sentence."""
     out = str(folder / "p.json")
