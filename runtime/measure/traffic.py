@@ -50,11 +50,13 @@ class Exchange:
         bytes_SLRR: (S, L, R, R) int64 bytes from rank to rank, diagonal 0.
         issued_SL: (S, L) how often it is issued: 0 or 1.
         inside_nodes: whether it takes place inside each node, so that only the latency of a node counts.
+        beside_first: whether it takes place while the layer's first exchange travels.
     """
 
     bytes_SLRR: np.ndarray
     issued_SL: np.ndarray
     inside_nodes: bool = False
+    beside_first: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,8 @@ class ReplayTraffic:
         exchanges: the collectives of a layer, in order.
         tokens_SLR: (S, L, R) assignments that each rank computes.
         activated_SLR: (S, L, R) experts with at least one token.
+        beside_SLR: (S, L, R) assignments among them that are computed while the layer's first exchange travels;
+            None = no rank computes then.
         kv_hops: (S, R, R) bytes of each hop of the K/V exchange: between nodes, then inside them; empty = no K/V.
         kv_pieces: in how many pieces they travel.
     """
@@ -74,6 +78,7 @@ class ReplayTraffic:
     exchanges: tuple[Exchange, ...]
     tokens_SLR: np.ndarray
     activated_SLR: np.ndarray
+    beside_SLR: np.ndarray | None = None
     kv_hops: tuple[np.ndarray, ...] = field(default=())
     kv_pieces: int = 0
 
@@ -136,9 +141,10 @@ def count_traffic(
         exchanges = _moving(position, counts, homes, sizes)
         owned = np.stack([position.per_rank(before) for before, _ in homes], axis=1).sum(axis=1)
         hops = _kv_hops(placement, owned, sizes) if kv_pieces else ()
-        return ReplayTraffic(label, exchanges, tokens, activated, hops, kv_pieces)
+        return ReplayTraffic(label, exchanges, tokens, activated, kv_hops=hops, kv_pieces=kv_pieces)
     elif node_aware and placement.num_nodes > 1:
-        exchanges = _by_node(position, counts, sizes)
+        beside = np.stack([position.of_own_node(count_TR) for count_TR in counts], axis=1)
+        return ReplayTraffic(label, _by_node(position, counts, sizes), tokens, activated, beside)
     else:
         exchanges = _direct(position, counts, sizes)
     return ReplayTraffic(label, exchanges, tokens, activated)
@@ -186,6 +192,12 @@ class _Position:
         flat = self.step_T * ranks + rank_T
         return np.bincount(flat, minlength=self.steps * ranks).reshape(self.steps, ranks)
 
+    def of_own_node(self, count_TR: np.ndarray) -> np.ndarray:
+        """(S, R) assignments that each rank computes for tokens whose home is in its node."""
+        node_R = self.placement.node_of_rank
+        own_TR = np.where(node_R[self.home_T][:, None] == node_R, count_TR, 0)
+        return own_TR.reshape(self.steps, -1, len(node_R)).sum(axis=1)
+
     def copies(self, source_T: np.ndarray, target_TR: np.ndarray) -> np.ndarray:
         """(S, R, R) copies from each token's source (-1 = none) to its targets, without those to itself."""
         ranks = self.placement.num_ranks
@@ -208,11 +220,13 @@ def _always(copies_SLRR: np.ndarray) -> np.ndarray:
     return np.ones(copies_SLRR.shape[:2], np.int64)
 
 
-def _there_and_back(copies_SLRR: np.ndarray, sizes: WireSizes, same_RR: np.ndarray | None) -> tuple[Exchange, Exchange]:
+def _there_and_back(
+    copies_SLRR: np.ndarray, sizes: WireSizes, same_RR: np.ndarray | None, *, beside_first: bool = False
+) -> tuple[Exchange, Exchange]:
     """A dispatch and its combine; `same_RR` = it takes place inside nodes."""
     inside = same_RR is not None
-    there = Exchange(_messages(copies_SLRR, sizes.row, same_RR), _always(copies_SLRR), inside)
-    back = Exchange(copies_SLRR.swapaxes(2, 3) * sizes.hidden, _always(copies_SLRR), inside)
+    there = Exchange(_messages(copies_SLRR, sizes.row, same_RR), _always(copies_SLRR), inside, beside_first)
+    back = Exchange(copies_SLRR.swapaxes(2, 3) * sizes.hidden, _always(copies_SLRR), inside, beside_first)
     return there, back
 
 
@@ -236,9 +250,10 @@ def _by_node(position: _Position, counts: Sequence[np.ndarray], sizes: WireSizes
         across.append(far)
         inside.append((own, foreign))
     there, back = _there_and_back(np.stack(across, axis=1), sizes, None)
-    turns = [np.stack([copies[turn] for copies in inside], axis=1) for turn in (0, 1)]
+    own, foreign = (np.stack([copies[turn] for copies in inside], axis=1) for turn in (0, 1))
     same_RR = node_R[:, None] == node_R[None, :]
-    return there, *(e for copies in turns for e in _there_and_back(copies, sizes, same_RR)), back
+    at_home = _there_and_back(own, sizes, same_RR, beside_first=True)
+    return there, *at_home, *_there_and_back(foreign, sizes, same_RR), back
 
 
 def _moving(
@@ -294,9 +309,26 @@ def predict_seconds(traffic: ReplayTraffic, cluster: Cluster, calibration: Calib
         for layer in range(layers):
             tokens_R, activated_R = traffic.tokens_SLR[step, layer], traffic.activated_SLR[step, layer]
             seconds_S[step] += expert_seconds(tokens_R, activated_R, cluster, calibration.expert)
+    if traffic.beside_SLR is not None:
+        seconds_S -= hidden_seconds(traffic, cluster, calibration)
     if traffic.kv_hops:
         seconds_S = _with_kv(traffic, seconds_S, cluster, calibration.kv_exposed)
     return seconds_S
+
+
+def hidden_seconds(traffic: ReplayTraffic, cluster: Cluster, calibration: Calibration) -> np.ndarray:
+    """(S,) seconds of what is done beside first exchanges, as long as these travel: they do not count twice."""
+    assert traffic.beside_SLR is not None
+    first, beside = traffic.exchanges[0], [exchange for exchange in traffic.exchanges if exchange.beside_first]
+    share_SL = traffic.beside_SLR.sum(axis=2) / np.maximum(traffic.tokens_SLR.sum(axis=2), 1)
+    hidden_S = np.zeros(traffic.num_steps)
+    for step, layer in np.ndindex(share_SL.shape):
+        tokens_R, activated_R = traffic.tokens_SLR[step, layer], traffic.activated_SLR[step, layer]
+        own = share_SL[step, layer] * expert_seconds(tokens_R, activated_R, cluster, calibration.expert)
+        for exchange in beside:
+            own += cluster.intra.latency + transfer_seconds(exchange.bytes_SLRR[step, layer], cluster, 1.0)
+        hidden_S[step] += min(own, transfer_seconds(first.bytes_SLRR[step, layer], cluster, 1.0))
+    return hidden_S
 
 
 def latency_seconds(traffic: ReplayTraffic, cluster: Cluster) -> np.ndarray:

@@ -233,3 +233,18 @@ def overlap_steps(context: RankContext) -> str:
 def test_a_piece_per_layer(pool: RankPool) -> None:
     """K/V may travel layer by layer; there cannot be more pieces than layers."""
     assert all("must lie in 1..2" in message for message in pool.run(overlap_steps, size=2))
+
+
+def test_what_is_done_beside_an_exchange_does_not_count_twice() -> None:
+    """Own tokens are served while copies travel: what is hidden is no more than either of both takes."""
+    step = one_step([2, 3], [2, 3], [2, 3], [2, 3])
+    traffic = count_traffic(step, two_nodes(), "dispatch-combine", SIZES, node_aware=True)
+    assert traffic.beside_SLR is not None
+    np.testing.assert_array_equal(traffic.beside_SLR[0, 0], [0, 0, 2, 2])  # of the tokens of ranks 2 and 3
+    np.testing.assert_array_equal(traffic.tokens_SLR[0, 0], [0, 0, 4, 4])
+    apart = replace(traffic, beside_SLR=None)
+    for rate, hidden in ((1e30, 0.0), (1e-3, 2.0)):  # half of four seconds of experts, behind links without end
+        calibration = Calibration(Link(0.0, 1e30), Link(0.0, rate, rate), ExpertTime(0.0, 1.0, 0.0))
+        cluster = Cluster(np.array([0, 0, 1, 1]), np.ones(4, int), np.ones(4))
+        both = [predict_seconds(each, cluster, calibration)[0] for each in (apart, traffic)]
+        assert both[0] - both[1] == pytest.approx(hidden, abs=1e-6 * both[0] + 1e-9)
