@@ -37,14 +37,16 @@ FEWEST_SEQUENCES = 16
 """Below this many their spread is not known well enough to promise anything."""
 MOST_GROUPS = 1024
 """More sequences than this are drawn in groups."""
-TRIES = 4
+TRIES = 5
 """Caps that are tried."""
-TRY_SHARE = 0.125
+TRY_SHARE = 0.1
 """Of the time for each; what is left searches once more under the best of them."""
 CLOSE = 0.1
 """Share of what was asked for beyond 1 by which a bound may stay below it: no closer cap is tried."""
 LEAST_STEP = 0.0005
 """Caps closer than this are the same."""
+LOWEST = 1.005
+"""A lower cap is tried last: it leaves hardly a swap, so it costs much and promises little more."""
 
 
 @dataclass(frozen=True)
@@ -198,20 +200,19 @@ def _choose(tries: list[_Try], asked: float) -> _Try:
 
 def _next_cap(asked: float, tried: list[tuple[float, float]]) -> float | None:
     """The cap on fitted tokens to try next, from (cap, bound) of earlier ones; None = no other is worth it."""
-    cap, bound = tried[-1]
-    if len(tried) == 1:
-        if bound <= asked:
-            return None
-        following = cap - (bound - asked)  # a bound falls by less than its cap: the next is still above, or just below
-        return max(following, 1.0) if cap > 1 else None
-    if asked - CLOSE * (asked - 1) <= bound <= asked:
-        return None
-    (cap_0, bound_0), (cap_1, bound_1) = sorted(tried, key=lambda pair: abs(pair[1] - asked))[:2]
-    slope = (bound_1 - bound_0) / (cap_1 - cap_0) if cap_1 != cap_0 else 0.0
     aim = asked - 0.5 * CLOSE * (asked - 1)
-    following = cap_0 + (aim - bound_0) / (slope if slope > 0.2 else 1.0)
-    following = min(max(following, 1.0), tried[0][0])
-    return None if min(abs(following - each) for each, _ in tried) < LEAST_STEP else following
+    broken = [pair for pair in tried if pair[1] > asked]
+    kept = [pair for pair in tried if pair[1] <= asked]
+    if not broken:
+        return None
+    cap_1, bound_1 = min(broken)
+    if not kept:  # downwards; a bound falls by less than its cap
+        return max(cap_1 - (bound_1 - aim), LOWEST) if cap_1 > LOWEST + LEAST_STEP else 1.0 if cap_1 > 1.0 else None
+    cap_0, bound_0 = max(kept)
+    if bound_0 >= asked - CLOSE * (asked - 1) or cap_1 - cap_0 < 2 * LEAST_STEP:
+        return None
+    following = cap_0 + (aim - bound_0) * (cap_1 - cap_0) / (bound_1 - bound_0)
+    return min(max(following, cap_0 + LEAST_STEP), cap_1 - LEAST_STEP)
 
 
 def _require_grounds(problem: Problem, confidence: float) -> None:

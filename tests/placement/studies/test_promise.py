@@ -9,7 +9,7 @@ from moeplace.placement.cluster import Cluster
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import SolveResult
 from moeplace.placement.solve import solve
-from moeplace.placement.studies.promise import FEWEST_SEQUENCES, forecast, solve_promised
+from moeplace.placement.studies.promise import FEWEST_SEQUENCES, TRIES, _next_cap, forecast, solve_promised
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_trace
@@ -162,3 +162,31 @@ def test_what_cannot_be_promised_is_refused() -> None:
     placement = solve(enough, solver="lpt", time_limit=0.01).placement
     with pytest.raises(InputError, match=r"confidence \(1.0\) must lie between 0 and 1"):
         forecast(enough, placement, confidence=1.0, seed=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1, TODAY])
+def test_few_tries_come_close(seed: int) -> None:
+    """Wherever the bound as a function of the cap meets what is asked for: five tries end just within it."""
+    rng = np.random.default_rng([seed, 11])
+    for _ in range(200):
+        asked, slope = 1 + rng.uniform(0.02, 0.4), rng.uniform(0.6, 1.0)
+        meets = 1.005 + rng.uniform(0.05, 0.95) * (asked - 1.005)  # the cap that just keeps it
+        tried = [(asked, asked + slope * (asked - meets))]
+        while len(tried) < TRIES:
+            cap = _next_cap(asked, tried)
+            if cap is None:
+                break
+            assert 1.0 <= cap < asked
+            assert min(abs(cap - each) for each, _ in tried) > 1e-4
+            tried.append((cap, asked + slope * (cap - meets)))
+        best = max(cap for cap, bound in tried if bound <= asked)
+        assert meets - best <= 0.13 * (asked - 1) + 0.001
+
+
+def test_the_tightest_cap_is_tried_last() -> None:
+    """A cap of 1 only where 1.005 does not keep the promise; nothing where 1 does not, or the first cap does."""
+    assert _next_cap(1.1, [(1.1, 1.3)]) == 1.005
+    assert _next_cap(1.1, [(1.1, 1.3), (1.005, 1.2)]) == 1.0
+    assert _next_cap(1.1, [(1.1, 1.3), (1.005, 1.2), (1.0, 1.15)]) is None
+    assert 1.0 < (_next_cap(1.1, [(1.1, 1.3), (1.005, 1.2), (1.0, 1.05)]) or 0) < 1.005
+    assert _next_cap(1.1, [(1.1, 1.09)]) is None
