@@ -206,8 +206,13 @@ def _next_cap(asked: float, tried: list[tuple[float, float]]) -> float | None:
     if not broken:
         return None
     cap_1, bound_1 = min(broken)
-    if not kept:  # downwards; a bound falls by less than its cap
-        return max(cap_1 - (bound_1 - aim), LOWEST) if cap_1 > LOWEST + LEAST_STEP else 1.0 if cap_1 > 1.0 else None
+    if not kept:  # downwards; a bound falls by less than its cap, and hardly at all where the cap does not bind
+        slope = 1.0
+        if len(broken) > 1:
+            cap_2, bound_2 = sorted(broken)[1]
+            slope = min(max((bound_2 - bound_1) / (cap_2 - cap_1), 0.3), 1.0)
+        following = max(cap_1 - (bound_1 - aim) / slope, LOWEST)
+        return following if cap_1 > LOWEST + LEAST_STEP else 1.0 if cap_1 > 1.0 else None
     cap_0, bound_0 = max(kept)
     if bound_0 >= asked - CLOSE * (asked - 1) or cap_1 - cap_0 < 2 * LEAST_STEP:
         return None
