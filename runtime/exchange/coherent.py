@@ -9,7 +9,7 @@ out, since copies carry all slots of the token: partial sums need neither header
 them in the order of the tokens. A token without experts stays.
 
 With one expert per token a layer is one all-to-all. Whether any token of any rank needs the second exchange is in the
-flags of the first. Shared experts of tokens that stay are computed while it travels.
+flags of the first.
 
 Shape letters: M tokens of this rank before, N rows on it after the exchange, K top-k, R ranks.
 """
