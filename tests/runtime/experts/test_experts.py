@@ -57,7 +57,7 @@ def check_computation(device: str, dtype: torch.dtype, tolerance: float) -> None
         weights = torch.rand(rows, top_k, generator=generator).to(device, dtype)
         expected = compute_slowly(store, 1, x, slots, weights)
         computation = ExpertComputation(store, counters=Counters())
-        for method in (computation.compute, computation._compute_all):
+        for method in (computation.compute, computation.compute_fixed):
             torch.testing.assert_close(method(1, x, slots, weights), expected, rtol=tolerance, atol=tolerance)
 
 
