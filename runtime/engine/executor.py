@@ -67,8 +67,8 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         """
         coherent = mode == "coherent" and self.group.size > 1
         assert batch.runs_single_tokens or not coherent, "K/V of a pass's earlier tokens are where those were"
-        if not coherent:
-            self.settle()
+        if not coherent or batch.trims:
+            self.settle()  # what is on its way would be written into a row that has been given back
         if coherent or share:
             self._hand_over(batch.sequences)
         for home, trim in batch.trims:

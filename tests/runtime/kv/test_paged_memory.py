@@ -1,11 +1,13 @@
 """K/V memory by the page, in an engine: many short sequences, and sequences that give way."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
@@ -16,8 +18,10 @@ from moeplace.runtime.kv.cache import kv_bytes_per_position
 from moeplace.runtime.kv.row_pool import PAGE
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.decoder import Decoder
+from tests.rank_pool import RankContext, RankPool
 from tests.model_families import save_family
 from tests.runtime.checkpoints import VOCABULARY, save_checkpoint
+from tests.runtime.placements import random_placement
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +31,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_engine(path: Path, pages: int | None) -> Engine:
+def make_engine(path: Path, pages: int | None, placement: Placement | None = None, **options: Any) -> Engine:
     """With memory for so many pages, None = for all rows."""
     decoder = Decoder(Checkpoint(path), dtype=torch.float64)
     room = None if pages is None else pages * PAGE * kv_bytes_per_position(decoder)
     limits = EngineLimits(max_sequences=8, max_length=64, kv_bytes=room, max_prefill_tokens=40)
-    return Engine(path, dtype=torch.float64, limits=limits)
+    return Engine(path, placement, dtype=torch.float64, limits=limits, **options)
+
+
+def pages_in_use(engine: Engine) -> int:
+    """Of this rank: up to the last position of each row that somebody wrote and nobody cleared."""
+    keys = engine.executor.cache.all_keys  # type: ignore[union-attr]
+    used = (keys != 0).any(0).any(1).any(-1)  # (rows, positions)
+    return sum(-(-int(row.nonzero().max() + 1) // PAGE) for row in used if row.any())
 
 
 def requests(seed: int, count: int, longest: int) -> list[Request]:
@@ -80,15 +91,41 @@ def test_who_gives_way_gets_the_same_tokens(
             assert index == len(told.setdefault(name, []))
             told[name].append(token)
         gave_way += any(engine.scheduler.added(request) for request in engine.scheduler.waiting)
-        keys = engine.executor.cache.all_keys  # type: ignore[union-attr]
-        used = (keys != 0).any(0).any(1).any(-1)  # (rows, positions)
-        assert sum(-(-int(row.nonzero().max() + 1) // PAGE) for row in used if row.any()) <= pages
+        assert pages_in_use(engine) <= pages
     found = {completion.request_id: completion for completion in done}
     for completion in expected:
         assert found[completion.request_id].token_ids == completion.token_ids == tuple(told[completion.request_id])
         pairs = zip(found[completion.request_id].logprobs, completion.logprobs, strict=True)
         assert all(one and other and abs(one.value - other.value) < 1e-8 for one, other in pairs)
     assert gave_way or pages > 6
+
+
+def serve_coherently(
+    context: RankContext, path: Path, asked: list[Request], pages: int, seed: int
+) -> tuple[dict[str, tuple[int, ...]], int, int]:
+    """Completions, the most pages in use on this rank, and after how many steps some request had given way."""
+    engine = make_engine(path, pages, random_placement(3, 6, context.size, seed=seed), mode="coherent", group=context.group())
+    for request in asked:
+        engine.add_request(request)
+    done, most, gave_way = [], 0, 0
+    while not engine.scheduler.is_idle:
+        done += engine.step()
+        most = max(most, pages_in_use(engine))
+        gave_way += any(engine.scheduler.added(request) for request in engine.scheduler.waiting)
+    return {completion.request_id: completion.token_ids for completion in done}, most, gave_way
+
+
+def test_what_is_on_its_way_arrives_before_memory_is_given_back(
+    pool: RankPool, checkpoint: Path, dated_seed: int
+) -> None:
+    """K/V of a coherent step travel during the next one: none of them reach a row that has been cleared."""
+    asked = requests(dated_seed % 1000, 12, longest=24)
+    expected = {c.request_id: c.token_ids for c in make_engine(checkpoint, None).generate(asked)}
+    found = pool.run(serve_coherently, checkpoint, asked, 4, dated_seed % 1000, size=2)
+    for completions, most, gave_way in found:
+        assert completions == expected
+        assert gave_way
+        assert most <= 4
 
 
 def test_a_check_gets_memory_of_what_runs(checkpoint: Path) -> None:
