@@ -84,10 +84,12 @@ class CollectiveWatch:
             raise PeerLostError(self._lost)
 
     def close(self) -> None:
-        """Look no more."""
+        """Look no more, and let go of what was watched: a group whose collectives these are ends with its owner."""
         self._stopping.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+        self._abort = _nothing
+        self._pending.clear()
 
     def _advance(self) -> str:
         """What is wrong, "" = nothing."""
@@ -107,3 +109,7 @@ class CollectiveWatch:
     def _run(self) -> None:
         while not self._stopping.wait(POLL_SECONDS):
             self.look()
+
+
+def _nothing() -> None:
+    """What ends collectives of which none are watched any more."""

@@ -1,6 +1,7 @@
 """Collectives that do not end are given up from another thread; the reader is told, and uses nothing of them."""
 
 import threading
+import weakref
 
 import pytest
 
@@ -113,3 +114,23 @@ def test_a_reader_that_hangs_comes_back() -> None:
     with pytest.raises(PeerLostError):
         watch.check()
     watch.close()
+
+
+class FakeGroup:
+    """What can be aborted."""
+
+    def abort(self) -> None:
+        """Nothing is under way."""
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_what_is_closed_keeps_nothing_open(start: bool) -> None:
+    """Neither the group nor its collectives: a broken group must close at once, for others to notice."""
+    group, work = FakeGroup(), FakeWork()
+    watch = CollectiveWatch(group.abort, timeout=10.0, start=start)
+    watch.add(work, "dispatch")
+    seen = weakref.ref(group), weakref.ref(work)
+    watch.close()
+    del group, work
+    assert [one() for one in seen] == [None, None]
+    watch.check()
