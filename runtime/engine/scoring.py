@@ -37,18 +37,20 @@ class Scorer:
             InputError: a sequence does not fit, a token id is out of range, or no row is free.
         """
         results: list[torch.Tensor] = []
-        pending = list(zip(sequences, prompt_lengths, strict=True))
+        requests = [self._checked(token_ids, index) for index, token_ids in enumerate(sequences)]
+        pending = list(zip(requests, prompt_lengths, strict=True))
         while pending:
-            self._scheduler.make_room(len(pending[0][0]))
+            self._scheduler.make_room(len(pending[0][0].token_ids))
             placed: list[tuple[RunningSequence, int]] = []
-            while pending and (sequence := self._place(pending[0][0], len(results) + len(placed))) is not None:
+            while pending and (sequence := self._scheduler.place(pending[0][0])) is not None:
                 placed.append((sequence, pending.pop(0)[1]))
             if not placed:
                 raise InputError("no row of the K/V cache is free for scoring; finish running requests first")
             results += self._score_placed(placed)
         return results
 
-    def _place(self, token_ids: Sequence[int], index: int) -> RunningSequence | None:
+    def _checked(self, token_ids: Sequence[int], index: int) -> Request:
+        """What stands for a sequence that is to have a place; none has one yet when this raises."""
         if len(token_ids) > self._scheduler.positions:
             raise InputError(
                 f"sequence {index} has {len(token_ids)} tokens, but the K/V cache holds at most "
@@ -56,7 +58,7 @@ class Scorer:
             )
         request = Request(f"score {index}", tuple(token_ids))
         request.require_tokens(self._executor.decoder.vocabulary)
-        return self._scheduler.place(request)
+        return request
 
     def _score_placed(self, placed: list[tuple[RunningSequence, int]]) -> list[torch.Tensor]:
         """Prompts in chunks, as requests have them; then single tokens."""

@@ -11,6 +11,7 @@ import torch
 
 from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.modes import MODES
+from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.engine import Engine
@@ -19,7 +20,7 @@ from moeplace.runtime.engine.modes import ModeChoice, RecordedRouting, TracePred
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.models.checkpoint import Checkpoint
 from tests.rank_pool import RankContext, RankPool
-from tests.runtime.checkpoints import FAMILIES, Oracle, ask_plain_model, make_oracle, save_checkpoint
+from tests.runtime.checkpoints import FAMILIES, VOCABULARY, Oracle, ask_plain_model, make_oracle, save_checkpoint
 from tests.runtime.placements import random_placement
 from tests.shared_data import tiny_moe_path, tiny_moe_top2_path
 
@@ -196,6 +197,18 @@ def test_trained_checkpoints(pool: RankPool, find: Callable[[], Path]) -> None:
             for ours, plain in zip(logits, oracle.logits, strict=True):
                 np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5)  # gate weights are float32
             assert completions == oracle.completions
+
+
+@pytest.mark.parametrize("wrong", [(VOCABULARY,), tuple(range(9)), ()])
+def test_what_cannot_be_scored_leaves_nothing(tmp_path: Path, wrong: tuple[int, ...]) -> None:
+    """Sequences before it have no place yet when it is refused: nobody serves them as if they were requests."""
+    save_checkpoint("olmoe", tmp_path)
+    engine = Engine(tmp_path, limits=EngineLimits(max_sequences=4, max_length=8))
+    with pytest.raises(InputError):
+        engine.score([(1, 2), wrong])
+    assert engine.scheduler.is_idle
+    assert [c.request_id for c in engine.generate([Request("a", (1, 2), 3)])] == ["a"]
+    assert [len(logits) for logits in engine.score([(1, 2)] * 5)] == [2] * 5
 
 
 def test_arrivals_do_not_stop_what_runs() -> None:
