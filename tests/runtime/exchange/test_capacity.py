@@ -10,6 +10,7 @@ from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.exchange.capacity import (
     ExpectedRows,
+    HeldRows,
     HomeMeans,
     Means,
     NodeMeans,
@@ -82,6 +83,22 @@ def test_room_sinks_to_what_is_sent() -> None:
     assert max(rules[0].capacity(0, step).to_peer) <= 8
     assert sum(rules[0].capacity(0, step).to_peer) < first / 10
     assert rules[0].capacity(1, step).to_peer != rules[0].capacity(0, step).to_peer
+
+
+def test_rows_that_a_rank_owns_are_at_most_all() -> None:
+    """What is expected and some more, then what there was, also if that was more than there are tokens; all, at once,
+    where room costs nothing."""
+    step = Step((50, 50, 100, 0))
+    held, whole = (HeldRows(0.25, 2, expected=expected) for expected in (True, False))
+    assert 50 < held.rows(0, step) < 100
+    for rule in (held, whole):
+        rule.observe(0, step, 180)
+        assert rule.rows(0, step) == 200
+    assert 50 < held.rows(1, step) < 100
+    assert whole.rows(1, step) == 200
+    for _ in range(200):
+        held.observe(0, step, 5)
+    assert 5 < held.rows(0, step) < 30
 
 
 @pytest.mark.parametrize("top_k", [1, 8])

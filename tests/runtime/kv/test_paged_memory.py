@@ -18,8 +18,8 @@ from moeplace.runtime.kv.cache import kv_bytes_per_position
 from moeplace.runtime.kv.row_pool import PAGE
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.decoder import Decoder
-from tests.rank_pool import RankContext, RankPool
 from tests.model_families import save_family
+from tests.rank_pool import RankContext, RankPool
 from tests.runtime.checkpoints import VOCABULARY, save_checkpoint
 from tests.runtime.placements import random_placement
 
@@ -104,7 +104,9 @@ def serve_coherently(
     context: RankContext, path: Path, asked: list[Request], pages: int, seed: int
 ) -> tuple[dict[str, tuple[int, ...]], int, int]:
     """Completions, the most pages in use on this rank, and after how many steps some request had given way."""
-    engine = make_engine(path, pages, random_placement(3, 6, context.size, seed=seed), mode="coherent", group=context.group())
+    engine = make_engine(
+        path, pages, random_placement(3, 6, context.size, seed=seed), mode="coherent", group=context.group()
+    )
     for request in asked:
         engine.add_request(request)
     done, most, gave_way = [], 0, 0

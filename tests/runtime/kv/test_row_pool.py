@@ -5,7 +5,7 @@ from hypothesis import given
 
 from moeplace.runtime.engine.requests import Request, RunningSequence
 from moeplace.runtime.engine.scheduler import Scheduler
-from moeplace.runtime.kv.row_pool import LEAST_PREFIX, Holding, Prefix, RowPool
+from moeplace.runtime.kv.row_pool import LEAST_PREFIX, PAGE, Holding, Prefix, RowPool, Trim
 
 LONG = tuple(range(40))
 
@@ -50,6 +50,20 @@ def test_the_longest_is_found_and_a_free_row_preferred() -> None:
     assert pool.find(LONG, [Holding(1, list(LONG), 25)]) == Prefix(7, 25)
     assert pool.find(LONG, [Holding(1, list(LONG), 26)]) == Prefix(1, 26)
     assert pool.find(LONG, [Holding(3, list(LONG), 26), Holding(1, list(LONG), 26)]) == Prefix(1, 26)
+
+
+def test_only_memory_that_is_given_back_is_cleared() -> None:
+    """By the page: what shares one with what stays is left alone, and nothing is cleared twice."""
+    pool = RowPool(2, pages=4)
+    assert pool.take_trims() == [Trim(0, 0), Trim(1, 0)]
+    row = pool.take()
+    for left, trims in ((2 * PAGE - 3, []), (PAGE + 1, []), (PAGE, [Trim(row, PAGE)]), (0, [Trim(row, 0)])):
+        assert pool.claim(row, 2 * PAGE if left > PAGE else PAGE)
+        pool.give_back(row, LONG[:left])
+        assert pool.take_trims() == trims
+        assert pool.take_trims() == []
+        assert pool.take(row, keep=left) == row
+        assert pool.take_trims() == []
 
 
 @given(
