@@ -37,7 +37,7 @@ class PrecisionCosts:
 
     Attributes:
         names: (P,) precisions, the exact one first.
-        bytes_LEP: int64.
+        bytes_LEP: int64, positive for experts that exist.
         error_LEP: squared error of the layer's output, as a share of its square; 0 for the exact one.
         experts_per_layer: (L,).
     """
@@ -48,11 +48,16 @@ class PrecisionCosts:
     experts_per_layer: np.ndarray
 
     def __post_init__(self) -> None:
+        if self.experts_per_layer.ndim != 1:
+            raise InputError("experts per layer must be one number a layer")
         shape = (len(self.experts_per_layer), int(np.max(self.experts_per_layer)), len(self.names))
         if self.bytes_LEP.shape != shape or self.error_LEP.shape != shape:
             raise InputError(f"bytes and errors of precisions must have shape {shape}")
         if not (self.error_LEP >= 0).all() or (self.error_LEP[:, :, 0] != 0).any():
             raise InputError("errors of precisions must not be negative, and 0 for the exact one")
+        is_real_LE = np.arange(shape[1]) < self.experts_per_layer[:, None]
+        if not (self.bytes_LEP[is_real_LE] > 0).all():
+            raise InputError("bytes of experts must be positive in every precision")
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,15 +228,23 @@ def load_precision(path: str | Path) -> PrecisionPlan:
         raise FormatError(f"{path} is not a file of precisions: it lacks the tag {FORMAT!r}")
     try:
         costs = PrecisionCosts(
-            tuple(document["precisions"]), np.array(document["bytes"], np.int64), np.array(document["error"], float),
-            np.array(document["experts_per_layer"], np.int64),
+            tuple(map(str, document["precisions"])), _whole(document, "bytes"), np.array(document["error"], float),
+            _whole(document, "experts_per_layer"),
         )  # fmt: skip
-        choice_LE = np.array(document["precision"], np.int64)
+        choice_LE, bytes_R = _whole(document, "precision"), _whole(document, "bytes_per_rank")
         if choice_LE.shape != costs.bytes_LEP.shape[:2] or not np.isin(choice_LE, range(len(costs.names))).all():
             raise ValueError("a precision is out of range")
-        bytes_R = np.array(document["bytes_per_rank"], np.int64)
-        return PrecisionPlan(
-            costs, choice_LE, bytes_R, float(document["predicted_error"]), float(document["lower_bound"])
-        )
-    except (KeyError, TypeError, ValueError, InputError) as error:
+        spoiled, bound = float(document["predicted_error"]), float(document["lower_bound"])
+        if not 0 <= bound <= spoiled < np.inf:
+            raise ValueError(f"its lower bound ({bound:g}) must lie in 0..{spoiled:g}, its predicted error")
+        return PrecisionPlan(costs, choice_LE, bytes_R, spoiled, bound)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{path} is not a file of precisions: {error}") from error
+
+
+def _whole(document: dict[str, Any], name: str) -> np.ndarray:
+    """int64 numbers of a file, which must not be fractions."""
+    value = np.array(document[name])
+    if value.dtype.kind != "i":
+        raise ValueError(f"{name} must be whole numbers of 64 bits")
+    return value.astype(np.int64)

@@ -15,6 +15,7 @@ import torch
 EXACT, HALF = "exact", "bfloat16"
 LEVELS = {"int8": 127, "int4": 7}
 """Greatest integer of each precision."""
+PRECISIONS = (EXACT, HALF, *LEVELS)
 _BITS = {"int8": 8, "int4": 4}
 _SCALE_BYTES = 2
 MATRICES = ("gate_up", "down")

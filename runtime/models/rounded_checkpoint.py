@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from moeplace.profiling.errors import InputError
-from moeplace.runtime.experts.rounding import rounded
+from moeplace.runtime.experts.rounding import PRECISIONS, rounded
 from moeplace.runtime.models.checkpoint import Checkpoint
 
 
@@ -29,7 +29,8 @@ class RoundedCheckpoint(Checkpoint):
         """Open a checkpoint of plain experts.
 
         Raises:
-            InputError: its experts are quantised already, or the plan is for other experts; or as `Checkpoint`.
+            InputError: its experts are quantised already, or the plan is for other experts, or names a precision that
+                there is not; or as `Checkpoint`.
         """
         super().__init__(path)
         if self.layout is not None:
@@ -37,6 +38,9 @@ class RoundedCheckpoint(Checkpoint):
         shape = (self.num_layers, int(self.experts_per_layer.max()))
         if choice_LE.shape != shape:
             raise InputError(f"the plan of precisions is for {choice_LE.shape} layers and experts, {path} has {shape}")
+        for name in precisions:
+            if name not in PRECISIONS:
+                raise InputError(f"precision {name!r} must be one of {', '.join(PRECISIONS)}")
         self.precisions, self.choice_LE = tuple(precisions), choice_LE
 
     @cached_property

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +98,21 @@ def test_every_rank_keeps_its_budget(dated_seed: int) -> None:
         plan_precision(costs(0, experts=3), twice, np.array([9999, 9999]))
 
 
+def wrong_values(document: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A part of a file, and what cannot be there: every number of it as another kind of number, or none."""
+    for name in ("experts_per_layer", "precision", "bytes", "bytes_per_rank", "predicted_error", "lower_bound"):
+        value = np.array(document[name])
+        for wrong in (10**400, float("inf"), float("nan"), -1, "x", None, {}):
+            if not (name == "bytes_per_rank" and wrong == -1):  # which a plan only reports
+                yield name, np.full(value.shape, wrong, object).tolist()
+        if value.dtype.kind == "i":
+            yield name, (value + 0.5).tolist()
+    yield "bytes", np.zeros((2, 6, 3), int).tolist()
+    yield "precisions", 5
+    yield "experts_per_layer", [[6, 6], [6, 6]]
+    yield "lower_bound", document["predicted_error"] + 1
+
+
 def test_files_come_back(tmp_path: Path) -> None:
     """What was saved is what is read; damaged and foreign files are named."""
     plan = plan_precision(costs(3), index_order(np.full(2, 6), np.array([3, 3]), np.zeros(2, int)), np.full(2, 1500))
@@ -112,6 +129,7 @@ def test_files_come_back(tmp_path: Path) -> None:
         {key: value for key, value in document.items() if key != "bytes"},
         {**document, "precision": [[9] * 6] * 2},
         {**document, "error": [[[0.0, -1.0, 0.0]] * 6] * 2},
+        *({**document, name: value} for name, value in wrong_values(document)),
     ):
         path.write_text(json.dumps(damaged))
         with pytest.raises(FormatError, match="is not a file of precisions"):

@@ -90,7 +90,11 @@ def test_errors_are_those_of_the_layer(family: str, tmp_path: Path, dated_seed: 
 
 
 def test_plans_for_other_models_are_refused(tmp_path: Path) -> None:
-    """Layers and experts must fit."""
+    """Layers and experts must fit, and precisions be known: before any expert is read."""
     path = make_oracle("olmoe", tmp_path).path
     with pytest.raises(InputError, match="the plan of precisions is for"):
         RoundedCheckpoint(path, (EXACT,), np.zeros((1, 1), np.int64))
+    plain = Checkpoint(path)
+    choice = np.zeros((plain.num_layers, int(plain.experts_per_layer.max())), np.int64)
+    with pytest.raises(InputError, match="precision 'fp3' must be one of exact, bfloat16, int8, int4"):
+        RoundedCheckpoint(path, (EXACT, "fp3"), choice)
