@@ -44,8 +44,11 @@ def batch_alike(trace: RoutingTrace, *, batch: int, steps: int, seed: int = 0) -
         seed: of the drawn order.
 
     Raises:
-        InputError: the trace has no sequences, or fewer than two batches of them have so many tokens.
+        InputError: no token is to be served, the trace has no sequences, or fewer than two batches of them have so
+            many tokens.
     """
+    if steps < 1:
+        raise InputError(f"tokens of each request that are served ({steps}) must be at least 1")
     if trace.sequence_ids is None:
         raise InputError("batching alike requests needs a trace that says which sequence a token is of")
     sequence_T = np.asarray(trace.sequence_ids)

@@ -41,9 +41,12 @@ def test_who_fills_no_batch_is_left_out() -> None:
 
 
 def test_what_cannot_be_batched_is_named() -> None:
-    """No sequences; too few that are long enough."""
+    """No sequences; too few that are long enough; nothing to serve."""
     trace = families(0, requests=6, tokens=FIRST + 4)
     with pytest.raises(InputError, match="which sequence a token is of"):
         batch_alike(trace.replace(sequence_ids=None), batch=2, steps=4)
     with pytest.raises(InputError, match=r"0 sequences have 16 \+ 5 tokens, two batches of 2 need 4"):
         batch_alike(trace, batch=2, steps=5)
+    for steps in (0, -1, -FIRST, -FIRST - 1):
+        with pytest.raises(InputError, match=rf"are served \({steps}\) must be at least 1"):
+            batch_alike(trace, batch=2, steps=steps)
