@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     events = read_events(args.events) if args.events else []
     if args.events and not events:
         raise FormatError(f"{args.events} has no events")
+    measured = [budgets_from_json(read_json(args.offload), args.offload)] if args.offload else []
     trace = load_trace(args.trace)
     loaded = {str(path): load_placement_file(path) for path in args.placement}
     names = [Path(path).stem for path in loaded]
@@ -78,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
     }
     document = {**document, "conditions": {**conditions, **document.get("conditions", {})}}
     tiers, budgets = _tiers(args, trace, side, dict(zip(names, loaded.values(), strict=True)))
-    if args.offload:
-        budgets.append(budgets_from_json(read_json(args.offload), args.offload))
-    report = Report.of(side, placements, document, fronts=fronts, events=events, tiers=tiers, budgets=budgets)
+    report = Report.of(
+        side, placements, document, fronts=fronts, events=events, tiers=tiers, budgets=[*budgets, *measured]
+    )
     write_report(args.out, report)
     print(f"{report.verdict}\nwrote {args.out}")
     return 0
@@ -101,7 +102,7 @@ def _tiers(
 
     cluster = Cluster.from_toml(args.cluster) if args.cluster else None
     require_tiers(args, None if cluster is None else cluster.memory)
-    if cluster is None or cluster.memory is None:
+    if cluster is None:
         return [], []
     nominal = StepShape()
     shape = StepShape(

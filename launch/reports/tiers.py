@@ -231,18 +231,38 @@ def budgets_from_json(document: Mapping[str, Any], source: str) -> Budgets:
     """The curves of a file that `moeplace bench offload --json` wrote, measured and predicted.
 
     Raises:
-        FormatError: it is something else.
+        FormatError: it is something else, or a figure of it cannot be.
     """
     try:
-        active = float(document["conditions"]["active_experts"])
+        active = _positive(document["conditions"], "active_experts")
         measured, predicted = [], []
         for run in document["runs"]:
-            common = (float(run["budget"]), float(run["fast_slots"]), str(run["policy"]))
-            times, bound = common[1] / max(active, 1e-12), run["belady_hit_rate"]
-            measured.append(BudgetPoint(*common, float(run["hit_rate"]), bound, float(run["seconds_per_step"]), times))
-            predicted.append(
-                BudgetPoint(*common, float(run["predicted_hit_rate"]), None, float(run["predicted_seconds"]), times)
+            common = (_positive(run, "budget"), _positive(run, "fast_slots"), str(run["policy"]))
+            bound = None if run["belady_hit_rate"] is None else _share(run, "belady_hit_rate")
+            times = common[1] / active
+            measured.append(
+                BudgetPoint(*common, _share(run, "hit_rate"), bound, _positive(run, "seconds_per_step"), times)
             )
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{source} is not the JSON of `moeplace bench offload`: {error}") from error
+            predicted.append(
+                BudgetPoint(*common, _share(run, "predicted_hit_rate"), None, _positive(run, "predicted_seconds"), times)
+            )
+        if not measured:
+            raise ValueError("no runs")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise FormatError(f"{source} is not the JSON of `moeplace bench offload`: {reason}") from error
     return Budgets(measured, measured=True, predicted=predicted)
+
+
+def _positive(part: Mapping[str, Any], name: str) -> float:
+    value = float(part[name])
+    if not 0 < value < np.inf:
+        raise ValueError(f"{name} ({value:g}) must be positive")
+    return value
+
+
+def _share(part: Mapping[str, Any], name: str) -> float:
+    value = float(part[name])
+    if not 0 <= value <= 1 + 1e-9:  # a sum of shares
+        raise ValueError(f"{name} ({value:g}) must lie in 0..1")
+    return value

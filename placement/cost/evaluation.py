@@ -164,11 +164,7 @@ def count(
     if not trace.num_tokens:
         raise InputError("the trace has no tokens to evaluate")
     cluster = cluster or cluster_of(placement)
-    if not np.array_equal(cluster.node_of_rank, placement.node_of_rank):
-        raise InputError(
-            f"the placement is for {placement.num_ranks} ranks on {placement.num_nodes} nodes, "
-            f"the cluster has {cluster.num_ranks} on {cluster.num_nodes}"
-        )
+    require_same_cluster(cluster, placement)
     calibration = calibration or Calibration(cluster.intra, cluster.inter)
     cluster = calibration.apply(cluster)
     shape = shape or default_shape(trace)
@@ -191,6 +187,19 @@ def require_same_model(trace: RoutingTrace, placement: Placement) -> None:
             raise InputError(
                 f"the placement is for another model: {name} is {_short(theirs)}, the trace has {_short(ours)}"
             )
+
+
+def require_same_cluster(cluster: Cluster, placement: Placement) -> None:
+    """Check that a placement is for the ranks and nodes of a cluster.
+
+    Raises:
+        InputError: they differ.
+    """
+    if not np.array_equal(cluster.node_of_rank, placement.node_of_rank):
+        raise InputError(
+            f"the placement is for {placement.num_ranks} ranks on {placement.num_nodes} nodes, "
+            f"the cluster has {cluster.num_ranks} on {cluster.num_nodes}"
+        )
 
 
 def cluster_of(placement: Placement) -> Cluster:

@@ -11,6 +11,7 @@ import numpy as np
 
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.calibration import Calibration
+from moeplace.placement.cost.evaluation import require_same_cluster, require_same_model
 from moeplace.placement.cost.replica_rule import MOEPLACE, ReplicaRule
 from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.memory import Memory
@@ -86,6 +87,8 @@ def sweep_budgets(
     memory = cluster.memory
     if memory is None:
         raise InputError("the cluster has no memory tiers: its file needs the tables [fast] and [host]")
+    require_same_model(trace, placement)
+    require_same_cluster(cluster, placement)
     figure_LE, size = expert_figures(fit, by="activation", batch=shape.batch, seed=0), mean_expert_bytes(trace)
     points = []
     for number, budget in enumerate(budgets):

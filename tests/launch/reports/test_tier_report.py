@@ -1,7 +1,9 @@
 """Fast memory in the report: what sits where, and the curves that people decide by."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,11 +114,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "c.toml").write_text(
         "ranks_per_node = 2\nslots_per_rank = 4\n[fast]\nslots = 2\ntransit = 1\n[host]\nbandwidth = 1e4\n"
     )
-    run = {
-        "budget": 0.5, "fast_slots": 4, "policy": "lru", "hit_rate": 0.7, "belady_hit_rate": 0.8,
-        "seconds_per_step": 2e-3, "predicted_hit_rate": 0.7, "predicted_seconds": 1.9e-3,
-    }  # fmt: skip
-    offload = {"conditions": {"active_experts": 1.0}, "runs": [run, {**run, "budget": 1.0, "fast_slots": 8}]}
+    offload = {"conditions": {"active_experts": 1.0}, "runs": [RUN, {**RUN, "budget": 1.0, "fast_slots": 8}]}
     (tmp_path / "o.json").write_text(json.dumps(offload))
     words = ["report", str(tmp_path / "t.trace"), "--placement", str(tmp_path / "p.json"), "--out", str(tmp_path / "r")]
     tiers = ["--cluster", str(tmp_path / "c.toml"), "--batch", "2", "--budgets", "50,100"]
@@ -135,9 +133,58 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "times active" in capsys.readouterr().out
 
 
+RUN = {
+    "budget": 0.5, "fast_slots": 4, "policy": "lru", "hit_rate": 0.7, "belady_hit_rate": 0.8,
+    "seconds_per_step": 2e-3, "predicted_hit_rate": 0.7, "predicted_seconds": 1.9e-3,
+}  # fmt: skip
+
+
+def wrong_documents() -> Iterator[Any]:
+    """Each part missing or of another kind, each figure out of its range, alone and beside a run that is right."""
+    conditions = {"active_experts": 1.0}
+    yield from ([], {}, "x", None, {"runs": [RUN]}, {"conditions": conditions}, {"conditions": {}, "runs": [RUN]})
+    yield from ({"conditions": conditions, "runs": runs} for runs in ([], {}, "x", 5, [5], {"a": RUN}))
+    for wrong in (0, -1, float("nan"), float("inf"), 10**400, "x", None, []):
+        yield {"conditions": {"active_experts": wrong}, "runs": [RUN]}
+        for name in RUN:
+            if name != "policy" and not ((wrong == 0 and name.endswith("hit_rate")) or (wrong is None and "bel" in name)):
+                yield {"conditions": conditions, "runs": [{**RUN, name: wrong}]}
+                yield {"conditions": conditions, "runs": [RUN, {**RUN, "budget": 1.0, name: wrong}]}
+    for name in RUN:
+        yield {"conditions": conditions, "runs": [{key: value for key, value in RUN.items() if key != name}]}
+
+
 def test_other_files_are_refused() -> None:
-    """What is not a bench's file is named."""
-    with pytest.raises(FormatError, match="o is not the JSON of `moeplace bench offload`"):
-        budgets_from_json({"runs": [{"budget": 1}], "conditions": {"active_experts": 1}}, "o")
-    with pytest.raises(FormatError, match="o is not the JSON of `moeplace bench offload`"):
-        budgets_from_json({"runs": []}, "o")
+    """What is not a bench's file is named, and what a file of an older version lacks."""
+    good = budgets_from_json({"conditions": {"active_experts": 1.0}, "runs": [RUN]}, "o")
+    assert good.points[0].times_active == 4
+    for document in wrong_documents():
+        with pytest.raises(FormatError, match="o is not the JSON of `moeplace bench offload`"):
+            budgets_from_json(document, "o")
+    with pytest.raises(FormatError, match="it lacks 'active_experts'"):
+        budgets_from_json({"conditions": {}, "runs": [RUN]}, "o")
+
+
+def test_curves_need_the_model_and_the_cluster_of_the_placement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another model's placement, another number of ranks, a cluster without tiers: a sentence, and no page."""
+    trace = make_trace(layers=3, experts=8, top_k=2)
+    save_trace(tmp_path / "t.trace", trace)
+    save_placement(tmp_path / "p.json", view(0).placement)
+    save_placement(tmp_path / "four.json", striped(trace, 4))
+    save_placement(tmp_path / "other.json", striped(make_trace(layers=3, experts=12, top_k=2), 2))
+    flat = "ranks_per_node = 2\nslots_per_rank = 6\n"
+    (tmp_path / "flat.toml").write_text(flat)
+    (tmp_path / "c.toml").write_text(f"{flat}[fast]\nslots = 2\ntransit = 1\n[host]\nbandwidth = 1e4\n")
+    for cluster, placements, words in (
+        ("flat", ("p",), "the cluster has no memory tiers"),
+        ("c", ("four",), "the placement is for 4 ranks on 1 nodes, the cluster has 2 on 1"),
+        ("c", ("p", "other"), "the placement is for another model"),
+        ("c", ("other",), "the placement is for another model"),
+    ):
+        given = [word for name in placements for word in ("--placement", str(tmp_path / f"{name}.json"))]
+        flags = ["--cluster", str(tmp_path / f"{cluster}.toml"), "--batch", "2", "--out", str(tmp_path / "r")]
+        assert main(["report", str(tmp_path / "t.trace"), *given, *flags]) == 1
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "r").exists()
