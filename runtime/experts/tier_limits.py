@@ -1,5 +1,6 @@
 """TierLimits: how much of a rank's experts is in fast memory, and how the rest gets there."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -44,7 +45,7 @@ class TierLimits:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} ({value}) must be at least {least}")
-        if (self.latency or 0) < 0 or (self.bandwidth is not None and not self.bandwidth > 0):
+        if not 0 <= (self.latency or 0) < math.inf or (self.bandwidth is not None and not self.bandwidth > 0):
             raise InputError(f"a link of latency {self.latency} s and {self.bandwidth} bytes/s cannot be emulated")
 
     @classmethod

@@ -42,3 +42,19 @@ def test_wrong_budgets_are_named() -> None:
     for text in ("0", "101", "x", "50,-1"):
         with pytest.raises(InputError, match="must be a percentage above 0"):
             budgets_of(text)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--rounds 0", "--look-ahead 0 --policies lookahead", "--look-ahead -1", "--latency -1", "--latency nan",
+     "--latency inf", "--bandwidth 0", "--bandwidth nan", "--transit 0", "--timeout 0", "--timeout -1", "--timeout nan",
+     "--timeout inf", "--policies no", "--budgets 0", "--batch 0", "--steps 1"],
+)  # fmt: skip
+def test_wrong_values_are_one_sentence(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before anything is served; nothing is written."""
+    short = "--steps 2 --rounds 1 --prompt 8 --budgets 50 --policies pinned --json"
+    assert main(["bench", "offload", *short.split(), str(tmp_path / "f.json"), *words.split()]) == 1
+    error = capsys.readouterr().err
+    assert "internal error" not in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())

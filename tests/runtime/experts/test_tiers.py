@@ -1,6 +1,7 @@
 """Memory tiers: whatever is where, logits are those of the plain model, and fast memory holds what it may."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,10 @@ def test_too_many_residents_are_refused_at_the_start(oracle: Oracle) -> None:
     limits = EngineLimits(max_sequences=2, max_length=8, tiers=TierLimits(2))
     with pytest.raises(InputError, match=r"rank 0 has 17 resident experts, its fast memory holds 4 and 2 in transit"):
         Engine(checkpoint, placement.replace(tier=tier), limits=limits)
+    for name, wrong in (("latency", (-1.0, math.inf)), ("bandwidth", (-1.0, 0.0))):
+        for value in (*wrong, -math.inf, math.nan):
+            with pytest.raises(InputError, match="cannot be emulated"):
+                TierLimits(1, **{name: value})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"fast_slots \(0\)"):
         TierLimits(0)
     with pytest.raises(InputError, match="must hold more than its 8 in transit"):
