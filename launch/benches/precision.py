@@ -60,11 +60,11 @@ def precision_bench(
     costs = measure_costs(engine, checkpoint, options.calibration)
     exact = _score(engine, options.others)
     whole_R = bytes_by_rank(costs, placement, np.zeros(costs.bytes_LEP.shape[:2], np.int64))
+    plans = [plan_precision(costs, placement, np.floor(budget * whole_R)) for budget in options.budgets]
+    if options.out is not None:
+        save_precision(options.out, plans[0])
     runs = []
-    for number, budget in enumerate(options.budgets):
-        plan = plan_precision(costs, placement, np.floor(budget * whole_R))
-        if not number and options.out is not None:
-            save_precision(options.out, plan)
+    for number, (budget, plan) in enumerate(zip(options.budgets, plans, strict=True)):
         for name, one in (("plan", plan), ("all alike", _all_alike(costs, placement, budget * whole_R))):
             if one is not None:
                 runs.append({"budget": budget, "choice": name, **_judged(options, one, exact)})

@@ -19,6 +19,7 @@ from moeplace.placement.modes import MODES
 
 if TYPE_CHECKING:
     from moeplace.placement.placement import Placement
+    from moeplace.placement.tiers.precision import PrecisionPlan
     from moeplace.profiling.traces.loads import LoadStats
 
 HELP = "what a placement costs on a trace, beside index order"
@@ -66,10 +67,11 @@ def run(args: argparse.Namespace) -> int:
 
     require_folder_of(args.json)
     placement = load_placement(args.placement)
+    plan = _precision_plan(args.precision, placement) if args.precision else None
     loads = load_if_load(args.trace)
     if loads is not None:
         require_tiers(args, None)
-        return _evaluate_loads(args, loads, placement)
+        return _evaluate_loads(args, loads, placement, plan)
     trace = load_trace(args.trace)
     side, name = one_side(trace, args.split)
     shape = step_shape(args, trace)
@@ -95,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
             figures["alike"] = _evaluate_alike(args, side, placement, cluster, shape)
     elif placement.tier is not None:
         print("(as if every expert were in fast memory: name the tiers with --cluster)")
-    if args.precision:
-        figures["precision"] = _evaluate_precision(args.precision, placement)
+    if plan is not None:
+        figures["precision"] = _evaluate_precision(plan, placement)
     if args.json:
         write_json(args.json, figures)
     return 0
@@ -125,16 +127,29 @@ def _evaluate_alike(args: argparse.Namespace, side: Any, placement: "Placement",
     return figures
 
 
-def _evaluate_precision(path: str, placement: "Placement") -> Any:
-    """Print what experts in fewer bits take on each rank, and what they spoil; the figures."""
+def _precision_plan(path: str, placement: "Placement") -> "PrecisionPlan":
+    """The plan of --precision, for the experts of the placement.
+
+    Raises:
+        InputError: it is for others, or as `load_precision` raises.
+    """
     import numpy as np
 
-    from moeplace.placement.tiers.precision import bytes_by_rank, load_precision
+    from moeplace.placement.tiers.precision import load_precision
     from moeplace.profiling.errors import InputError
 
     plan = load_precision(path)
     if not np.array_equal(plan.costs.experts_per_layer, placement.experts_per_layer):
         raise InputError(f"{path} is for another number of layers or experts than the placement")
+    return plan
+
+
+def _evaluate_precision(plan: "PrecisionPlan", placement: "Placement") -> Any:
+    """Print what experts in fewer bits take on each rank, and what they spoil; the figures."""
+    import numpy as np
+
+    from moeplace.placement.tiers.precision import bytes_by_rank
+
     bytes_R = bytes_by_rank(plan.costs, placement, plan.choice_LE)
     exact_R = bytes_by_rank(plan.costs, placement, np.zeros_like(plan.choice_LE))
     counts = ", ".join(f"{number} {name}" for name, number in plan.counts().items())
@@ -190,7 +205,9 @@ def _sweep_budgets(
     return [point.summary() for point in points]
 
 
-def _evaluate_loads(args: argparse.Namespace, loads: "LoadStats", placement: "Placement") -> int:
+def _evaluate_loads(
+    args: argparse.Namespace, loads: "LoadStats", placement: "Placement", plan: "PrecisionPlan | None"
+) -> int:
     """Balance alone: where tokens go, loads do not say."""
     import numpy as np
 
@@ -206,14 +223,17 @@ def _evaluate_loads(args: argparse.Namespace, loads: "LoadStats", placement: "Pl
             f"has {loads.num_layers} of {loads.num_experts}"
         )
     problem = Problem.from_load(loads.load, cluster_of(placement), experts_per_layer=loads.experts_per_layer)
-    figures = {}
+    by_name = {}
     for name, one in (("index_order", index_order_like(placement)), ("placement", placement)):
         by_layer = load_imbalance(problem, one)
-        figures[name] = {"imbalance_mean": float(by_layer.mean()), "imbalance_worst": float(by_layer.max())}
-    base, ours = figures["index_order"], figures["placement"]
+        by_name[name] = {"imbalance_mean": float(by_layer.mean()), "imbalance_worst": float(by_layer.max())}
+    base, ours = by_name["index_order"], by_name["placement"]
     rows: list[list[Cell]] = [[name.replace("_", " "), base[name], ours[name]] for name in ours]
     print(format_table(["loads", "index order", "placement"], rows))
     print("(busiest rank against the mean; loads alone say nothing of where tokens go)")
+    figures: dict[str, Any] = {"split": "all", "digest": placement.digest, **ours, "index_order": base}
+    if plan is not None:
+        figures["precision"] = _evaluate_precision(plan, placement)
     if args.json:
-        write_json(args.json, {"split": "all", "digest": placement.digest, **ours, "index_order": base})
+        write_json(args.json, figures)
     return 0

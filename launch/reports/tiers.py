@@ -244,7 +244,9 @@ def budgets_from_json(document: Mapping[str, Any], source: str) -> Budgets:
                 BudgetPoint(*common, _share(run, "hit_rate"), bound, _positive(run, "seconds_per_step"), times)
             )
             predicted.append(
-                BudgetPoint(*common, _share(run, "predicted_hit_rate"), None, _positive(run, "predicted_seconds"), times)
+                BudgetPoint(
+                    *common, _share(run, "predicted_hit_rate"), None, _positive(run, "predicted_seconds"), times
+                )
             )
         if not measured:
             raise ValueError("no runs")

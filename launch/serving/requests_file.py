@@ -41,9 +41,9 @@ class Tokenizer:
         """
         self._get()
 
-    def encode(self, text: str) -> list[int]:
-        """Text -> token ids, with the special tokens that the model expects."""
-        return list(self._get()(text)["input_ids"])
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Text -> token ids, with the special tokens that the model expects unless `special` is False."""
+        return list(self._get()(text, add_special_tokens=special)["input_ids"])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Token ids -> text, without special tokens."""
@@ -62,7 +62,7 @@ class Tokenizer:
             text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template is a program; what it raises is about its input
             raise InputError(f"the chat template refuses the messages: {' '.join(str(error).split())[:160]}") from error
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has them
+        return self.encode(text, special=False)  # the template has them
 
     def _get(self) -> Any:
         if self._loaded is None:

@@ -58,9 +58,11 @@ def run(args: argparse.Namespace) -> int:
     unknown = [name for name in policies if name not in POLICY_NAMES]
     if unknown:
         raise InputError(f"policy {unknown[0]!r} must be one of {', '.join(POLICY_NAMES)}")
-    for name, least in (("batch", 1), ("prompt", 8), ("steps", 2), ("rounds", 1)):
+    for name, least in (("batch", 1), ("prompt", 8), ("steps", 2), ("rounds", 1), ("look_ahead", 1)):
         if getattr(args, name) < least:
-            raise InputError(f"--{name} ({getattr(args, name)}) must be at least {least}")
+            raise InputError(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be at least {least}")
+    if not 0 < args.timeout < float("inf"):
+        raise InputError(f"--timeout ({args.timeout}) must be positive and finite")
     model = Path(args.model) if args.model else shipped("tiny-moe")
     texts = args.text or [str(path) for path in shipped_texts()]
     prompts = prompts_of(model, texts, length=args.prompt, count=2 * args.batch)
@@ -84,17 +86,18 @@ def prompts_of(model: Path, texts: list[str], *, length: int, count: int) -> tup
     """Prompts from all texts in turn.
 
     Raises:
-        InputError: the texts do not hold so many.
+        InputError: the texts do not hold so many, or there is no such checkpoint.
+        FormatError: it is damaged.
     """
+    from functools import partial
     from itertools import chain, islice
 
-    import transformers
-
+    from moeplace.launch.serving.requests_file import Tokenizer
     from moeplace.profiling.errors import InputError
+    from moeplace.profiling.recording.checkpoint_files import check_checkpoint
     from moeplace.profiling.recording.corpus import token_sequences
 
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    encode = partial(Tokenizer(check_checkpoint(model)).encode, special=False)
     streams = [token_sequences(path, encode, length=length) for path in texts]
     found = tuple(tuple(ids) for ids in islice(chain.from_iterable(zip(*streams, strict=False)), count))
     if len(found) < count:

@@ -11,6 +11,7 @@ from moeplace.launch.cli import main
 from moeplace.placement.placement import index_order
 from moeplace.placement.placement_file import save_placement
 from moeplace.profiling.traces.file import save_trace
+from moeplace.profiling.traces.loads import LoadStats, save_load
 from moeplace.profiling.traces.trace import RoutingTrace
 
 
@@ -40,16 +41,29 @@ def test_budgets_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert sum(found["bytes_per_rank"]) == plans[0]["bytes"]
     assert sum(found["exact_bytes_per_rank"]) == whole
     assert found["predicted_error"] == plans[0]["predicted_error"]
+    save_load(tmp_path / "l.npz", LoadStats(np.arange(1, 97).reshape(6, 16), np.full(6, 16)))
+    assert main(["evaluate", str(tmp_path / "l.npz"), *words[2:], "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["precision"] == found
+    assert main(["evaluate", str(tmp_path / "l.npz"), *words[2:-1], str(tmp_path / "none.json")]) == 1
+    assert "cannot read" in capsys.readouterr().err
     save_placement(tmp_path / "pl.json", index_order(np.full(6, 8), np.array([4, 4]), np.zeros(2, int)))
     save_trace(tmp_path / "t.trace", RoutingTrace(ids % 8, np.full(6, 8), sequence_ids=np.arange(40) // 4))
     assert main(words) == 1
     assert "is for another number of layers or experts" in capsys.readouterr().err
 
 
-def test_bad_values_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    """A budget that no precision keeps, a length that is none."""
-    assert main(["bench", "precision", "--budgets", "10", "--sequences", "1", "--length", "8"]) == 1
-    assert "its experts take at least" in capsys.readouterr().err
+def test_bad_values_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A budget that no precision keeps, first or last, leaves no file; a length that is none; folders that hold no
+    checkpoint."""
+    for budgets in ("10", "80,10"):
+        words = ["bench", "precision", "--budgets", budgets, "--sequences", "1", "--length", "8"]
+        assert main([*words, "--out", str(tmp_path / "p.json"), "--json", str(tmp_path / "f.json")]) == 1
+        assert "its experts take at least" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+    for bench in ("precision", "offload"):
+        for model, reason in ((tmp_path, "is not a checkpoint folder"), (tmp_path / "m", "no such checkpoint folder")):
+            assert main(["bench", bench, str(model)]) == 1
+            assert reason in capsys.readouterr().err
     assert main(["bench", "precision", "--length", "3"]) == 1
     assert "--length (3) must be at least 8" in capsys.readouterr().err
 

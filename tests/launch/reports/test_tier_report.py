@@ -147,7 +147,9 @@ def wrong_documents() -> Iterator[Any]:
     for wrong in (0, -1, float("nan"), float("inf"), 10**400, "x", None, []):
         yield {"conditions": {"active_experts": wrong}, "runs": [RUN]}
         for name in RUN:
-            if name != "policy" and not ((wrong == 0 and name.endswith("hit_rate")) or (wrong is None and "bel" in name)):
+            if name != "policy" and not (
+                (wrong == 0 and name.endswith("hit_rate")) or (wrong is None and "bel" in name)
+            ):
                 yield {"conditions": conditions, "runs": [{**RUN, name: wrong}]}
                 yield {"conditions": conditions, "runs": [RUN, {**RUN, "budget": 1.0, name: wrong}]}
     for name in RUN:
