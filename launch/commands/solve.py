@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 HELP = "find a placement for a trace, with a proven bound"
 EXAMPLE = "moeplace solve t.trace --ranks 8 --mode auto --out p.json"
+_CONFIDENCE = 0.9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,19 +48,19 @@ def add_promise_arguments(parser: argparse.ArgumentParser) -> None:
         help="what --max-imbalance caps: each layer on the fitted tokens (default), or as a promise with --confidence "
         "the mean over layers on as many unseen sequences as are fitted",
     )  # fmt: skip
-    parser.add_argument(
-        "--confidence", type=float, default=0.9, metavar="P", help="of that promise (default: %(default)s)"
-    )
+    parser.add_argument("--confidence", type=float, metavar="P", help=f"of that promise (default: {_CONFIDENCE:g})")
 
 
 def run(args: argparse.Namespace) -> int:
     """Solve, print, write."""
     from moeplace.launch.solving.modes import choose, mode_table, verdict
-    from moeplace.profiling.errors import FormatError
+    from moeplace.profiling.errors import FormatError, InputError
     from moeplace.profiling.files import require_folder_of
     from moeplace.profiling.traces.file import load_trace
 
     require_folder_of(args.out, args.json)
+    if args.confidence is not None and args.cap_on == "fitted":
+        raise InputError(f"--confidence ({args.confidence:g}) is of a promise: it needs --cap-on held-out")
     try:
         trace = load_trace(args.trace)
     except FormatError as no_trace:
@@ -130,11 +131,18 @@ def _solve_side(args: argparse.Namespace, train: Any, mode: str, seconds: float,
     if args.cap_on == "fitted":
         return problem, solve(problem, solver=args.solver, time_limit=seconds, **options)
     from moeplace.placement.studies.promise import solve_promised
+    from moeplace.profiling.errors import InputError
+
+    if cluster.memory is not None:
+        raise InputError(
+            "--cap-on held-out cannot be kept where memory has tiers: planning them moves experts afterwards"
+        )
+    confidence = _CONFIDENCE if args.confidence is None else args.confidence
 
     def search(capped: Any, limit: float) -> Any:
         return solve(capped, solver=args.solver, time_limit=limit, **options)
 
-    found = solve_promised(problem, search, time_limit=seconds, confidence=args.confidence, seed=args.seed)
+    found = solve_promised(problem, search, time_limit=seconds, confidence=confidence, seed=args.seed)
     return found[0], found[1]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from moeplace.placement.cost.calibration import ExpertTime
 from moeplace.placement.cost.gateways import through_gateways
 from moeplace.placement.cost.layer_counts import LayerCounts, Routed, Sites, Work, count_layer
-from moeplace.placement.cost.replica_rule import ReplicaRule, home_ranks
+from moeplace.placement.cost.replica_rule import ReplicaRule, near_ranks
 from moeplace.placement.cost.steps import cut_lanes
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
@@ -101,9 +101,7 @@ def replay(
     tokens, ranks = trace.num_tokens, placement.num_ranks
     lanes = cut_lanes(tokens, batch)
     work = Work(expert.per_token * batch / lanes.width, expert.per_activated)
-    near_T = np.full(tokens, -1, np.int32)
-    if placement.has_replicas and mode != "coherent":
-        near_T = home_ranks(tokens, ranks)
+    near_T = near_ranks(placement, mode, tokens)
     knows_home = placement.has_replicas and mode == "dispatch-combine"
     choose, rank_TK = rule.on(placement, batch), np.empty((tokens, trace.top_k), np.int32)
     layers: list[LayerCounts] = []

@@ -22,6 +22,7 @@ from moeplace.placement.cost.balanced_choice import Sent, choose_balanced
 from moeplace.placement.cost.replica_choice import choose_ranks
 from moeplace.placement.cost.static_draws import SGLANG_SEED, StaticDraws, slots_of_experts
 from moeplace.placement.cost.steps import cut_lanes
+from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError
 
@@ -75,6 +76,16 @@ def get_rule(name: str) -> ReplicaRule:
 def home_ranks(num_tokens: int, num_ranks: int) -> np.ndarray:
     """(T,) int32 rank that each token of a trace is at home on: dealt out in turn."""
     return (np.arange(num_tokens) % num_ranks).astype(np.int32)
+
+
+def near_ranks(placement: Placement, mode: Mode, num_tokens: int) -> np.ndarray:
+    """(T,) int32 rank where each token of a trace is when its experts are chosen, -1 = unknown.
+
+    Unknown where it decides nothing, and in `coherent` mode in the first layer: later ones find it where it was served.
+    """
+    if placement.has_replicas and mode != "coherent":
+        return home_ranks(num_tokens, placement.num_ranks)
+    return np.full(num_tokens, -1, np.int32)
 
 
 def nearest_static_slots(placement: Placement) -> np.ndarray:

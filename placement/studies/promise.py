@@ -25,7 +25,7 @@ import numpy as np
 from scipy.stats import norm as normal
 from scipy.stats import t as student
 
-from moeplace.placement.cost.replica_rule import home_ranks
+from moeplace.placement.cost.replica_rule import near_ranks
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import SolveResult
@@ -77,7 +77,8 @@ class Promise:
         kept: whether the forecast's bound is within it.
         forecast: of the placement.
         fitted_cap: the cap on a layer's imbalance on fitted tokens that led to it.
-        price: objective given up against the same cap on fitted tokens, as a share, both searched as long.
+        price: objective given up against the same cap on fitted tokens, as a share, both searched as long; never below
+            0, since the plan keeps that cap too.
     """
 
     asked: float
@@ -181,7 +182,9 @@ def solve_promised(
             break
         tries.append(attempt(cap, TRY_SHARE * time_limit))
     best = _choose(tries, asked)
-    price = best.result.objective / tries[0].result.objective - 1 if tries[0].result.objective > 0 else 0.0
+    # A plan that keeps the tighter cap keeps the one that was asked for too.
+    least = min(tries[0].result.objective, best.result.objective)
+    price = best.result.objective / least - 1 if least > 0 else 0.0
     tries.append(attempt(best.cap, (1 - TRY_SHARE * len(tries)) * time_limit))
     chosen = _choose(tries, asked)
     promise = Promise(asked, chosen.forecast.bound <= asked, chosen.forecast, chosen.cap, price)
@@ -242,9 +245,7 @@ def _loads_by_sequence(problem: Problem, placement: Placement) -> tuple[np.ndarr
     groups, group_T = min(len(rows), MOST_GROUPS), np.empty(trace.num_tokens, np.int64)
     for index, row_T in enumerate(rows):
         group_T[row_T] = index % groups
-    near_T = np.full(trace.num_tokens, -1, np.int32)
-    if placement.has_replicas and problem.mode != "coherent":
-        near_T = home_ranks(trace.num_tokens, ranks)
+    near_T = near_ranks(placement, problem.mode, trace.num_tokens)
     choose = problem.replica_rule.on(placement, problem.shape.batch)
     rank_TK = np.empty((trace.num_tokens, trace.top_k), np.int32)
     load_QLR = np.zeros((groups, trace.num_layers, ranks))

@@ -1,10 +1,8 @@
 """`moeplace plan`, `export` and `import-placement`: exit codes, files, what they print."""
 
-import argparse
 import json
 import warnings
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,13 +14,7 @@ from moeplace.placement.migration.plan import apply_plan
 from moeplace.placement.placement import Placement
 from moeplace.placement.placement_file import load_placement, save_placement
 from moeplace.profiling.errors import InputError, MoeplaceWarning
-
-
-def run(command: ModuleType, *arguments: str | Path) -> int:
-    """Parse and run one command as `moeplace.launch.cli` does."""
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return int(command.run(parser.parse_args([str(argument) for argument in arguments])))
+from tests.launch.commands import run
 
 
 def save(path: Path, rows: list[list[int]], ranks: int, **fields: object) -> Path:

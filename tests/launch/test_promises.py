@@ -1,9 +1,7 @@
 """`solve --cap-on held-out` from end to end."""
 
-import argparse
 import json
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,16 +10,10 @@ from moeplace.launch.commands import solve, verify
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.file import save_trace
 from moeplace.profiling.traces.loads import LoadStats, save_load
+from tests.launch.commands import run
 from tests.placement.instances import skewed_trace
 
 FLAGS = ("--ranks", "2", "--objective", "traffic", "--time-limit", "2", "--cap-on", "held-out")
-
-
-def run(command: ModuleType, *arguments: str | Path) -> int:
-    """Parse and run one command."""
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return int(command.run(parser.parse_args([str(argument) for argument in arguments])))
 
 
 @pytest.fixture
@@ -60,3 +52,16 @@ def test_loads_and_missing_caps_are_refused(tmp_path: Path, trace: Path) -> None
         run(solve, loads, *FLAGS, "--max-imbalance", "1.1")
     with pytest.raises(InputError, match="needs --max-imbalance"):
         run(solve, trace, *FLAGS)
+
+
+def test_what_would_be_ignored_is_refused(tmp_path: Path, trace: Path) -> None:
+    """A confidence in nothing; a promise on a placement that planning of memory tiers changes afterwards."""
+    flags = ("--max-imbalance", "1.3", "--time-limit", "1")
+    with pytest.raises(InputError, match=r"--confidence \(0\.9\) is of a promise: it needs --cap-on held-out"):
+        run(solve, trace, "--ranks", "2", *flags, "--confidence", "0.9")
+    tiers = tmp_path / "tiers.toml"
+    tiers.write_text(
+        "ranks_per_node = 2\nslots_per_rank = 6\n[fast]\nslots = 3\n[host]\nlatency = 1e-5\nbandwidth = 1e9\n"
+    )
+    with pytest.raises(InputError, match="--cap-on held-out cannot be kept where memory has tiers"):
+        run(solve, trace, "--cluster", tiers, "--ranks", "2", *flags, "--cap-on", "held-out")

@@ -3,7 +3,6 @@
 import argparse
 import json
 from pathlib import Path
-from types import ModuleType
 
 import networkx as nx
 import numpy as np
@@ -16,16 +15,10 @@ from moeplace.placement.placement import Placement, index_order
 from moeplace.placement.placement_file import load_placement_file, save_placement
 from moeplace.profiling.errors import MoeplaceWarning
 from moeplace.profiling.traces.file import save_trace
+from tests.launch.commands import run
 from tests.placement.instances import skewed_trace
 
 RULES = ("moeplace", "balanced", "nearest-static", "random", "hash")
-
-
-def run(command: ModuleType, *arguments: str | Path) -> int:
-    """Parse and run one command."""
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return int(command.run(parser.parse_args([str(argument) for argument in arguments])))
 
 
 @pytest.fixture

@@ -17,12 +17,7 @@ from moeplace.profiling.errors import FormatError, InputError, MoeplaceWarning
 from moeplace.profiling.synthetic.traces import planted
 from moeplace.profiling.traces.file import load_trace, save_trace
 from moeplace.profiling.traces.loads import LoadStats, save_load
-
-
-def run(command: object, *arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)  # type: ignore[attr-defined]
-    return int(command.run(parser.parse_args([str(argument) for argument in arguments])))  # type: ignore[attr-defined]
+from tests.launch.commands import run
 
 
 def small_trace(**changes: object) -> object:

@@ -49,10 +49,11 @@ def fitted(rng: np.random.Generator, population: str, sequences: int = 48) -> tu
 def test_promises_hold_as_often_as_they_say(population: str, seed: int) -> None:
     """Of promises with 90 % confidence most hold on new sequences, and what is expected is near what comes.
 
-    40 fits of a kind: fewer than 30 hold once in 100,000 runs where 90 % do. An ordinary bootstrap holds half the time.
+    120 fits of a kind: fewer than 90 hold once in a million runs where 90 % do, once in 40,000 where 88 % do. An
+    ordinary bootstrap holds half the time.
     """
     rng, held, excess, expected = np.random.default_rng([seed, 5]), 0, [], []
-    for number in range(40):
+    for number in range(120):
         problem, result = fitted(rng, population)
         found = forecast(problem, result.placement, confidence=0.9, seed=number)
         rank_LE = result.placement.copies_LER.argmax(axis=2)
@@ -63,7 +64,7 @@ def test_promises_hold_as_often_as_they_say(population: str, seed: int) -> None:
         excess.append(comes - 1)
         expected.append(found.expected - 1)
         assert 1 <= found.expected < found.bound < found.worst_layer + 1e-9
-    assert held >= 30
+    assert held >= 90
     assert 0.7 < np.mean(expected) / np.mean(excess) < 1.5
 
 
@@ -190,3 +191,20 @@ def test_the_tightest_cap_is_tried_last() -> None:
     assert _next_cap(1.1, [(1.1, 1.3), (1.005, 1.2), (1.0, 1.15)]) is None
     assert 1.0 < (_next_cap(1.1, [(1.1, 1.3), (1.005, 1.2), (1.0, 1.05)]) or 0) < 1.005
     assert _next_cap(1.1, [(1.1, 1.09)]) is None
+
+
+def test_a_promise_costs_nothing_where_a_tighter_cap_found_the_better_plan() -> None:
+    """That plan keeps the looser cap too, whatever the search for it has missed."""
+    problem, base = fitted(np.random.default_rng(3), "peculiar", 200)
+    bent = Bent(problem, base, 1.0)
+
+    def lucky(capped: Problem, seconds: float) -> SolveResult:
+        return replace(found := bent(capped, seconds), objective=4.0 - found.objective)
+
+    _, result, promise = solve_promised(
+        problem.replace(max_imbalance=1.16), lucky, time_limit=8.0, confidence=0.9, seed=0
+    )
+    assert promise.kept
+    assert promise.fitted_cap < 1.16
+    assert result.objective < 2.0 + 0.5 * 0.16
+    assert promise.price == 0.0
