@@ -222,7 +222,7 @@ async def _oversized(client: httpx.AsyncClient, seen: Streams, stop: asyncio.Eve
             await asyncio.wait_for(stop.wait(), 0.2)
 
 
-async def _run(
+async def run_streams(
     server: Server,
     expected: list[list[int]],
     max_tokens: int,
@@ -245,7 +245,7 @@ async def _run(
     return seen
 
 
-async def _alone(server: Server, streams: int, max_tokens: int) -> list[list[int]]:
+async def answers_alone(server: Server, streams: int, max_tokens: int) -> list[list[int]]:
     """What each prompt gets when it is asked alone."""
     found = []
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client:
@@ -256,9 +256,9 @@ async def _alone(server: Server, streams: int, max_tokens: int) -> list[list[int
 
 
 async def _measure(server: Server, args: argparse.Namespace) -> dict[str, Any]:
-    expected = await _alone(server, args.streams, args.max_tokens)
+    expected = await answers_alone(server, args.streams, args.max_tokens)
     memory = [server.resident_bytes]
-    quiet = await _run(server, expected, args.max_tokens, args.rounds, [], asyncio.Event())
+    quiet = await run_streams(server, expected, args.max_tokens, args.rounds, [], asyncio.Event())
     memory.append(server.resident_bytes)
     stop = asyncio.Event()
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client:
@@ -266,7 +266,7 @@ async def _measure(server: Server, args: argparse.Namespace) -> dict[str, Any]:
         bad = [_slow(server, index, stop) for index in range(args.slow)]
         bad += [_disconnect(server, index, stop) for index in range(args.disconnects)]
         bad += [_oversized(client, big, stop) for _ in range(args.oversized)]
-        disturbed = await _run(server, expected, args.max_tokens, args.rounds, bad, stop)
+        disturbed = await run_streams(server, expected, args.max_tokens, args.rounds, bad, stop)
     disturbed.errors += big.errors
     memory.append(server.resident_bytes)
     return {"quiet": quiet.figures(), "disturbed": disturbed.figures(), "resident_bytes": memory}
@@ -283,17 +283,22 @@ def _settled(server: Server) -> dict[str, float]:
         time.sleep(0.1)
 
 
+def add_stream_arguments(parser: argparse.ArgumentParser, *, ranks: int, rounds: int) -> None:
+    """Streams, and where they go; with the defaults given."""
+    parser.add_argument("--streams", type=int, default=200, metavar="N", help="well-behaved streams at once")
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens of each")
+    parser.add_argument("--rounds", type=int, default=rounds, metavar="N", help="how often all streams run")
+    parser.add_argument("--ranks", type=int, default=ranks, metavar="R", help="ranks behind the front")
+    parser.add_argument("--json", metavar="F", help="write the figures to F")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="The HTTP front under load, on the shipped model.")
     parser.add_argument("--model", default=str(SHIPPED), metavar="MODEL")
-    parser.add_argument("--streams", type=int, default=200, metavar="N", help="well-behaved streams at once")
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens of each")
-    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="how often all streams run")
+    add_stream_arguments(parser, ranks=1, rounds=2)
     parser.add_argument("--slow", type=int, default=20, metavar="N", help="slow readers beside them")
     parser.add_argument("--disconnects", type=int, default=20, metavar="N", help="clients that come and go")
     parser.add_argument("--oversized", type=int, default=4, metavar="N", help="clients with oversized bodies")
-    parser.add_argument("--ranks", type=int, default=1, metavar="R", help="ranks behind the front")
-    parser.add_argument("--json", metavar="F", help="write the figures to F")
     args = parser.parse_args()
     server = Server(args.model, args.streams + args.slow + args.disconnects, args.ranks)
     try:

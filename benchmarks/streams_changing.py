@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 import numpy as np
-from http_streams import PATIENCE, SHIPPED, Server, Streams, _alone, _run
+from http_streams import PATIENCE, SHIPPED, Server, Streams, add_stream_arguments, answers_alone, run_streams
 
 from moeplace.placement.cluster import even_slots
 from moeplace.placement.placement import Placement, index_order
@@ -93,13 +93,13 @@ def _figures(seen: Streams, **counts: int) -> dict[str, Any]:
 
 
 async def _measure(server: Server, args: argparse.Namespace, files: list[bytes]) -> dict[str, Any]:
-    expected = await _alone(server, args.streams, args.max_tokens)
-    found = {"alone": _figures(await _run(server, expected, args.max_tokens, args.rounds, [], asyncio.Event()))}
+    expected = await answers_alone(server, args.streams, args.max_tokens)
+    found = {"alone": _figures(await run_streams(server, expected, args.max_tokens, args.rounds, [], asyncio.Event()))}
     for name, long in (("changing", 0), ("changing, long prompts", args.long)):
         stop, placed, asked = asyncio.Event(), [], []  # type: ignore[var-annotated]
         beside = [_keep_placing(server, files, stop, placed)]
         beside += [_keep_asking(server, index, args.prompt, stop, asked) for index in range(long)]
-        seen = await _run(server, expected, args.max_tokens, args.rounds, beside, stop)
+        seen = await run_streams(server, expected, args.max_tokens, args.rounds, beside, stop)
         found[name] = _figures(seen, placements_asked=len(placed), long_prompts=len(asked))
     return found
 
@@ -117,10 +117,7 @@ def _measure_budget(budget: int, args: argparse.Namespace, model: Path, files: l
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Streams while experts move and long prompts arrive.")
-    parser.add_argument("--streams", type=int, default=200, metavar="N", help="streams at once")
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens of each")
-    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="how often all streams run")
-    parser.add_argument("--ranks", type=int, default=2, metavar="R", help="ranks behind the front")
+    add_stream_arguments(parser, ranks=2, rounds=1)
     parser.add_argument("--long", type=int, default=2, metavar="N", help="clients with long prompts")
     parser.add_argument("--prompt", type=int, default=3000, metavar="N", help="tokens of a long prompt")
     parser.add_argument(
@@ -129,7 +126,6 @@ def main() -> int:
     parser.add_argument(
         "--repeats", type=int, default=1, metavar="N", help="how often each budget is measured, in turn"
     )
-    parser.add_argument("--json", metavar="F", help="write the figures to F")
     args = parser.parse_args()
     os.environ["MOEPLACE_ADMIN_KEY"] = ADMIN_KEY
     runs: dict[str, list[dict[str, Any]]] = {str(budget): [] for budget in args.budgets}

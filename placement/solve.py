@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from moeplace.placement.budget import Budget, Spread
 from moeplace.placement.objective import load_imbalance, measure, measured
 from moeplace.placement.placement import Placement
 from moeplace.placement.problem import CAP_ROUNDING, Problem
-from moeplace.placement.result import Draft, SolveResult
+from moeplace.placement.result import Draft, SolveResult, Status
 from moeplace.placement.solvers import Solver, get_solver
 from moeplace.placement.solvers.previous import keep_close, moved_summary
 from moeplace.placement.solvers.replicas.drawn import applies as is_drawn
@@ -72,21 +73,17 @@ def solve(
     bounded = problem.replace(max_imbalance=None) if broken else problem
     left = max(time_limit - budget.elapsed, 0.05 * time_limit)
     bounds, proofs = prove(bounded, time_limit=left, caps_L=None if broken else caps_L)
-    lower = max(draft.lower_bound or 0.0, bounds.get(name, 0.0)) if not broken else bounds.get(name, 0.0)
-    _check_bounds(name, objective, lower, values, bounds)
-    gap = (objective - lower) / objective if objective > 0 else 0.0
-    proven = not broken and (draft.status == "optimal" or gap <= OPTIMAL_GAP)
-    status = "feasible" if broken and draft.status == "optimal" else draft.status
-    by_search = lower > bounds.get(name, 0.0) or (proven and gap > OPTIMAL_GAP)
+    claim = _claim(draft, objective, bounds.get(name, 0.0), keeps_all=not broken)
+    _check_bounds(name, objective, claim.lower_bound, values, bounds)
     return SolveResult(
         placement=placement,
         solver=solver,
         seed=seed,
         objective_name=name,
         objective=objective,
-        lower_bound=objective if proven else lower,
-        gap=0.0 if proven else gap,
-        status="optimal" if proven else status,
+        lower_bound=objective if claim.is_proven else claim.lower_bound,
+        gap=0.0 if claim.is_proven else claim.gap,
+        status=claim.status,
         seconds=time.monotonic() - started,
         bounds={key: value for key, value in bounds.items() if key in values},
         values=values,
@@ -94,8 +91,31 @@ def solve(
         moved=moved_summary(problem, placement),
         notes=draft.notes + ((broken,) if broken else ()),
         statement=state(asked, objective=name, caps_L=None if broken else caps_L),
-        certificate=certificate(proofs, by_search=by_search),
+        certificate=certificate(proofs, by_search=claim.by_search),
     )
+
+
+class _Claim(NamedTuple):
+    """How good a placement may be said to be."""
+
+    lower_bound: float
+    gap: float
+    status: Status
+    by_search: bool
+    """Whether it was the search that proved it, and not a bound."""
+
+    @property
+    def is_proven(self) -> bool:
+        return self.status == "optimal"
+
+
+def _claim(draft: Draft, objective: float, bound: float, *, keeps_all: bool) -> _Claim:
+    """What search and bound prove together; a search proves nothing of a placement that breaks a constraint."""
+    lower = max(draft.lower_bound or 0.0, bound) if keeps_all else bound
+    gap = (objective - lower) / objective if objective > 0 else 0.0
+    proven = keeps_all and (draft.status == "optimal" or gap <= OPTIMAL_GAP)
+    status: Status = "optimal" if proven else "feasible" if draft.status == "optimal" else draft.status
+    return _Claim(lower, gap, status, lower > bound or (proven and gap > OPTIMAL_GAP))
 
 
 def _drafted(

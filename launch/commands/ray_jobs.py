@@ -24,15 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "solve",
             "moeplace solve, one task per MoE layer: the same placement, sooner",
             ray_parts.add_solve,
-            ray_parts.solve_,
+            ray_parts.run_solve,
         ),
         (
             "import",
             "moeplace import, one task per recording: one trace of all of them",
             ray_parts.add_import,
-            ray_parts.import_,
+            ray_parts.run_import,
         ),
-        ("stats", "moeplace stats of many recordings, one task for each", ray_parts.add_stats, ray_parts.stats_),
+        ("stats", "moeplace stats of many recordings, one task for each", ray_parts.add_stats, ray_parts.run_stats),
         ("serve", "answer OpenAI-compatible HTTP requests, one actor per rank", _add_serve, _serve),
     ):
         sub = subparsers.add_parser(name, help=text, description=text)

@@ -36,7 +36,7 @@ def add_stats(parser: argparse.ArgumentParser) -> None:
     _add_task_arguments(parser, "recording")
 
 
-def solve_(args: argparse.Namespace) -> int:
+def run_solve(args: argparse.Namespace) -> int:
     """`moeplace solve`, its layers on the cluster."""
     from moeplace.profiling.files import require_folder_of
 
@@ -48,7 +48,7 @@ def solve_(args: argparse.Namespace) -> int:
     return outcome
 
 
-def import_(args: argparse.Namespace) -> int:
+def run_import(args: argparse.Namespace) -> int:
     """`moeplace import`, its recordings on the cluster."""
     from moeplace.profiling.files import require_folder_of
 
@@ -58,7 +58,7 @@ def import_(args: argparse.Namespace) -> int:
         return import_trace.run(args)
 
 
-def stats_(args: argparse.Namespace) -> int:
+def run_stats(args: argparse.Namespace) -> int:
     """`moeplace stats`, its recordings on the cluster."""
     from pathlib import Path
 

@@ -59,30 +59,40 @@ def import_several(
                 return _read_elsewhere(elsewhere, (name, options), sources, Path(folder))
             return [import_from(name, each, Path(folder) / f"{i}.part", options) for i, each in enumerate(sources)]
 
-        parts = read(options)
-        kinds = {part.kind: str(source) for part, source in zip(parts, sources, strict=True)}
-        if len(kinds) > 1:
-            raise InputError(f"{kinds['load']} holds loads and {kinds['trace']} tokens: they cannot be one recording")
+        parts = _read_alike(read, sources, options)
         whole: RoutingTrace | LoadStats
         if parts[0].kind == "load":
             counts = [load_load(part.path) for part in parts]
             _require_one_model(counts, sources)
-            whole = _added(counts)
-            save_load(target, whole)
+            save_load(target, whole := _added(counts))
         else:
             traces = [load_trace(part.path) for part in parts]
             _require_one_model(traces, sources)
-            if len({_experts(part) for part in parts}) > 1:
-                parts = read(replace(options, num_experts=_most_experts(parts, options)))
-                traces = [load_trace(part.path) for part in parts]
-            whole = concatenate(traces)
-            save_trace(target, whole)
+            save_trace(target, whole := concatenate(traces))
     dropped, remarks = (_said(parts, sources, what) for what in ("dropped", "remarks"))
     return replace(
         parts[0], path=target, num_tokens=sum(part.num_tokens for part in parts), num_experts=whole.num_experts,
         notes=whole.notes, experts_per_layer=tuple(np.asarray(whole.experts_per_layer).tolist()),
         dropped=dropped, remarks=remarks,
     )  # fmt: skip
+
+
+def _read_alike(
+    read: Callable[[ImportOptions], list[Imported]], sources: Sequence[str | Path], options: ImportOptions
+) -> list[Imported]:
+    """Parts of one kind; traces that show unlike numbers of experts are read again, with the greatest.
+
+    Raises:
+        InputError: see `import_several`.
+    """
+    parts = read(options)
+    kinds = {part.kind: str(source) for part, source in zip(parts, sources, strict=True)}
+    if len(kinds) > 1:
+        raise InputError(f"{kinds['load']} holds loads and {kinds['trace']} tokens: they cannot be one recording")
+    if parts[0].kind == "trace" and len({_experts(part) for part in parts}) > 1:
+        _require_one_model([load_trace(part.path) for part in parts], sources)
+        return read(replace(options, num_experts=_most_experts(parts, options)))
+    return parts
 
 
 def _read_elsewhere(
