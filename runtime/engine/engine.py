@@ -238,7 +238,9 @@ class Engine:
         number = torch.tensor([note if self.group.rank == 0 else 0], device=self.group.device)
         if self.group.size > 1:
             self.group.all_reduce(number, kind="note")
-        return int(number.item())
+        heard = int(number.item())
+        self.group.raise_if_lost()
+        return heard
 
     def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:
         """Go on with the ranks of another group, between two steps and on all of them together.

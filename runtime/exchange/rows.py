@@ -175,6 +175,12 @@ class RowExchange:
         self.group.all_to_all(late, message, missing, sizes, kind=f"{self.kind} rest")
         return late
 
+    def _heads_of(self, message: torch.Tensor, layout: RowLayout) -> np.ndarray:
+        """What the rows of a message begin with, once it is here; no numbers of one that was given up."""
+        heads = self._moves.heads(message, layout)
+        self.group.raise_if_lost()
+        return heads
+
     def _end(self) -> None:
         self._is_under_way = False
 
@@ -210,8 +216,8 @@ class PendingRows:
             PeerLostError: a peer is gone.
         """
         self.work.wait()
-        exchange, moves = self.exchange, self.exchange._moves
-        heads, message = moves.heads(self.incoming, self.layout), self.incoming
+        exchange, message = self.exchange, self.incoming
+        heads = exchange._heads_of(message, self.layout)
         starts, peers = np.cumsum(self.rooms) - self.rooms, np.flatnonzero(self.rooms)
         told_R3 = np.zeros((len(self.rooms), META_WIDTH - COUNT), np.int64)
         told_R3[peers] = heads[starts[peers], COUNT:META_WIDTH]
@@ -221,7 +227,7 @@ class PendingRows:
         if flags & OVERFLOW:
             missing = counts - arrived
             late = exchange._send_rest(self.layout, self.copies, self.rest, missing.tolist())
-            heads = np.concatenate([heads, moves.heads(late, self.layout)])
+            heads = np.concatenate([heads, exchange._heads_of(late, self.layout)])
             message = torch.cat([message, late])
             place = np.concatenate([place, np.arange(len(self.incoming), len(message))])
             source = np.concatenate([np.repeat(np.arange(len(counts)), part) for part in (arrived, missing)])

@@ -109,7 +109,9 @@ def _counts(group: RankGroup, ledger: KvLedger) -> list[int]:
     mine = torch.tensor([ledger.num_rows], dtype=torch.int64, device=group.device)
     everyone = mine.new_empty(group.size)
     group.all_gather(everyone, mine, kind="kv sizes")
-    return everyone.tolist()
+    counts: list[int] = everyone.tolist()
+    group.raise_if_lost()
+    return counts
 
 
 def _start_spread(

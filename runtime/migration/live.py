@@ -252,6 +252,7 @@ class LiveMigration:
         else:
             everyone[0] = mine
         digests, layers, experts = everyone.T.tolist()
+        group.raise_if_lost()
         if len(set(digests)) > 1:
             raise DisagreementError("ranks would switch to different placements; the one before the switch serves on")
         damaged = [(rank, layers[rank], experts[rank]) for rank in range(group.size) if layers[rank] != _NONE]

@@ -6,10 +6,13 @@ import torch
 import torch.distributed as dist
 
 from moeplace.runtime.comm.group import RankGroup
+from moeplace.runtime.comm.watch import CollectiveWatch
+from moeplace.runtime.errors import PeerLostError
 from moeplace.runtime.exchange.capacity import Capacity
 from moeplace.runtime.exchange.moves import KEPT_BYTES, DeviceMoves, HostMoves
 from moeplace.runtime.exchange.row_layout import META_WIDTH, RowLayout
 from moeplace.runtime.exchange.rows import Outgoing, RowExchange, TokenCopies
+from tests.rank_pool import RankContext, RankPool
 
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -88,3 +91,44 @@ def test_memory_in_use_is_not_given_again() -> None:
     first.finish()  # type: ignore[attr-defined]
     start()
     group.close()
+
+
+class GivenUp:
+    """A collective that was given up."""
+
+    def is_completed(self) -> bool:
+        raise RuntimeError("aborted")
+
+
+class HangingMoves(HostMoves):
+    """A read of the heads hangs, as a GPU's does, until the watch gives the message up: then it has any numbers."""
+
+    def __init__(self, watch: CollectiveWatch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def heads(self, message: torch.Tensor, layout: RowLayout) -> np.ndarray:
+        self._watch.add(GivenUp(), "dispatch")
+        self._watch.look()
+        return np.full_like(super().heads(message, layout), -7)
+
+
+def exchange_with_nobody_left(context: RankContext) -> str:
+    """What a rank is told whose peers go while it waits for their rows."""
+    group, x = context.group(), torch.ones(2, 4)
+    group._watch = watch = CollectiveWatch(lambda: None, timeout=20, start=False)
+    exchange = RowExchange(group, HangingMoves(watch), kind="dispatch")
+    copies = TokenCopies(np.arange(2), np.zeros((2, 1), np.int64), {"weights": x[:, :1], "x": x})
+    outgoing = Outgoing.of(np.arange(group.size)[None, :] == [[1 - group.rank]] * 2)
+    pending = exchange.start(copies.layout(), copies, outgoing, capacity=Capacity([2, 2], [2, 2]))
+    try:
+        pending.finish()
+    except PeerLostError as error:
+        return str(error)
+    return ""
+
+
+def test_numbers_of_a_message_that_was_given_up_are_not_used(pool: RankPool) -> None:
+    """Whatever they say: the rank hears that a peer is lost, not that its numbers are wrong."""
+    for told in pool.run(exchange_with_nobody_left, size=2):
+        assert "dispatch failed: aborted" in told
