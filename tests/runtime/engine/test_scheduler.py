@@ -99,6 +99,35 @@ def test_what_is_to_be_made_again_is_a_prompt() -> None:
         assert [one["a"] for one in run_passes(scheduler, 3)] == expected
 
 
+def test_what_was_added_before_counts_for_the_budget() -> None:
+    """A request that waits again has to run it too; one that cannot be cut waits for a budget that has room for both,
+    however much was added."""
+    for cuts, expected in ((True, [{"first": 2, "again": 3}, {"again": 1}]), (False, [{"first": 2}, {"again": 4}])):
+        scheduler = make_scheduler(num_ranks=1, max_prefill_tokens=5, cuts_prompts=cuts)
+        scheduler.add(request("first"))
+        scheduler.resume(Request("again", (1, 2), max_new_tokens=9), (3, 4))
+        passes = run_passes(scheduler, 2)
+        assert [{n: length for n, length in one.items() if n != "first" or length > 1} for one in passes] == expected
+
+
+def test_prompts_of_like_lengths_are_attended_together() -> None:
+    """Those of a part differ by less than a factor of four; single tokens, new prompts and later ones are apart."""
+    lengths = [7, 1, 2, 8, 31, 3, 32, 4]
+    sequences = [
+        RunningSequence(request(str(length), 40), home=0, row=row, token_ids=[1] * 40, cached=4 * (length == 4))
+        for row, length in enumerate(lengths)
+    ]
+    parts = list(Batch.of(sequences, lengths, has_prompts=True).parts_on(0))
+    assert [(part.kind, part.lengths) for part in parts] == [
+        ("token", [1]),
+        ("prompt", [7, 2, 3]),
+        ("prompt", [8, 31]),
+        ("prompt", [32]),
+        ("continued", [4]),
+    ]
+    assert not list(Batch.of(sequences, lengths, has_prompts=True).parts_on(1))
+
+
 def paged(pages: int, **changes: int) -> Scheduler:
     return make_scheduler(num_ranks=1, rows=9, positions=4 * PAGE, max_prefill_tokens=100, pages=pages, **changes)
 
