@@ -20,8 +20,8 @@ from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
-from moeplace.runtime.engine.routing_window import RoutedRows, join_rows
 from moeplace.runtime.engine.verification import plain_logits
+from moeplace.runtime.engine.windows.rows import RoutedRows, join_rows
 from moeplace.runtime.experts.tier_limits import TierLimits
 from moeplace.runtime.experts.tiered_store import TieredStore
 from moeplace.runtime.models.checkpoint import Checkpoint

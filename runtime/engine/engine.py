@@ -22,7 +22,6 @@ from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.construction import EngineChoices, EngineParts, prepare_engine
 from moeplace.runtime.engine.executor import Executor
 from moeplace.runtime.engine.limits import DEFAULT_LIMITS, EngineLimits
-from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.engine.loading import load_experts
 from moeplace.runtime.engine.logprobs import TokenLogprob, WantedLogprobs
 from moeplace.runtime.engine.modes import ModeChooser, ModeRule, Phase, RecordedRouting
@@ -31,6 +30,7 @@ from moeplace.runtime.engine.sampler import Draw, draw_tokens
 from moeplace.runtime.engine.scheduler import Scheduler
 from moeplace.runtime.engine.scoring import Scorer
 from moeplace.runtime.engine.whole_executor import SequenceStates, WholeExecutor
+from moeplace.runtime.engine.windows.load import LoadWindow
 from moeplace.runtime.exchange.dispatcher import TokenRows
 from moeplace.runtime.kv.cache import KvCache
 from moeplace.runtime.kv.views import rotates_by_length

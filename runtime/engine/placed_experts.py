@@ -11,7 +11,7 @@ from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.batch import Batch
-from moeplace.runtime.engine.load_window import LoadWindow
+from moeplace.runtime.engine.windows.load import LoadWindow
 from moeplace.runtime.exchange.dispatcher import MoeBlock, MoeRuntime
 from moeplace.runtime.exchange.factory import Dispatcher, make_dispatcher
 from moeplace.runtime.exchange.fixed.factory import make_fixed_shapes

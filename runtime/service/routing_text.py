@@ -4,7 +4,7 @@ import base64
 import binascii
 
 from moeplace.profiling.errors import FormatError
-from moeplace.runtime.engine.routing_window import RoutedRows
+from moeplace.runtime.engine.windows.rows import RoutedRows
 
 
 def to_text(rows: RoutedRows) -> str:

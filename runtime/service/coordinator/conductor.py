@@ -15,7 +15,7 @@ import numpy as np
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.runtime.engine.requests import Request
-from moeplace.runtime.engine.routing_window import RoutedRows
+from moeplace.runtime.engine.windows.rows import RoutedRows
 from moeplace.runtime.service.api import RequestRecord, ServiceStatus
 from moeplace.runtime.service.coordinator.actions import Action, CommandLog, Document, Outbox, Put, Remind
 from moeplace.runtime.service.coordinator.figures import ServiceFigures

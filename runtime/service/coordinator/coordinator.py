@@ -29,7 +29,7 @@ from moeplace.placement.replacement.width_plan import WidthPlan
 from moeplace.profiling.errors import InputError, MoeplaceError
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.engine.requests import Request
-from moeplace.runtime.engine.routing_window import join_rows
+from moeplace.runtime.engine.windows.rows import join_rows
 from moeplace.runtime.event import Event
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.service.api import RequestRecord, ServiceStatus, TokenEvent

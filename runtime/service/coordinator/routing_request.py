@@ -4,7 +4,7 @@ The request is a command of the log, so all ranks answer at the same step bounda
 passes.
 """
 
-from moeplace.runtime.engine.routing_window import RoutedRows
+from moeplace.runtime.engine.windows.rows import RoutedRows
 from moeplace.runtime.service.coordinator.actions import CommandLog, Document
 from moeplace.runtime.service.routing_text import from_text
 

@@ -9,9 +9,9 @@ from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
-from moeplace.runtime.engine.load_window import LoadWindow
 from moeplace.runtime.engine.requests import Request
-from moeplace.runtime.engine.routing_window import RecentRows, RoutedRows, join_rows
+from moeplace.runtime.engine.windows.load import LoadWindow
+from moeplace.runtime.engine.windows.rows import RecentRows, RoutedRows, join_rows
 from tests.profiling.builders import random_ids
 from tests.rank_pool import RankContext, RankPool
 from tests.runtime.checkpoints import save_checkpoint

@@ -19,7 +19,7 @@ from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
-from moeplace.runtime.engine.routing_window import RecentRows, join_rows
+from moeplace.runtime.engine.windows.rows import RecentRows, join_rows
 from moeplace.runtime.replanning.controller import Controller, ControllerSettings
 from moeplace.runtime.replanning.event_log import EventLog
 from moeplace.runtime.replanning.replanner import Replanner

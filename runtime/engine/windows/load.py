@@ -5,7 +5,7 @@ Shape letters: T tokens, L MoE layers, E experts per layer, K top-k.
 
 import numpy as np
 
-from moeplace.runtime.engine.routing_window import RecentRows
+from moeplace.runtime.engine.windows.rows import RecentRows
 
 _PENDING_IDS = 1 << 20
 """Ids that may wait to be counted: 8 MiB."""
