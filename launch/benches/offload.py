@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from moeplace.launch.benches.offload_prediction import Measured, Terms
-from moeplace.launch.benches.offload_serving import KINDS, OffloadOptions, Served, Serving
+from moeplace.launch.benches.offload_serving import OffloadOptions, Served, Serving
 from moeplace.placement.memory import HostTier, Memory
+from moeplace.placement.tiers.demand import count_demand
 from moeplace.placement.tiers.evaluation import TierEvaluation
 from moeplace.placement.tiers.policy import PolicyName
 from moeplace.placement.tiers.residency import with_residency
+from moeplace.placement.tiers.walk import USES
 from moeplace.runtime.comm.group import RankGroup
 
 
@@ -88,16 +90,16 @@ class _Bench:
 
     def _figures(self, served: Served, predicted: TierEvaluation) -> dict[str, Any]:
         """What was measured beside what was predicted."""
-        counts = [float(served.loads), *(float(served.found.get(kind, 0)) for kind in KINDS)]
+        counts = [float(served.loads), *(float(served.found.get(kind, 0)) for kind in USES)]
         everyone = self.serving.gather(counts)
-        shares = dict(zip(KINDS, (everyone[1:] / max(everyone[1:].sum(), 1)).tolist(), strict=True))
+        shares = dict(zip(USES, (everyone[1:] / max(everyone[1:].sum(), 1)).tolist(), strict=True))
         size, measured = self.serving.expert_bytes, served.seconds_per_step
         return {
             "seconds_per_step": measured,
             "seconds_without_tiers": served.pace,
             "predicted_seconds": predicted.seconds,
             "prediction_error": predicted.seconds / measured - 1,
-            "hit_rate": sum(shares[kind] for kind in KINDS[:3]),
+            "hit_rate": sum(shares[kind] for kind in USES[:3]),
             "predicted_hit_rate": predicted.hit_rate,
             "belady_hit_rate": predicted.belady_hit_rate,
             "found": shares,
@@ -115,26 +117,13 @@ class _Bench:
                 "steps": options.steps, "rounds": options.rounds, "mode": options.mode,
                 "expert_bytes": self.serving.expert_bytes, "latency": options.latency, "bandwidth": options.bandwidth,
                 "transit": options.transit, "look_ahead": options.look_ahead, "host_computes": options.host_computes,
-                "active_experts": self._active_experts(), **_costs(measured),
+                "active_experts": count_demand(self.other, batch=len(options.prompts)).active_experts,
+                **_costs(measured),
             },
             "without_tiers": {"seconds_per_step": self.base, "logits_difference": self.base_difference},
             "everything_resident": {"seconds_per_step": self.whole, "overhead": self.whole / self.base - 1},
             "runs": runs,
         }  # fmt: skip
-
-    def _active_experts(self) -> float:
-        """Experts of a layer that a step asks for, mean over steps and layers of the other prompts."""
-        trace, batch = self.other, len(self.options.prompts)
-        ids_TLK, length = np.asarray(trace.topk_ids), max(trace.num_tokens // batch, 1)
-        step_T = np.arange(trace.num_tokens) % length
-        asked = {
-            (step, layer, e)
-            for step, ids_LK in zip(step_T.tolist(), ids_TLK, strict=True)
-            for layer, ids_K in enumerate(ids_LK.tolist())
-            for e in ids_K
-            if e >= 0
-        }
-        return len(asked) / (length * trace.num_layers)
 
 
 def _costs(measured: Measured) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
 from moeplace.placement.tiers.policy import PolicyName
+from moeplace.placement.tiers.walk import USES
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.engine import Engine
@@ -26,8 +27,6 @@ from moeplace.runtime.experts.tier_limits import TierLimits
 from moeplace.runtime.experts.tiered_store import TieredStore
 from moeplace.runtime.models.checkpoint import Checkpoint
 
-KINDS = ("resident", "cached", "prefetched", "late", "host", "loaded")
-"""Ways in which an expert is found, as the walk names them."""
 _CHECKED = 24
 """Tokens whose logits are compared."""
 
@@ -157,7 +156,7 @@ class Serving:
             before = _loads(engine)
             seconds.append(_timed_steps(engine))
             loads += _loads(engine) - before
-            found = {kind: found.get(kind, 0) + counters.experts_found.get(kind, 0) for kind in KINDS}
+            found = {kind: found.get(kind, 0) + counters.experts_found.get(kind, 0) for kind in USES}
         assert engine.window.recent is not None
         content = engine.window.recent.snapshot().to_bytes()
         parts = [RoutedRows.from_bytes(each) for each in self.group.all_gather_bytes(content, kind="routing")]

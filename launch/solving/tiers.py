@@ -12,6 +12,7 @@ from moeplace.placement.tiers.evaluation import TierEvaluation, evaluate_tiers, 
 from moeplace.placement.tiers.joint import TierPlan, plan_tiers
 from moeplace.placement.tiers.policy import Policy
 from moeplace.placement.tiers.residency import RESIDENCIES, with_residency
+from moeplace.placement.tiers.walk import USES
 from moeplace.profiling.traces.trace import RoutingTrace
 
 
@@ -84,13 +85,12 @@ def describe(outcome: TierOutcome, side: str) -> str:
 
 def tier_table(judged: Mapping[str, TierEvaluation], title: str) -> str:
     """One row for each evaluation."""
-    shares = ("resident", "cached", "prefetched", "late", "host", "loaded")
     rows: list[list[Cell]] = [
-        [name, each.policy, each.seconds * 1e3, each.hit_rate, *(each.shares[share] for share in shares),
+        [name, each.policy, each.seconds * 1e3, each.hit_rate, *(each.shares[share] for share in USES),
          each.link_bytes / 1e6, each.link_busy]
         for name, each in judged.items()
     ]  # fmt: skip
-    return format_table([title, "policy", "ms/step", "hit rate", *shares, "MB/step", "link busy"], rows)
+    return format_table([title, "policy", "ms/step", "hit rate", *USES, "MB/step", "link busy"], rows)
 
 
 def budget_rows(points: Sequence[BudgetPoint]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moeplace.placement.tiers.demand import count_demand
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 
@@ -62,7 +63,8 @@ def batch_alike(trace: RoutingTrace, *, batch: int, steps: int, seed: int = 0) -
     served = [own[FIRST:] for own in tokens]
     order = np.random.default_rng(seed).permutation(groups.reshape(-1)).reshape(groups.shape)
     both = [_lanes(trace, served, each) for each in (groups, order)]
-    return Batches(both[0], both[1], groups.size, (_active(both[0], batch), _active(both[1], batch)))
+    alike, drawn = (count_demand(each, batch=batch).active_experts for each in both)
+    return Batches(both[0], both[1], groups.size, (alike, drawn))
 
 
 def group_alike(profile_GX: np.ndarray, batch: int) -> np.ndarray:
@@ -99,14 +101,3 @@ def _lanes(trace: RoutingTrace, served: list[np.ndarray], groups: np.ndarray) ->
     """One lane for each place of a batch: the tokens of the requests that come to it, one after the other."""
     tokens = np.concatenate([served[request] for lane in groups.T for request in lane.tolist()])
     return trace.select(tokens).replace(sequence_ids=None, positions=None)
-
-
-def _active(trace: RoutingTrace, batch: int) -> float:
-    """Mean experts of a layer that a step asks for."""
-    length, total = trace.num_tokens // batch, 0
-    step_T = np.tile(np.arange(length), batch)
-    for layer in range(trace.num_layers):
-        ids_TK = np.asarray(trace.layer(layer)).astype(np.int64)
-        pairs = (step_T[:, None] * trace.num_experts + ids_TK)[ids_TK >= 0]
-        total += len(np.unique(pairs))
-    return total / (length * trace.num_layers)

@@ -49,6 +49,11 @@ class Demand:
         """(L, E) share of steps that ask for an expert."""
         return np.stack([np.diff(layer.first_E) for layer in self.layers]) / self.steps
 
+    @property
+    def active_experts(self) -> float:
+        """Experts of a layer that a step asks for, on all ranks together, mean over steps and layers."""
+        return float(self.activation_LE.sum(axis=1).mean())
+
 
 def count_demand(trace: RoutingTrace, *, batch: int, most_steps: int | None = None) -> Demand:
     """The demand of a trace's steps, or of `most_steps` of them, evenly spread."""

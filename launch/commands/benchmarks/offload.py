@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from moeplace.launch.options.policy import POLICY_NAMES
 from moeplace.launch.progress import progress
 from moeplace.placement.modes import MODES
 
 HELP = "serve with less fast memory than the experts take: budgets and policies side by side, measured and predicted"
-POLICY_NAMES = ("pinned", "lru", "lfu", "score", "lookahead")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
