@@ -234,7 +234,8 @@ def budgets_from_json(document: Mapping[str, Any], source: str) -> Budgets:
         FormatError: it is something else, or a figure of it cannot be.
     """
     try:
-        active = _positive(document["conditions"], "active_experts")
+        conditions = document["conditions"]
+        active = _positive(conditions, "active_experts") / _positive(conditions, "ranks")
         measured, predicted = [], []
         for run in document["runs"]:
             common = (_positive(run, "budget"), _positive(run, "fast_slots"), str(run["policy"]))

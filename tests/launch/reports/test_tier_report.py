@@ -114,7 +114,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "c.toml").write_text(
         "ranks_per_node = 2\nslots_per_rank = 4\n[fast]\nslots = 2\ntransit = 1\n[host]\nbandwidth = 1e4\n"
     )
-    offload = {"conditions": {"active_experts": 1.0}, "runs": [RUN, {**RUN, "budget": 1.0, "fast_slots": 8}]}
+    offload = {"conditions": {"active_experts": 1.0, "ranks": 1}, "runs": [RUN, {**RUN, "budget": 1.0, "fast_slots": 8}]}
     (tmp_path / "o.json").write_text(json.dumps(offload))
     words = ["report", str(tmp_path / "t.trace"), "--placement", str(tmp_path / "p.json"), "--out", str(tmp_path / "r")]
     tiers = ["--cluster", str(tmp_path / "c.toml"), "--batch", "2", "--budgets", "50,100"]
@@ -141,11 +141,11 @@ RUN = {
 
 def wrong_documents() -> Iterator[Any]:
     """Each part missing or of another kind, each figure out of its range, alone and beside a run that is right."""
-    conditions = {"active_experts": 1.0}
+    conditions = {"active_experts": 1.0, "ranks": 1}
     yield from ([], {}, "x", None, {"runs": [RUN]}, {"conditions": conditions}, {"conditions": {}, "runs": [RUN]})
     yield from ({"conditions": conditions, "runs": runs} for runs in ([], {}, "x", 5, [5], {"a": RUN}))
     for wrong in (0, -1, float("nan"), float("inf"), 10**400, "x", None, []):
-        yield {"conditions": {"active_experts": wrong}, "runs": [RUN]}
+        yield from ({"conditions": {**conditions, name: wrong}, "runs": [RUN]} for name in conditions)
         for name in RUN:
             if name != "policy" and not (
                 (wrong == 0 and name.endswith("hit_rate")) or (wrong is None and "bel" in name)
@@ -158,8 +158,9 @@ def wrong_documents() -> Iterator[Any]:
 
 def test_other_files_are_refused() -> None:
     """What is not a bench's file is named, and what a file of an older version lacks."""
-    good = budgets_from_json({"conditions": {"active_experts": 1.0}, "runs": [RUN]}, "o")
-    assert good.points[0].times_active == 4
+    for ranks in (1, 2):  # rows are of one rank, active experts of all
+        good = budgets_from_json({"conditions": {"active_experts": 1.0, "ranks": ranks}, "runs": [RUN]}, "o")
+        assert good.points[0].times_active == 4 * ranks
     for document in wrong_documents():
         with pytest.raises(FormatError, match="o is not the JSON of `moeplace bench offload`"):
             budgets_from_json(document, "o")
