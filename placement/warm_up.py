@@ -21,6 +21,7 @@ from moeplace.placement.solve import solve
 from moeplace.placement.tiers.evaluation import evaluate_tiers
 from moeplace.placement.tiers.joint import plan_tiers
 from moeplace.placement.tiers.policy import Policy, Predictor
+from moeplace.placement.tiers.terms import TierTerms
 from moeplace.profiling.imports.canonical import ImportOptions
 from moeplace.profiling.imports.sources import import_from
 from moeplace.profiling.kernel_cache import NO_WARM_UP, POLICY_WARM_UP, mark_compiled
@@ -75,9 +76,9 @@ def _tiers(trace: RoutingTrace) -> None:
     memory = Memory(HostTier(bandwidth=1e6), fast_slots=np.ones(4))
     cluster = Cluster.uniform(4, slots_per_rank=2).replace(memory=memory)
     start = solve(Problem.from_trace(trace, cluster), solver="index-order").placement
-    shape = StepShape(batch=8)
-    plan_tiers(trace, start, Policy("pinned"), cluster=cluster, shape=shape)
-    evaluate_tiers(trace, start, Policy("lookahead", Predictor(0.5)), cluster=cluster, shape=shape)
+    terms = TierTerms(cluster, StepShape(batch=8))
+    plan_tiers(trace, start, Policy("pinned"), terms)
+    evaluate_tiers(trace, start, Policy("lookahead", Predictor(0.5)), terms)
 
 
 def _balance(trace: RoutingTrace) -> None:

@@ -24,6 +24,7 @@ from moeplace.placement.memory import HostCompute, HostTier, Memory
 from moeplace.placement.placement import Placement
 from moeplace.placement.tiers.evaluation import TierEvaluation, evaluate_tiers
 from moeplace.placement.tiers.policy import Policy, Predictor
+from moeplace.placement.tiers.terms import TierTerms
 from moeplace.runtime.experts.loader import Load
 from moeplace.runtime.experts.tier_limits import TierLimits
 from moeplace.runtime.experts.tiered_computation import TieredComputation
@@ -131,11 +132,9 @@ class Terms:
         )  # fmt: skip
         predictor = None if accuracy is None else Predictor(accuracy, limits.look_ahead)
         options = self.serving.options
-        return evaluate_tiers(
-            served.trace, placement, Policy(limits.policy, predictor), cluster=cluster.replace(memory=memory),
-            mode=options.mode, shape=StepShape(batch=len(options.prompts), hidden_size=1, kv_dim=0),
-            calibration=calibration,
-        )  # fmt: skip
+        shape = StepShape(batch=len(options.prompts), hidden_size=1, kv_dim=0)
+        terms = TierTerms(cluster.replace(memory=memory), shape, mode=options.mode, calibration=calibration)
+        return evaluate_tiers(served.trace, placement, Policy(limits.policy, predictor), terms)
 
 
 def _seconds_of_a_load(store: TieredStore) -> float:

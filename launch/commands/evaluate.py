@@ -19,7 +19,10 @@ from moeplace.placement.modes import MODES
 
 if TYPE_CHECKING:
     from moeplace.placement.placement import Placement
+    from moeplace.placement.tiers.alike import Batches
+    from moeplace.placement.tiers.policy import Policy
     from moeplace.placement.tiers.precision import PrecisionPlan
+    from moeplace.placement.tiers.terms import TierTerms
     from moeplace.profiling.traces.loads import LoadStats
 
 HELP = "what a placement costs on a trace, beside index order"
@@ -61,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from moeplace.placement.cost.evaluation import cluster_of, evaluate
     from moeplace.placement.cost.replica_rule import get_rule
     from moeplace.placement.placement_file import load_placement
+    from moeplace.placement.tiers.alike import batch_alike
+    from moeplace.placement.tiers.terms import TierTerms
     from moeplace.profiling.files import require_folder_of, write_json
     from moeplace.profiling.traces.file import load_trace
     from moeplace.profiling.traces.loads import load_if_load
@@ -89,12 +94,14 @@ def run(args: argparse.Namespace) -> int:
     print(format_table([f"{name} tokens", "index order", "placement"], rows))
     figures = {"split": name, "digest": placement.digest, **ours, "index_order": base}
     if cluster.memory is not None:
-        figures["tiers"] = _evaluate_tiers(args, side, placement, cluster, shape, f"{name} tokens")
+        terms = TierTerms(cluster, shape, mode=args.mode, calibration=calibration, rule=rule)
+        figures["tiers"] = _evaluate_tiers(side, placement, policy_of(args), terms, f"{name} tokens")
         if budgets:
             fit = trace.split("train") if name == "test" else side
-            figures["budgets"] = _sweep_budgets(args, side, fit, placement, cluster, shape, budgets)
+            figures["budgets"] = _sweep_budgets(side, placement, compared_policies(args), budgets, terms, fit)
         if args.alike is not None:
-            figures["alike"] = _evaluate_alike(args, side, placement, cluster, shape)
+            batches = batch_alike(side, batch=args.batch, steps=args.alike)
+            figures["alike"] = _evaluate_alike(batches, placement, policy_of(args), terms)
     elif placement.tier is not None:
         print("(as if every expert were in fast memory: name the tiers with --cluster)")
     if plan is not None:
@@ -104,21 +111,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate_alike(args: argparse.Namespace, side: Any, placement: "Placement", cluster: Any, shape: Any) -> Any:
+def _evaluate_alike(batches: "Batches", placement: "Placement", policy: "Policy", terms: "TierTerms") -> Any:
     """Print what batches of alike requests cost beside drawn ones; the figures."""
-    from moeplace.launch.options.problem import load_calibration
-    from moeplace.placement.cost.replica_rule import get_rule
-    from moeplace.placement.tiers.alike import batch_alike
     from moeplace.placement.tiers.evaluation import evaluate_tiers
 
-    batches = batch_alike(side, batch=args.batch, steps=args.alike)
     rows: list[list[Cell]] = []
     figures: dict[str, Any] = {"requests": batches.requests}
     for name, trace, active in zip(("alike", "drawn"), (batches.alike, batches.drawn), batches.active, strict=True):
-        judged = evaluate_tiers(
-            trace, placement, policy_of(args), cluster=cluster, mode=args.mode, shape=shape,
-            calibration=load_calibration(args), rule=get_rule(args.replica_rule), with_bound=False,
-        )  # fmt: skip
+        judged = evaluate_tiers(trace, placement, policy, terms, with_bound=False)
         rows.append([name, active, judged.hit_rate, judged.seconds * 1e3])
         figures[name] = {"active_experts": active, "hit_rate": judged.hit_rate, "seconds": judged.seconds}
     print(
@@ -164,19 +164,12 @@ def _evaluate_precision(plan: "PrecisionPlan", placement: "Placement") -> Any:
     }  # fmt: skip
 
 
-def _evaluate_tiers(
-    args: argparse.Namespace, side: Any, placement: "Placement", cluster: Any, shape: Any, title: str
-) -> Any:
+def _evaluate_tiers(side: Any, placement: "Placement", policy: "Policy", terms: "TierTerms", title: str) -> Any:
     """Print what the placement costs where experts do not fit; the figures."""
-    from moeplace.launch.options.problem import load_calibration
     from moeplace.launch.solving.tiers import tier_table
-    from moeplace.placement.cost.replica_rule import get_rule
     from moeplace.placement.tiers.evaluation import evaluate_tiers
 
-    judged = evaluate_tiers(
-        side, placement, policy_of(args), cluster=cluster, mode=args.mode, shape=shape,
-        calibration=load_calibration(args), rule=get_rule(args.replica_rule),
-    )  # fmt: skip
+    judged = evaluate_tiers(side, placement, policy, terms)
     assert judged.belady_hit_rate is not None
     print("\n" + tier_table({"placement": judged}, title))
     print(
@@ -186,21 +179,14 @@ def _evaluate_tiers(
     return judged.summary()
 
 
-def _sweep_budgets(
-    args: argparse.Namespace, side: Any, fit: Any, placement: "Placement", cluster: Any, shape: Any, budgets: Any
-) -> Any:
+def _sweep_budgets(side: Any, placement: "Placement", policies: Any, budgets: Any, terms: "TierTerms", fit: Any) -> Any:
     """Print what other budgets would be worth; the figures."""
-    from moeplace.launch.options.problem import load_calibration
     from moeplace.launch.progress import progress
     from moeplace.launch.solving.tiers import budget_rows
-    from moeplace.placement.cost.replica_rule import get_rule
     from moeplace.placement.tiers.budgets import sweep_budgets
 
     with progress("walking budgets") as report:
-        points = sweep_budgets(
-            side, placement, compared_policies(args), budgets, fit=fit, cluster=cluster, mode=args.mode, shape=shape,
-            calibration=load_calibration(args), rule=get_rule(args.replica_rule), report=report,
-        )  # fmt: skip
+        points = sweep_budgets(side, placement, policies, budgets, terms, fit=fit, report=report)
     print("\n" + budget_rows(points))
     return [point.summary() for point in points]
 

@@ -99,6 +99,7 @@ def _tiers(
     from moeplace.placement.tiers.budgets import sweep_budgets
     from moeplace.placement.tiers.demand import count_demand
     from moeplace.placement.tiers.evaluation import evaluate_tiers
+    from moeplace.placement.tiers.terms import TierTerms
 
     cluster = Cluster.from_toml(args.cluster) if args.cluster else None
     require_tiers(args, None if cluster is None else cluster.memory)
@@ -108,19 +109,19 @@ def _tiers(
     shape = StepShape(
         batch=args.batch, hidden_size=trace.hidden_size or nominal.hidden_size, kv_dim=trace.kv_dim or nominal.kv_dim
     )
-    common: dict[str, Any] = {"cluster": cluster, "shape": shape, "steps": _MOST_STEPS}
-    asked_LE = count_demand(side, batch=args.batch).activation_LE
+    terms = TierTerms(cluster, shape)
+    policy, asked_LE = policy_of(args), count_demand(side, batch=args.batch).activation_LE
     chosen = {name: file.placement for name, file in placements.items() if file.placement.tier is not None}
     views = [
-        TierView(name, one, asked_LE, evaluate_tiers(side, one, policy_of(args), with_bound=False, **common))
+        TierView(name, one, asked_LE, evaluate_tiers(side, one, policy, terms, steps=_MOST_STEPS, with_bound=False))
         for name, one in chosen.items()
     ]
     placement = list(chosen.values() or [file.placement for file in placements.values()])[-1]
     fit = trace.split("train") if args.split == "test" else side
     with progress("walking budgets") as report:
         points = sweep_budgets(
-            side, placement, compared_policies(args), budgets_of(args.budgets or _BUDGETS), fit=fit, report=report,
-            **common,
+            side, placement, compared_policies(args), budgets_of(args.budgets or _BUDGETS), terms, fit=fit,
+            steps=_MOST_STEPS, report=report,
         )  # fmt: skip
     return views, [Budgets(points)]
 

@@ -12,6 +12,7 @@ from moeplace.placement.tiers.evaluation import TierEvaluation, evaluate_tiers, 
 from moeplace.placement.tiers.joint import TierPlan, plan_tiers
 from moeplace.placement.tiers.policy import Policy
 from moeplace.placement.tiers.residency import RESIDENCIES, with_residency
+from moeplace.placement.tiers.terms import TierTerms
 from moeplace.placement.tiers.walk import USES
 from moeplace.profiling.traces.trace import RoutingTrace
 
@@ -46,23 +47,18 @@ def solve_tiers(
     report: Callable[[float], None] = lambda share: None,
 ) -> TierOutcome:
     """Plan ranks and residency on the problem's trace, judge them on `test`."""
-    trace, memory = problem.trace, problem.cluster.memory
+    trace = problem.trace
     assert trace is not None
-    assert memory is not None
-    terms: dict[str, Any] = {
-        "cluster": problem.cluster,
-        "mode": problem.mode,
-        "shape": problem.shape,
-        "calibration": problem.calibration,
-        "rule": problem.replica_rule,
-    }
-    plan = plan_tiers(trace, start, policy, seed=seed, report=report, **terms)
+    terms = TierTerms(
+        problem.cluster, problem.shape, mode=problem.mode, calibration=problem.calibration, rule=problem.replica_rule
+    )
+    plan = plan_tiers(trace, start, policy, terms, seed=seed, report=report)
     size = mean_expert_bytes(trace)
     residencies = {}
     for by in RESIDENCIES:
-        draft = with_residency(start, trace, memory, by=by, batch=problem.shape.batch, expert_bytes=size)
-        residencies[by] = evaluate_tiers(test, draft, policy, with_bound=False, **terms)
-    return TierOutcome(plan, evaluate_tiers(test, plan.placement, policy, **terms), residencies)
+        draft = with_residency(start, trace, terms.memory, by=by, batch=problem.shape.batch, expert_bytes=size)
+        residencies[by] = evaluate_tiers(test, draft, policy, terms, with_bound=False)
+    return TierOutcome(plan, evaluate_tiers(test, plan.placement, policy, terms), residencies)
 
 
 def describe(outcome: TierOutcome, side: str) -> str:

@@ -9,17 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from moeplace.placement.cluster import Cluster
-from moeplace.placement.cost.calibration import Calibration
 from moeplace.placement.cost.evaluation import require_same_cluster, require_same_model
-from moeplace.placement.cost.replica_rule import MOEPLACE, ReplicaRule
-from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.memory import Memory
-from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
 from moeplace.placement.tiers.evaluation import TierEvaluation, evaluate_tiers, mean_expert_bytes
 from moeplace.placement.tiers.policy import Policy
 from moeplace.placement.tiers.residency import expert_figures, keep_highest
+from moeplace.placement.tiers.terms import TierTerms
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 
@@ -56,49 +52,38 @@ def sweep_budgets(
     placement: Placement,
     policies: Sequence[Policy],
     budgets: Sequence[float],
+    terms: TierTerms,
     *,
     fit: RoutingTrace,
-    cluster: Cluster,
-    mode: Mode | None = None,
-    shape: StepShape,
-    calibration: Calibration | None = None,
-    rule: ReplicaRule = MOEPLACE,
     steps: int | None = None,
     report: Callable[[float], None] = lambda share: None,
 ) -> list[BudgetPoint]:
     """Walk `trace` at every budget under every policy; ranks stay, residency is chosen anew.
-
-    More arguments than the interface of a style allows, because they are those of `evaluate_tiers` and a sweep's.
 
     Args:
         trace: tokens to judge by.
         placement: where experts are; its tiers do not count.
         policies: to compare; the bound on hits is worked out with the first.
         budgets: shares of a rank's slots, above 0 and up to 1.
+        terms: of every walk; the budget of their memory is replaced.
         fit: tokens that residency is chosen by.
-        cluster: with memory tiers, of which the budget is replaced.
-        mode, shape, calibration, rule, steps: as `evaluate_tiers` takes them.
+        steps: as `evaluate_tiers` takes them.
         report: called with the share of the work done.
 
     Raises:
-        InputError: the cluster has no memory tiers, a budget holds no more than the rows for transit, or as
-            `evaluate_tiers` raises.
+        InputError: a budget holds no more than the rows for transit, or as `evaluate_tiers` raises.
     """
-    memory = cluster.memory
-    if memory is None:
-        raise InputError("the cluster has no memory tiers: its file needs the tables [fast] and [host]")
     require_same_model(trace, placement)
-    require_same_cluster(cluster, placement)
-    figure_LE, size = expert_figures(fit, by="activation", batch=shape.batch, seed=0), mean_expert_bytes(trace)
+    require_same_cluster(terms.cluster, placement)
+    figure_LE, size = expert_figures(fit, by="activation", batch=terms.shape.batch, seed=0), mean_expert_bytes(trace)
     points = []
     for number, budget in enumerate(budgets):
-        given = _with_budget(memory, placement, budget)
+        given = _with_budget(terms.memory, placement, budget)
         draft = keep_highest(placement, figure_LE, given, expert_bytes=size)
         for policy in policies:
             judged = evaluate_tiers(
-                trace, draft, policy, cluster=cluster.replace(memory=given), mode=mode, shape=shape,
-                calibration=calibration, rule=rule, steps=steps, with_bound=policy is policies[0],
-            )  # fmt: skip
+                trace, draft, policy, terms.with_memory(given), steps=steps, with_bound=policy is policies[0]
+            )
             points.append(_point(budget, given, judged))
         report((number + 1) / len(budgets))
     return points

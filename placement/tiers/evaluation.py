@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from moeplace.placement.cluster import Cluster
-from moeplace.placement.cost.calibration import Calibration
-from moeplace.placement.cost.evaluation import Terms, count
+from moeplace.placement.cost.evaluation import Terms
 from moeplace.placement.cost.replay import Replay
-from moeplace.placement.cost.replica_rule import MOEPLACE, ChooseRanks, ReplicaRule, home_ranks
+from moeplace.placement.cost.replica_rule import ChooseRanks, home_ranks
 from moeplace.placement.cost.seconds import kv_exchange_seconds, predict_step, seconds_outside_experts
-from moeplace.placement.cost.steps import StepShape, cut_lanes
+from moeplace.placement.cost.steps import cut_lanes
 from moeplace.placement.memory import HOST, RESIDENT, Memory
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
@@ -22,6 +20,7 @@ from moeplace.placement.tiers.bound import belady_hit_rate
 from moeplace.placement.tiers.fast import CACHED, PINNED, Fast, Link
 from moeplace.placement.tiers.policy import SCORE_WEIGHT, Policy
 from moeplace.placement.tiers.rows import FastRows, share_out
+from moeplace.placement.tiers.terms import TierTerms
 from moeplace.placement.tiers.walk import USES, Pace, Routing, Rule, Steps, Tally, walk
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -79,54 +78,44 @@ def evaluate_tiers(
     trace: RoutingTrace,
     placement: Placement,
     policy: Policy,
+    terms: TierTerms,
     *,
-    cluster: Cluster,
-    mode: Mode | None = None,
-    shape: StepShape | None = None,
-    calibration: Calibration | None = None,
-    rule: ReplicaRule = MOEPLACE,
     steps: int | None = None,
     seed: int = 0,
     with_bound: bool = True,
 ) -> TierEvaluation:
     """Walk `trace` under `placement` and `policy`.
 
-    More arguments than the interface of a style allows, because they are those of `evaluate` and a policy's.
-
     Args:
         trace: the tokens to judge by.
         placement: with tiers, or without: then every expert is backed by the host and caches start empty.
         policy: what stays, what is fetched ahead.
-        cluster: with memory tiers; speeds and links as `evaluate` takes them.
-        mode, shape, calibration, rule: as `evaluate` takes them.
+        terms: the cluster with its memory tiers, and what `evaluate` takes beside it.
         steps: most steps to walk, None = as many as MOST_ROUTED allows.
         seed: of the predictor's errors.
         with_bound: whether Belady's hit rate is worked out, which takes longer than the walk; else None.
 
     Raises:
-        InputError: the cluster has no memory tiers, or as `evaluate` raises; replicas in `coherent` mode, whose choice
-            follows tokens that move, are not priced.
+        InputError: as `evaluate` raises; replicas in `coherent` mode, whose choice follows tokens that move, are not
+            priced.
     """
-    if cluster.memory is None:
-        raise InputError("the cluster has no memory tiers: its file needs the tables [fast] and [host]")
-    counted, terms = count(
-        trace, placement, mode=mode, cluster=cluster, shape=shape, calibration=calibration, rule=rule
-    )
+    memory = terms.memory
+    counted, prices = terms.count(trace, placement)
     if placement.has_replicas and counted.mode == "coherent":
         raise InputError(
             "memory tiers with replicas are not priced in mode coherent; dispatch-combine and allgather are"
         )
     size = mean_expert_bytes(trace)
-    rows = share_out(placement, cluster.memory, policy, expert_bytes=size)
-    walked = _walked(trace, terms.shape.batch, steps)
-    routing = _route(trace, placement, rule.on(placement, terms.shape.batch))
-    fast, link = _start(rows), _link(placement, cluster.memory, size)
+    rows = share_out(placement, memory, policy, expert_bytes=size)
+    walked = _walked(trace, prices.shape.batch, steps)
+    routing = _route(trace, placement, terms.rule.on(placement, prices.shape.batch))
+    fast, link = _start(rows), _link(placement, memory, size)
     tally = Tally(
         np.zeros((*rows.free_LR.shape, len(USES)), np.int64),
         np.zeros(placement.num_layers),
         np.zeros(rows.free_LR.shape),
     )
-    pace = _pace(placement, cluster.memory, counted, terms, walked)
+    pace = _pace(placement, memory, counted, prices, walked)
     walk(routing, walked, pace, _rule(policy, placement, seed), fast, link, tally)
     found_U = tally.uses_LRU.sum(axis=(0, 1))
     activated, seconds = max(int(found_U.sum()), 1), float(tally.seconds_L.sum())
@@ -135,8 +124,8 @@ def evaluate_tiers(
         mode=counted.mode,
         batch=walked.width,
         steps=walked.walked,
-        seconds=seconds / walked.walked + kv_exchange_seconds(counted, terms.cluster, terms.shape),
-        resident_seconds=predict_step(counted, terms.cluster, terms.shape, terms.calibration),
+        seconds=seconds / walked.walked + kv_exchange_seconds(counted, prices.cluster, prices.shape),
+        resident_seconds=predict_step(counted, prices.cluster, prices.shape, prices.calibration),
         hit_rate=float(found_U[:3].sum() / activated),
         shares={name: float(share) for name, share in zip(USES, found_U / activated, strict=True)},
         belady_hit_rate=belady_hit_rate(routing, walked, rows) if with_bound else None,
@@ -219,15 +208,15 @@ def _link(placement: Placement, memory: Memory, expert_bytes: float) -> Link:
     )
 
 
-def _pace(placement: Placement, memory: Memory, counted: Replay, terms: Terms, walked: Steps) -> Pace:
-    expert, compute = terms.calibration.expert, memory.host.compute
+def _pace(placement: Placement, memory: Memory, counted: Replay, prices: Terms, walked: Steps) -> Pace:
+    expert, compute = prices.calibration.expert, memory.host.compute
     return Pace(
-        outside_L=seconds_outside_experts(counted, terms.cluster, terms.shape, terms.calibration),
+        outside_L=seconds_outside_experts(counted, prices.cluster, prices.shape, prices.calibration),
         fixed=expert.fixed,
-        per_token=expert.per_token * terms.shape.batch / walked.width,
+        per_token=expert.per_token * prices.shape.batch / walked.width,
         per_activated=expert.per_activated,
         wake=memory.host.wake,
-        speed_R=terms.cluster.speed_of_rank,
+        speed_R=prices.cluster.speed_of_rank,
         host_per_expert=np.inf if compute is None else compute.per_expert,
         host_per_token=0.0 if compute is None else compute.per_token,
         on_host_LRE=np.isin(placement.tier_LER.transpose(0, 2, 1), (RESIDENT, HOST)),

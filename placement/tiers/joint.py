@@ -14,18 +14,11 @@ Shape letters: L MoE layers, E experts per layer, R ranks, S slots per layer, X 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from moeplace.placement.cluster import Cluster
-from moeplace.placement.cost.calibration import Calibration
-from moeplace.placement.cost.evaluation import count
-from moeplace.placement.cost.replica_rule import MOEPLACE, ReplicaRule
 from moeplace.placement.cost.seconds import kv_exchange_seconds, seconds_outside_experts
-from moeplace.placement.cost.steps import StepShape
-from moeplace.placement.memory import HOST, RESIDENT, Memory
-from moeplace.placement.modes import Mode
+from moeplace.placement.memory import HOST, RESIDENT
 from moeplace.placement.placement import EMPTY_SLOT, Placement
 from moeplace.placement.tiers.bound import pinned_seconds_bound
 from moeplace.placement.tiers.demand import Demand, count_demand
@@ -34,7 +27,7 @@ from moeplace.placement.tiers.policy import Policy
 from moeplace.placement.tiers.replicas import with_replicas, without_replicas
 from moeplace.placement.tiers.residency import with_residency
 from moeplace.placement.tiers.seating import Asked, Seats, gains, seat
-from moeplace.profiling.errors import InputError
+from moeplace.placement.tiers.terms import TierTerms
 from moeplace.profiling.parallel import thread_pool
 from moeplace.profiling.traces.trace import RoutingTrace
 
@@ -73,70 +66,54 @@ def plan_tiers(
     trace: RoutingTrace,
     start: Placement,
     policy: Policy,
+    terms: TierTerms,
     *,
-    cluster: Cluster,
-    mode: Mode | None = None,
-    shape: StepShape,
-    calibration: Calibration | None = None,
-    rule: ReplicaRule = MOEPLACE,
     seed: int = 0,
-    deadline: float = float("inf"),
     report: Callable[[float], None] = lambda share: None,
 ) -> TierPlan:
     """Plan ranks and residency for `trace`.
-
-    More arguments than the interface of a style allows, because they are those of `evaluate_tiers` and a search's.
 
     Args:
         trace: tokens to fit to.
         start: a placement of every expert; replicas are given up for the search, and come back where they pay.
         policy: what the plan is to be run with.
-        cluster: with memory tiers.
-        mode, shape, calibration, rule: as `evaluate_tiers` takes them.
+        terms: what it is walked under.
         seed: of the search.
-        deadline: moment of `time.monotonic` after which no further round begins.
         report: called with the share of the work done.
 
     Raises:
-        InputError: the cluster has no memory tiers, or as `evaluate_tiers` raises.
+        InputError: as `evaluate_tiers` raises.
     """
     began = time.monotonic()
-    memory = cluster.memory
-    if memory is None:
-        raise InputError("the cluster has no memory tiers: its file needs the tables [fast] and [host]")
-    size = mean_expert_bytes(trace)
-    calibration = calibration or Calibration(cluster.intra, cluster.inter)
-    demand = count_demand(trace, batch=shape.batch, most_steps=_most_steps(trace, shape.batch))
-    drafts = {
-        by: with_residency(start, trace, memory, by=by, batch=shape.batch, expert_bytes=size)
-        for by in ("load", "activation")
-    }
-    terms: dict[str, Any] = {
-        "cluster": cluster, "mode": mode, "shape": shape, "calibration": calibration, "rule": rule, "with_bound": False,
-    }  # fmt: skip
-    judged = {name: evaluate_tiers(trace, draft, policy, **terms) for name, draft in drafts.items()}
-    asked_LE = demand.activation_LE
-    bare = without_replicas(start, asked_LE) if start.has_replicas else start
-    first = drafts["activation"]
+    memory, batch, size = terms.memory, terms.shape.batch, mean_expert_bytes(trace)
+    demand = count_demand(trace, batch=batch, most_steps=_most_steps(trace, batch))
+
+    def keep(placement: Placement, by: str) -> Placement:
+        return with_residency(placement, trace, memory, by=by, batch=batch, expert_bytes=size)
+
+    def judge(placement: Placement) -> TierEvaluation:
+        return evaluate_tiers(trace, placement, policy, terms, with_bound=False)
+
+    drafts = {by: keep(start, by) for by in ("load", "activation")}
+    judged = {name: judge(draft) for name, draft in drafts.items()}
+    bare, first = start, drafts["activation"]
     if start.has_replicas:
-        first = with_residency(bare, trace, memory, by="activation", batch=shape.batch, expert_bytes=size)
-    search = _Search(first, demand, cluster, memory, calibration, size)
+        bare = without_replicas(start, demand.activation_LE)
+        first = keep(bare, "activation")
+    search = _Search(first, demand, terms, size)
     for round_ in range(ROUNDS):
-        if time.monotonic() > deadline:
-            break
         search.seat_layers(seed + round_, heat=HEAT / 2**round_)
         search.trade_rows()
         report((round_ + 1) / (ROUNDS + 1))
     drafts["joint"] = search.placement(bare)
-    judge = lambda draft: evaluate_tiers(trace, draft, policy, **terms)  # noqa: E731
     judged["joint"] = judge(drafts["joint"])
-    if (mode or start.mode) != "coherent":  # whose choice among replicas follows tokens that move
+    if (terms.mode or start.mode) != "coherent":  # whose choice among replicas follows tokens that move
         rows = [memory.rows(rank, layers=start.num_layers, expert_bytes=size) for rank in range(start.num_ranks)]
-        _add_replicas(drafts, judged, judge, asked_LE, np.array(rows) - memory.transit)
+        _add_replicas(drafts, judged, judge, demand.activation_LE, np.array(rows) - memory.transit)
     best = min(judged, key=lambda name: judged[name].seconds)
     bound = None
     if policy.name == "pinned" and policy.predictor is None and memory.host.compute is None:
-        bound = _lower_bound(trace, drafts[best], cluster, memory, mode, shape, calibration, rule, size)
+        bound = _lower_bound(trace, drafts[best], terms, size)
     return TierPlan(drafts[best], policy, best, judged[best], bound, time.monotonic() - began)
 
 
@@ -162,52 +139,31 @@ def _most_steps(trace: RoutingTrace, batch: int) -> int:
     return max(MOST_PAIRS // min(batch * trace.top_k, trace.num_experts), 1)
 
 
-def _lower_bound(
-    trace: RoutingTrace,
-    placement: Placement,
-    cluster: Cluster,
-    memory: Memory,
-    mode: Mode | None,
-    shape: StepShape,
-    calibration: Calibration,
-    rule: ReplicaRule,
-    size: float,
-) -> float:
+def _lower_bound(trace: RoutingTrace, placement: Placement, terms: TierTerms, size: float) -> float:
     """Bound on a step of any placement: no exchange of rows, what a layer costs beside them, and the experts."""
-    counted, terms = count(
-        trace, placement, mode=mode, cluster=cluster, shape=shape, calibration=calibration, rule=rule
-    )
+    (counted, prices), memory = terms.count(trace, placement), terms.memory
     silent = counted.without_traffic()
-    outside = seconds_outside_experts(silent, terms.cluster, terms.shape, terms.calibration).sum()
+    outside = seconds_outside_experts(silent, prices.cluster, prices.shape, prices.calibration).sum()
     layers, ranks = placement.num_layers, placement.num_ranks
     room = sum(memory.rows(rank, layers=layers, expert_bytes=size) - memory.transit for rank in range(ranks))
     experts = pinned_seconds_bound(
-        count_demand(trace, batch=shape.batch),
+        count_demand(trace, batch=terms.shape.batch),
         room=room,
         load_seconds=memory.load_seconds(HOST, size),
-        expert=calibration.expert,
-        speed_R=cluster.speed_of_rank,
+        expert=terms.expert,
+        speed_R=terms.cluster.speed_of_rank,
     )
-    return float(outside) + kv_exchange_seconds(silent, terms.cluster, terms.shape) + experts
+    return float(outside) + kv_exchange_seconds(silent, prices.cluster, prices.shape) + experts
 
 
 class _Search:
     """The seats of all layers."""
 
-    def __init__(
-        self,
-        start: Placement,
-        demand: Demand,
-        cluster: Cluster,
-        memory: Memory,
-        calibration: Calibration,
-        expert_bytes: float,
-    ) -> None:
+    def __init__(self, start: Placement, demand: Demand, terms: TierTerms, expert_bytes: float) -> None:
         self.steps = demand.steps
-        load_E = np.full(start.num_experts, memory.load_seconds(HOST, expert_bytes))
-        last = calibration.expert.per_activated
+        load_E = np.full(start.num_experts, terms.memory.load_seconds(HOST, expert_bytes))
         self.asked = [
-            Asked(layer.first_E, layer.step_N, layer.seconds(calibration.expert), load_E, last)
+            Asked(layer.first_E, layer.step_N, layer.seconds(terms.expert), load_E, terms.expert.per_activated)
             for layer in demand.layers
         ]
         tier = np.zeros(start.slot_to_expert.shape, np.int8) if start.tier is None else start.tier
@@ -216,7 +172,7 @@ class _Search:
                 start.rank_of_slot,
                 (row == RESIDENT) & (slots != EMPTY_SLOT),
                 slots.astype(np.int64),
-                1.0 / cluster.speed_of_rank,
+                1.0 / terms.cluster.speed_of_rank,
             )  # an empty seat has no row
             for row, slots in zip(tier, start.slot_to_expert, strict=True)
         ]

@@ -17,6 +17,7 @@ from moeplace.placement.solve import solve
 from moeplace.placement.tiers.evaluation import evaluate_tiers
 from moeplace.placement.tiers.joint import plan_tiers
 from moeplace.placement.tiers.policy import POLICIES, Policy, Predictor
+from moeplace.placement.tiers.terms import TierTerms
 from moeplace.profiling.scores.drift import measure_drift
 from moeplace.profiling.scores.summary import summarize
 from moeplace.profiling.traces.file import load_trace, save_trace
@@ -99,9 +100,9 @@ def use_tiers(seed: int) -> None:
         cluster = Cluster.uniform(4, slots_per_rank=3).replace(memory=memory)
         start = solve(Problem.from_trace(trace, cluster, mode=mode), solver="lpt").placement
         chosen = Policy(policy, Predictor(0.8, 2) if policy == "lookahead" or rng.random() < 0.5 else None)
-        terms = {"cluster": cluster, "mode": mode, "shape": StepShape(batch=int(rng.integers(1, 9)))}
-        plan_tiers(trace, start, chosen, seed=seed, **terms)
-        evaluate_tiers(trace, start, chosen, **terms)
+        terms = TierTerms(cluster, StepShape(batch=int(rng.integers(1, 9))), mode=mode)
+        plan_tiers(trace, start, chosen, terms, seed=seed)
+        evaluate_tiers(trace, start, chosen, terms)
 
 
 USES: dict[str, Callable[[int], None]] = {

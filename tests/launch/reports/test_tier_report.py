@@ -21,6 +21,7 @@ from moeplace.placement.tiers.demand import count_demand
 from moeplace.placement.tiers.evaluation import evaluate_tiers
 from moeplace.placement.tiers.policy import Policy
 from moeplace.placement.tiers.residency import with_residency
+from moeplace.placement.tiers.terms import TierTerms
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.traces.file import save_trace
 from tests.launch.reports.test_report import check_page, make_trace, striped
@@ -37,7 +38,7 @@ def view(seed: int) -> TierView:
     trace = make_trace(layers=3, experts=8, top_k=2)
     placement = with_residency(striped(trace, 2), trace, MEMORY, by="load", batch=2, expert_bytes=1.0)
     cluster = Cluster.uniform(2, slots_per_rank=4).replace(memory=MEMORY)
-    judged = evaluate_tiers(trace, placement, Policy(), cluster=cluster, shape=SHAPE, with_bound=False)
+    judged = evaluate_tiers(trace, placement, Policy(), TierTerms(cluster, SHAPE), with_bound=False)
     return TierView("plan", placement, count_demand(trace, batch=2).activation_LE, judged)
 
 
@@ -90,8 +91,8 @@ def test_more_fast_memory_is_never_worse() -> None:
     trace = make_trace(layers=3, experts=8, top_k=2)
     cluster = Cluster.uniform(2, slots_per_rank=4).replace(memory=MEMORY)
     points = sweep_budgets(
-        trace, striped(trace, 2), [Policy("pinned"), Policy("lru")], (0.25, 0.5, 1.0), fit=trace, cluster=cluster,
-        shape=SHAPE,
+        trace, striped(trace, 2), [Policy("pinned"), Policy("lru")], (0.25, 0.5, 1.0), TierTerms(cluster, SHAPE),
+        fit=trace,
     )  # fmt: skip
     pinned = [p for p in points if p.policy == "pinned"]
     assert [p.fast_slots for p in pinned] == [1, 2, 4]
@@ -103,7 +104,7 @@ def test_more_fast_memory_is_never_worse() -> None:
     assert pinned[0].times_active == pytest.approx(1 / asked, rel=0.02)
     tight = cluster.replace(memory=Memory(HostTier(1.0), fast_slots=np.full(2, 2), transit=3))
     with pytest.raises(InputError, match=r"gives a rank 3 rows, which must be more than its 3"):
-        sweep_budgets(trace, striped(trace, 2), [Policy()], (0.25,), fit=trace, cluster=tight, shape=SHAPE)
+        sweep_budgets(trace, striped(trace, 2), [Policy()], (0.25,), TierTerms(tight, SHAPE), fit=trace)
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +115,10 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "c.toml").write_text(
         "ranks_per_node = 2\nslots_per_rank = 4\n[fast]\nslots = 2\ntransit = 1\n[host]\nbandwidth = 1e4\n"
     )
-    offload = {"conditions": {"active_experts": 1.0, "ranks": 1}, "runs": [RUN, {**RUN, "budget": 1.0, "fast_slots": 8}]}
+    offload = {
+        "conditions": {"active_experts": 1.0, "ranks": 1},
+        "runs": [RUN, {**RUN, "budget": 1.0, "fast_slots": 8}],
+    }
     (tmp_path / "o.json").write_text(json.dumps(offload))
     words = ["report", str(tmp_path / "t.trace"), "--placement", str(tmp_path / "p.json"), "--out", str(tmp_path / "r")]
     tiers = ["--cluster", str(tmp_path / "c.toml"), "--batch", "2", "--budgets", "50,100"]

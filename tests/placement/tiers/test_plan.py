@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from moeplace.placement.tiers.joint import plan_tiers
 from moeplace.placement.tiers.policy import Policy
 from moeplace.placement.tiers.replicas import without_replicas
 from moeplace.placement.tiers.residency import RESIDENCIES, with_residency
+from moeplace.placement.tiers.terms import TierTerms
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_trace
@@ -108,20 +108,20 @@ def test_the_search_is_near_the_optimum(seed: int, dated_seed: int) -> None:
             demand, start, cluster=cluster, expert=EXPERT, expert_bytes=1.0, time_limit=5, unit=0.25
         )
         assert surrogate(demand, exact) == pytest.approx(least)
-        options: dict[str, Any] = {"cluster": cluster, "mode": "allgather", "shape": shape, "calibration": CALIBRATION}
-        plan = plan_tiers(trace, start, Policy("pinned"), seed=each % 1000, **options)
+        terms = TierTerms(cluster, shape, mode="allgather", calibration=CALIBRATION)
+        plan = plan_tiers(trace, start, Policy("pinned"), terms, seed=each % 1000)
         if plan.found_by == "joint":
             value = surrogate(demand, plan.placement)
             if proven:
                 assert least - 1e-9 <= value <= least * 1.06
         assert plan.lower_bound is not None
         for placement in (plan.placement, exact, start.replace(tier=np.full(start.slot_to_expert.shape, HOST))):
-            walked = evaluate_tiers(trace, placement, Policy("pinned"), **options).seconds
+            walked = evaluate_tiers(trace, placement, Policy("pinned"), terms).seconds
             assert walked >= plan.lower_bound * (1 - 1e-12)
         assert plan.evaluation.seconds <= min(
             evaluate_tiers(
-                trace, with_residency(start, trace, cluster.memory, by=by, batch=3, expert_bytes=1.0),  # type: ignore[arg-type]
-                Policy("pinned"), **options,
+                trace, with_residency(start, trace, terms.memory, by=by, batch=3, expert_bytes=1.0), Policy("pinned"),
+                terms,
             ).seconds
             for by in ("load", "activation")
         )  # fmt: skip
@@ -131,9 +131,9 @@ def test_the_search_is_near_the_optimum(seed: int, dated_seed: int) -> None:
 def test_plans_keep_slots_and_rows(policy: Policy, dated_seed: int) -> None:
     """Every expert once, as many slots a rank as before, no more residents than rows; same seed, same plan."""
     trace, start, cluster, shape = instance(dated_seed, layers=3, experts=8, ranks=4, fast=1, transit=2, tokens=60)
-    options: dict[str, Any] = {"cluster": cluster, "mode": "allgather", "shape": shape, "calibration": CALIBRATION}
-    plan = plan_tiers(trace, start, policy, seed=3, **options)
-    again = plan_tiers(trace, start, policy, seed=3, **options)
+    terms = TierTerms(cluster, shape, mode="allgather", calibration=CALIBRATION)
+    plan = plan_tiers(trace, start, policy, terms, seed=3)
+    again = plan_tiers(trace, start, policy, terms, seed=3)
     assert plan.placement.equals(again.placement)
     assert (plan.placement.replica_counts == 1).all()
     assert np.array_equal(plan.placement.copies_LER.sum(axis=1), start.copies_LER.sum(axis=1))
@@ -146,10 +146,10 @@ def test_hosts_that_compute_have_no_bound() -> None:
     trace, start, cluster, shape = instance(1)
     assert cluster.memory is not None
     memory = replace(cluster.memory, host=replace(cluster.memory.host, compute=HostCompute(1.0, 1.0)))
-    options: dict[str, Any] = {"mode": "allgather", "shape": shape, "calibration": CALIBRATION}
-    assert plan_tiers(trace, start, Policy(), cluster=cluster.replace(memory=memory), **options).lower_bound is None
+    terms = TierTerms(cluster.replace(memory=memory), shape, mode="allgather", calibration=CALIBRATION)
+    assert plan_tiers(trace, start, Policy(), terms).lower_bound is None
     with pytest.raises(InputError, match="no memory tiers"):
-        plan_tiers(trace, start, Policy(), cluster=cluster.replace(memory=None), **options)
+        TierTerms(cluster.replace(memory=None), shape)
 
 
 def replicated(seed: int) -> Placement:
@@ -169,11 +169,11 @@ def test_replicas_come_back_only_where_they_pay(dated_seed: int) -> None:
         trace, _, cluster, shape = instance(seed, layers=3, experts=8, ranks=2, fast=3, transit=2, tokens=60)
         assert cluster.memory is not None
         start, cluster = replicated(seed), cluster.replace(slots_of_rank=np.array([6, 6]))
-        options: dict[str, Any] = {"mode": "allgather", "shape": shape, "calibration": CALIBRATION}
-        plan = plan_tiers(trace, start, Policy(), cluster=cluster, **options)
+        terms = TierTerms(cluster, shape, mode="allgather", calibration=CALIBRATION)
+        plan = plan_tiers(trace, start, Policy(), terms)
         for by in ("load", "activation"):
             draft = with_residency(start, trace, cluster.memory, by=by, batch=shape.batch, expert_bytes=1.0)
-            judged = evaluate_tiers(trace, draft, Policy(), cluster=cluster, **options)
+            judged = evaluate_tiers(trace, draft, Policy(), terms)
             assert plan.evaluation.seconds <= judged.seconds
             assert plan.lower_bound is not None
             assert plan.lower_bound <= judged.seconds * (1 + 1e-9)
@@ -191,8 +191,8 @@ def test_a_replica_pays_where_computing_is_what_steps_wait_for() -> None:
     start = Placement(np.array([[0, 1, -1, -1, 2, 3, -1, -1]]), np.array([4, 4]), np.zeros(2, int), np.array([4]))
     calibration = replace(CALIBRATION, expert=ExpertTime(0.0, 1.0, 0.0))
     shape = StepShape(batch=6, hidden_size=1, kv_dim=0)
-    options: dict[str, Any] = {"mode": "dispatch-combine", "shape": shape, "calibration": calibration}
-    plan = plan_tiers(trace, start, Policy(), cluster=cluster, **options)
+    terms = TierTerms(cluster, shape, mode="dispatch-combine", calibration=calibration)
+    plan = plan_tiers(trace, start, Policy(), terms)
     assert plan.found_by == "joint and 1 replicas"
     assert plan.placement.replica_counts[0].tolist() == [2, 1, 1, 1]
     assert (plan.placement.tier_LER[0, 0] == 0).all()

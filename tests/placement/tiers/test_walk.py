@@ -14,6 +14,7 @@ from moeplace.placement.memory import DISK, HOST, DiskTier, HostCompute, HostTie
 from moeplace.placement.placement import Placement, index_order
 from moeplace.placement.tiers.evaluation import TierEvaluation, evaluate_tiers, mean_expert_bytes
 from moeplace.placement.tiers.policy import POLICIES, Policy, Predictor
+from moeplace.placement.tiers.terms import TierTerms
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_trace
@@ -57,10 +58,8 @@ class Instance:
             self.placement = self.placement.replace(tier=tier)
 
     def evaluate(self, policy: Policy) -> TierEvaluation:
-        return evaluate_tiers(
-            self.trace, self.placement, policy, cluster=self.cluster, mode="allgather", shape=SHAPE,
-            calibration=CALIBRATION,
-        )  # fmt: skip
+        terms = TierTerms(self.cluster, SHAPE, mode="allgather", calibration=CALIBRATION)
+        return evaluate_tiers(self.trace, self.placement, policy, terms)
 
     def reference(self, policy: Policy) -> tuple[float, dict[str, int]]:
         steps, rank_LE = self._steps(), self.placement.rank_of_expert
@@ -198,7 +197,7 @@ def test_with_room_for_everything_nothing_waits(policy: Policy) -> None:
     cluster = instance.cluster.replace(memory=replace(instance.memory, fast_slots=np.array([4, 4])))
     plain = instance.placement.replace(tier=None)
     options: dict[str, Any] = {"cluster": cluster, "mode": "allgather", "shape": SHAPE, "calibration": CALIBRATION}
-    tiered = evaluate_tiers(instance.trace, plain, policy, **options)
+    tiered = evaluate_tiers(instance.trace, plain, policy, TierTerms(**options))
     assert tiered.hit_rate == 1.0
     assert tiered.link_bytes == 0
     assert tiered.seconds == pytest.approx(evaluate(instance.trace, plain, **options).predicted_seconds, rel=1e-12)
@@ -211,8 +210,8 @@ def test_better_foresight_and_faster_links_cost_nothing(seed: int) -> None:
     instance = Instance(seed, host=False, transit=3)
     quick = HostTier(bandwidth=1e30)
     cluster = instance.cluster.replace(memory=replace(instance.memory, host=quick, disk=DiskTier(1e30)))
-    options: dict[str, Any] = {"cluster": cluster, "mode": "allgather", "shape": SHAPE, "calibration": CALIBRATION}
-    found = evaluate_tiers(instance.trace, instance.placement, Policy("lru"), **options)
+    terms = TierTerms(cluster, SHAPE, mode="allgather", calibration=CALIBRATION)
+    found = evaluate_tiers(instance.trace, instance.placement, Policy("lru"), terms)
     assert found.seconds == pytest.approx(found.resident_seconds)
     wrong = instance.evaluate(Policy("lookahead", Predictor(0.0)))
     right = instance.evaluate(Policy("lookahead", Predictor(1.0)))
@@ -224,21 +223,19 @@ def test_what_cannot_be_priced_is_refused() -> None:
     """No tiers, too much resident, replicas whose choice follows moving tokens."""
     instance = Instance(0, host=False, transit=2)
     with pytest.raises(InputError, match="no memory tiers"):
-        evaluate_tiers(
-            instance.trace, instance.placement, Policy(), cluster=instance.cluster.replace(memory=None), shape=SHAPE
-        )
+        TierTerms(instance.cluster.replace(memory=None), SHAPE)
     tier = np.zeros((3, 6), int)
     tier[0, np.flatnonzero(instance.placement.slot_to_expert[0] >= 0)[0]] = HOST
     crowded = instance.placement.replace(tier=tier)
     with pytest.raises(InputError, match="rank 0 has 6 resident experts, its fast memory holds 4 and 2 in transit"):
-        evaluate_tiers(instance.trace, crowded, Policy(), cluster=instance.cluster, shape=SHAPE)
+        evaluate_tiers(instance.trace, crowded, Policy(), TierTerms(instance.cluster, SHAPE))
     twice = Placement(
         np.array([[0, 1, 1, 0]] * 2), np.array([2, 2]), np.zeros(2, int), np.array([2, 2]), tier=np.eye(2, 4, dtype=int)
     )
     trace = RoutingTrace(np.zeros((4, 2, 1), int), np.array([2, 2]))
     cluster = Cluster.uniform(2, slots_per_rank=2).replace(memory=instance.memory)
     with pytest.raises(InputError, match="not priced in mode coherent"):
-        evaluate_tiers(trace, twice, Policy("lru"), cluster=cluster, mode="coherent", shape=SHAPE)
+        evaluate_tiers(trace, twice, Policy("lru"), TierTerms(cluster, SHAPE, mode="coherent"))
     with pytest.raises(InputError, match="policy lookahead needs a predictor"):
         Policy("lookahead")
     with pytest.raises(InputError, match=r"accuracy of a predictor \(1.5\)"):
