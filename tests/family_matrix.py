@@ -32,7 +32,7 @@ from moeplace.runtime.models.opening import open_model
 from tests.model_families import moe_families, plain_logits, save_family
 from tests.packers import NotPackableError, quantise_checkpoint
 from tests.rank_pool import RankContext, RankPool
-from tests.runtime.placements import random_placement
+from tests.runtime.placements import placement_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "models.md"
@@ -172,15 +172,7 @@ def score_family(context: RankContext, folder: Path, sequences: Any, mode: str, 
     """Logits under a random placement with replicas, on a rank."""
     transformers.logging.disable_progress_bar()
     checkpoint = Checkpoint(folder)
-    placement = random_placement(
-        checkpoint.num_layers,
-        int(checkpoint.experts_per_layer[0]),
-        context.size,
-        seed=seed,
-        extra_slots=seed % 3,
-        layer_ids=checkpoint.layer_ids,
-        num_hidden_layers=checkpoint.num_hidden_layers,
-    )
+    placement = placement_for(checkpoint, context.size, seed=seed, extra_slots=seed % 3)
     engine = Engine(
         checkpoint,
         placement,

@@ -50,13 +50,14 @@ class RankContext:
     timeout: float
     _groups: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
-    def group(self, node_of_rank: np.ndarray | None = None) -> RankGroup:
-        """The process group of these ranks.
+    def group(self, node_of_rank: np.ndarray | None = None, **options: Any) -> RankGroup:
+        """The process group of these ranks; `options` of a `RankGroup`.
 
         It waits until all are connected: a rank whose body fails at once would otherwise close its sockets while
         others still connect, and they would see a lost peer before the body begins.
         """
-        group = RankGroup(self.store, rank=self.rank, size=self.size, timeout=self.timeout, node_of_rank=node_of_rank)
+        places = {"rank": self.rank, "size": self.size, "node_of_rank": node_of_rank}
+        group = RankGroup(self.store, timeout=self.timeout, **places, **options)
         made = next(self._groups)
         self.store.set(f"connected/{made}/{self.rank}", "")
         limit = timedelta(seconds=self.timeout)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from moeplace.placement.placement import EMPTY_SLOT, Placement
+from moeplace.runtime.models.checkpoint import Checkpoint
 
 
 def random_placement(
@@ -34,3 +35,16 @@ def random_placement(
     rows = table.reshape(num_layers, -1)
     experts = np.full(num_layers, num_experts)
     return Placement(rows, np.full(num_ranks, slots), node, experts, **fields)
+
+
+def placement_for(checkpoint: Checkpoint, num_ranks: int, *, seed: int, **options: int) -> Placement:
+    """A random one for the experts of a model; `options` of `random_placement`."""
+    return random_placement(
+        checkpoint.num_layers,
+        int(checkpoint.experts_per_layer[0]),
+        num_ranks,
+        seed=seed,
+        layer_ids=checkpoint.layer_ids,
+        num_hidden_layers=checkpoint.num_hidden_layers,
+        **options,
+    )

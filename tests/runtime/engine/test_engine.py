@@ -21,7 +21,7 @@ from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.models.checkpoint import Checkpoint
 from tests.rank_pool import RankContext, RankPool
 from tests.runtime.checkpoints import FAMILIES, VOCABULARY, Oracle, ask_plain_model, make_oracle, save_checkpoint
-from tests.runtime.placements import random_placement
+from tests.runtime.placements import placement_for, random_placement
 from tests.shared_data import tiny_moe_path, tiny_moe_top2_path
 
 TOLERANCE, DEEPSEEK_TOLERANCE = 1e-7, 2e-5
@@ -42,16 +42,7 @@ def serve(
     checkpoint = Checkpoint(path)
     results = []
     group = context.group()
-    placement = random_placement(
-        checkpoint.num_layers,
-        int(checkpoint.experts_per_layer[0]),
-        context.size,
-        seed=seed,
-        extra_slots=seed % 3,
-        nodes=min(2, context.size),
-        layer_ids=checkpoint.layer_ids,
-        num_hidden_layers=checkpoint.num_hidden_layers,
-    )
+    placement = placement_for(checkpoint, context.size, seed=seed, extra_slots=seed % 3, nodes=min(2, context.size))
     group = group.with_nodes(placement.node_of_rank)
     limits = EngineLimits(max_sequences=4 * context.size, max_length=20, max_prefill_tokens=12)
     for mode, node_aware in variants:

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.models.checkpoint import Checkpoint
 from tests.rank_pool import RankContext, RankPool
 from tests.runtime.checkpoints import make_oracle
-from tests.runtime.placements import random_placement
+from tests.runtime.placements import placement_for
 
 Served = tuple[list[np.ndarray], list[tuple[int, ...]], np.ndarray, dict[str, Any]]
 
@@ -21,23 +20,8 @@ Served = tuple[list[np.ndarray], list[tuple[int, ...]], np.ndarray, dict[str, An
 def serve_both(context: RankContext, path: Path, oracle: Any, seed: int, node_aware: bool, rule: str) -> list[Served]:
     """Logits, completions, loads and counters of this rank: exact, then in fixed shapes."""
     checkpoint = Checkpoint(path)
-    placement = random_placement(
-        checkpoint.num_layers,
-        int(checkpoint.experts_per_layer[0]),
-        context.size,
-        seed=seed,
-        nodes=min(2, context.size),
-        layer_ids=checkpoint.layer_ids,
-        num_hidden_layers=checkpoint.num_hidden_layers,
-    )
-    group = RankGroup(
-        context.store,
-        rank=context.rank,
-        size=context.size,
-        timeout=context.timeout,
-        node_of_rank=placement.node_of_rank,
-        short_messages=False,
-    )
+    placement = placement_for(checkpoint, context.size, seed=seed, nodes=min(2, context.size))
+    group = context.group(placement.node_of_rank, short_messages=False)
     found: list[Served] = []
     for fixed_shapes in (False, True):
         limits = EngineLimits(max_sequences=6, max_length=20, max_prefill_tokens=12, fixed_shapes=fixed_shapes)

@@ -23,7 +23,7 @@ from moeplace.runtime.service.snapshot import Snapshot, continue_from, take_snap
 from tests.model_families import plain_logits, save_family
 from tests.rank_pool import RankContext, RankPool
 from tests.runtime.checkpoints import FAMILIES, VOCABULARY, Oracle, ask_plain_model, make_oracle
-from tests.runtime.placements import random_placement
+from tests.runtime.placements import placement_for
 
 TOLERANCE, DEEPSEEK_TOLERANCE = 1e-7, 2e-5
 """See `test_engine`."""
@@ -41,16 +41,7 @@ def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 
 def make_engine(group: RankGroup, path: Path, mode: str, seed: int, **limits: Any) -> Engine:
     checkpoint = Checkpoint(path)
-    placement = random_placement(
-        checkpoint.num_layers,
-        int(checkpoint.experts_per_layer[0]),
-        group.size,
-        seed=seed,
-        extra_slots=seed % 3,
-        nodes=min(2, group.size),
-        layer_ids=checkpoint.layer_ids,
-        num_hidden_layers=checkpoint.num_hidden_layers,
-    )
+    placement = placement_for(checkpoint, group.size, seed=seed, extra_slots=seed % 3, nodes=min(2, group.size))
     options = {"max_sequences": 4 * group.size, "max_length": 24, **limits}
     return Engine(checkpoint, placement, mode=mode, group=group, dtype=torch.float64, limits=EngineLimits(**options))
 

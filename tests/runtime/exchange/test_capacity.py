@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.exchange.capacity import (
     ExpectedRows,
@@ -144,15 +143,7 @@ def run_padded(
     """Three passes whose messages have fixed sizes: tokens, rows, extra rounds so far, bytes sent so far."""
     placement = random_placement(model.num_layers, model.num_experts, context.size, seed=2, nodes=2)
     counters = Counters()
-    group = RankGroup(
-        context.store,
-        rank=context.rank,
-        size=context.size,
-        timeout=context.timeout,
-        node_of_rank=placement.node_of_rank,
-        counters=counters,
-        short_messages=False,
-    )
+    group = context.group(placement.node_of_rank, counters=counters, short_messages=False)
     mode: Any = "coherent" if form == "coherent" else "dispatch-combine"
     runtime = model.runtime(placement, context.rank, counters)
     dispatcher = make_dispatcher(mode, runtime, group, node_aware=form == "node-aware")

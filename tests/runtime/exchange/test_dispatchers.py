@@ -51,15 +51,7 @@ def run_modes(
         model.num_layers, model.num_experts, context.size, seed=seed, extra_slots=seed % 3, nodes=nodes
     )
     counters = Counters()
-    group = RankGroup(
-        context.store,
-        rank=context.rank,
-        size=context.size,
-        timeout=context.timeout,
-        node_of_rank=placement.node_of_rank,
-        counters=counters,
-        short_messages=None if short else False,
-    )
+    group = context.group(placement.node_of_rank, counters=counters, short_messages=None if short else False)
     results = {}
     for mode in modes:
         runtime = model.runtime(placement, context.rank, counters)

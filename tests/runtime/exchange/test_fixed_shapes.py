@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.exchange import host_counts
 from moeplace.runtime.exchange.capacity import Capacity
@@ -98,15 +97,7 @@ def run_fixed(
         model.num_layers, model.num_experts, context.size, seed=seed, extra_slots=seed % 3, nodes=nodes
     )
     counters = Counters()
-    group = RankGroup(
-        context.store,
-        rank=context.rank,
-        size=context.size,
-        timeout=context.timeout,
-        node_of_rank=placement.node_of_rank,
-        counters=counters,
-        short_messages=None if short else False,
-    )
+    group = context.group(placement.node_of_rank, counters=counters, short_messages=None if short else False)
     results = {}
     for form in forms:
         window = Noted()

@@ -7,7 +7,6 @@ import torch
 from moeplace.placement.cost.replica_rule import BALANCED
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
-from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.exchange.dispatcher import Step
 from moeplace.runtime.exchange.factory import make_dispatcher
@@ -95,10 +94,7 @@ def run_steps(
     """Tokens and rows of this rank after the second of two steps, and experts computed in both, per form."""
     placement = random_placement(model.num_layers, model.num_experts, context.size, seed=5, extra_slots=2, nodes=2)
     counters = Counters()
-    group = RankGroup(
-        context.store, rank=context.rank, size=context.size, timeout=context.timeout,
-        node_of_rank=placement.node_of_rank, counters=counters,
-    )  # fmt: skip
+    group = context.group(placement.node_of_rank, counters=counters)
     results = []
     for mode, node_aware in forms:
         runtime = model.runtime(placement, context.rank, counters, replica_rule="balanced")
