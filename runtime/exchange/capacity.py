@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.exchange.dispatcher import Step
 from moeplace.runtime.exchange.slot_tables import SlotTables
 
@@ -119,9 +120,8 @@ def use_of_ranks(tables: SlotTables, top_k: int) -> np.ndarray:
 
     Of an expert with n replicas each counts 1 / n.
     """
-    held_LER = (tables.slot_on_rank >= 0).cpu().numpy()
-    share_LER = held_LER / np.maximum(held_LER.sum(axis=2, keepdims=True), 1)
-    experts_L = held_LER.any(axis=2).sum(axis=1).astype(np.float64)
+    share_LER = _shares_held(tables)
+    experts_L = share_LER.any(axis=2).sum(axis=1).astype(np.float64)
     here_LR = share_LER.sum(axis=1)
     none_LR = np.ones_like(here_LR)
     for drawn in range(top_k):
@@ -241,16 +241,22 @@ class HeldRows:
 
 def owned_shares(tables: SlotTables) -> np.ndarray:
     """(R,) share of tokens that each rank owns, where they go to random experts: its share of the experts."""
-    held_LER = (tables.slot_on_rank >= 0).cpu().numpy()
-    share_R = (held_LER / np.maximum(held_LER.sum(axis=2, keepdims=True), 1)).sum(axis=(0, 1))
+    share_R = _shares_held(tables).sum(axis=(0, 1))
     return share_R / max(math.fsum(share_R), 1.0)
 
 
-def make_rule(rank: int, means: Means, *, num_layers: int, num_ranks: int, short_messages: bool) -> CapacityRule:
-    """The rule for a back end: see the module."""
-    if short_messages:
-        return WholeBatch(rank, means)
-    return ExpectedRows(rank, means, num_layers=num_layers, num_ranks=num_ranks)
+def _shares_held(tables: SlotTables) -> np.ndarray:
+    """(L, E, R) share of each expert that a rank has: of one with n replicas 1 / n."""
+    held_LER = (tables.slot_on_rank >= 0).cpu().numpy()
+    shares_LER: np.ndarray = held_LER / np.maximum(held_LER.sum(axis=2, keepdims=True), 1)
+    return shares_LER
+
+
+def make_rule(group: RankGroup, means: Means, *, num_layers: int) -> CapacityRule:
+    """The rule for the back end of a group: see the module."""
+    if group.short_messages:
+        return WholeBatch(group.rank, means)
+    return ExpectedRows(group.rank, means, num_layers=num_layers, num_ranks=group.size)
 
 
 def _without_own(rows_RR: np.ndarray) -> np.ndarray:

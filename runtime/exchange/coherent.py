@@ -132,18 +132,10 @@ class CoherentDispatcher:
         if self._rules is None:
             tables, group = self.runtime.tables, self.group
             use_LR, owned_R = use_of_ranks(tables, top_k), owned_shares(tables)
-            rules = [
-                make_rule(
-                    group.rank,
-                    means,
-                    num_layers=tables.num_layers,
-                    num_ranks=group.size,
-                    short_messages=group.short_messages,
-                )
-                for means in (OwnerMeans(use_LR, owned_R), ReturnMeans(use_LR))
-            ]
+            means = OwnerMeans(use_LR, owned_R), ReturnMeans(use_LR)
+            dispatch, back = (make_rule(group, one, num_layers=tables.num_layers) for one in means)
             held = HeldRows(float(owned_R[group.rank]), tables.num_layers, expected=not group.short_messages)
-            self._rules = CoherentRules(self._capacity or rules[0], rules[1], held)
+            self._rules = CoherentRules(self._capacity or dispatch, back, held)
         return self._rules
 
     def _join(self, own: torch.Tensor, stays: np.ndarray, received: Received, name: str) -> torch.Tensor:

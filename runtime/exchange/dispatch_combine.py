@@ -138,22 +138,13 @@ class DispatchCombineDispatcher:
         """Rooms for tokens with so many experts; alike on all ranks, which must use them in the same passes."""
         if self._rules is None:
             tables, group, node = self.runtime.tables, self.group, self.node
-            use_LR = use_of_ranks(tables, top_k)
-
-            def rule(of: RankGroup, means: HomeMeans | NodeMeans) -> CapacityRule:
-                return make_rule(
-                    of.rank,
-                    means,
-                    num_layers=tables.num_layers,
-                    num_ranks=of.size,
-                    short_messages=of.short_messages,
-                )
-
+            use_LR, layers = use_of_ranks(tables, top_k), tables.num_layers
             inside = None
             if node is not None:
-                own, foreign = (NodeMeans(use_LR, group.node_ranks, foreign=foreign) for foreign in (False, True))
-                inside = rule(node, own), rule(node, foreign)
-            self._rules = DispatchRules(rule(group, HomeMeans(use_LR)), inside)
+                means = [NodeMeans(use_LR, group.node_ranks, foreign=foreign) for foreign in (False, True)]
+                own, foreign = (make_rule(node, one, num_layers=layers) for one in means)
+                inside = own, foreign
+            self._rules = DispatchRules(make_rule(group, HomeMeans(use_LR), num_layers=layers), inside)
         return self._rules
 
     def _dispatch(

@@ -128,7 +128,7 @@ class MoeRuntime:
         """Partial sums (N, D) of this rank's experts for rows whose global slots (N, K) are known on the host."""
         tables = self.tables
         own = slots - tables.slots_start
-        here = np.where((own >= 0) & (own < tables.slots_here) & (slots >= 0), own, -1)
+        here = np.where((own >= 0) & (own < tables.slots_here), own, -1)
         if x.device.type == "cpu":
             return self.computation.compute_on_host(layer, x, here, weights)
         return self.computation.compute(layer, x, torch.from_numpy(here).to(x.device), weights)
