@@ -8,7 +8,7 @@ order and are not among them.
 Shape letters: L MoE layers, E experts per layer, G recordings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -35,6 +35,9 @@ from moeplace.profiling.traces.file import load_trace
 from moeplace.profiling.traces.kernels import count_weighted
 from moeplace.profiling.traces.stats import RoutingStats
 from moeplace.profiling.traces.trace import RoutingTrace
+
+_OF_EACH = ("name", "tokens", "sequences")
+"""What is said of every recording by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +130,7 @@ class RecordingCounts:
             "name": name,
             "tokens": trace.num_tokens,
             "sequences": None if ids is None else len(known),
+            "adapters": list(trace.adapter_names),
             "notes": list(trace.notes),
         }
         assigned = count_assigned(trace, stats)
@@ -178,7 +182,7 @@ def summarize_recordings(counts: RecordingCounts, *, seed: int) -> dict[str, Any
         "format": FORMAT,
         "seed": seed,
         "trace": _shape(counts),
-        "recordings": [_without_notes(what) for what, _ in _in_order(counts)],
+        "recordings": [{name: what[name] for name in _OF_EACH} for what, _ in _in_order(counts)],
         "load": load_figures(counts.stats),
         "affinity": _affinity(counts),
         "coactivation": coactivation_figures(counts.stats),
@@ -238,10 +242,6 @@ def _in_order(counts: RecordingCounts) -> list[tuple[dict[str, Any], np.ndarray]
     return [counts.recordings[number] for number in sorted(counts.recordings)]
 
 
-def _without_notes(what: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in what.items() if name != "notes"}
-
-
 def _shape(counts: RecordingCounts) -> dict[str, Any]:
     found = [what for what, _ in _in_order(counts)]
     stats, model = counts.stats, counts.model
@@ -260,10 +260,16 @@ def _shape(counts: RecordingCounts) -> dict[str, Any]:
         "mean_top_k_by_layer": (stats.load.sum(axis=1) / max(stats.num_tokens, 1)).tolist(),
         "decode_tokens": None if decoded is None else decoded.num_tokens,
         "workloads": {name: tokens for name, (_, tokens) in (counts.workloads or {}).items()},
+        "adapters": _union(found, "adapters"),
         "null_share": 1 - float(stats.load.sum()) / max(counts.assigned, 1),
         "bytes": model["bytes"],
-        "notes": list(dict.fromkeys(note for what in found for note in what["notes"])),
+        "notes": _union(found, "notes"),
     }
+
+
+def _union(found: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """What any recording has, once, in the order of recordings."""
+    return list(dict.fromkeys(each for what in found for each in what[name]))
 
 
 def _affinity(counts: RecordingCounts) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def recording(rng: np.random.Generator, *, tags: bool = True) -> RoutingTrace:
     if tags:
         names = tuple(rng.permutation(["code", "chat", "maths"]).tolist())
         more = {"workload": rng.integers(0, 3, tokens), "workload_names": names, "is_decode": rng.random(tokens) < 0.4}
+        more |= {"adapter": rng.integers(-1, 3, tokens), "adapter_names": names}
     return RoutingTrace(ids, experts_L, sequence_ids=sequence_ids, null_experts=null, notes=("odd",), **more)
 
 
@@ -60,8 +61,7 @@ def test_recordings_score_as_their_joined_trace(seed: int, tags: bool) -> None:
             assert found["affinity"][name] == whole["affinity"][name]
         for name in ("train_test", "prefill_decode", "workloads"):
             assert found["stability"].get(name) == pytest.approx(whole["stability"].get(name), abs=1e-12)
-        different = {name for name, value in found["trace"].items() if value != whole["trace"][name]}
-        assert not different
+        assert found["trace"] == whole["trace"]
         assert [each["name"] for each in found["recordings"]] == [f"r{n}" for n in range(len(parts))]
         assert sum(each["sequences"] for each in found["recordings"]) == whole["trace"]["sequences"]
         by_recording = np.repeat(np.arange(len(parts)), [part.num_tokens for part in parts])
