@@ -9,6 +9,7 @@ from moeplace.placement.cluster import Cluster
 from moeplace.placement.problem import Problem
 from moeplace.placement.result import SolveResult
 from moeplace.placement.solve import solve
+from moeplace.placement.studies import promise as promise_module
 from moeplace.placement.studies.promise import FEWEST_SEQUENCES, TRIES, _next_cap, forecast, solve_promised
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -208,3 +209,26 @@ def test_a_promise_costs_nothing_where_a_tighter_cap_found_the_better_plan() -> 
     assert promise.fitted_cap < 1.16
     assert result.objective < 2.0 + 0.5 * 0.16
     assert promise.price == 0.0
+
+
+def test_caps_close_in_on_the_promise_by_what_bounds_have_shown() -> None:
+    """Where the line through two bounds meets what is aimed at, 5 % of the room below the promise; not when close."""
+    assert _next_cap(1.2, [(1.2, 1.3), (1.05, 1.15)]) == pytest.approx(1.09)
+    assert _next_cap(1.2, [(1.05, 1.11), (1.2, 1.31)]) == pytest.approx(1.05 + 0.08 * 0.15 / 0.2)
+    assert _next_cap(1.2, [(1.2, 1.3), (1.05, 1.1799)]) is not None
+    assert _next_cap(1.2, [(1.2, 1.3), (1.05, 1.1801)]) is None
+
+
+def test_all_searches_together_take_the_time_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long caps are tried: so many tries of a tenth each, and what is left for the last search."""
+    problem, base = fitted(np.random.default_rng(3), "peculiar", 40)
+    bent, given = Bent(problem, base, 1.0), list[float]()
+    monkeypatch.setattr(promise_module, "_next_cap", lambda asked, tried: 1.1 - 0.01 * len(tried))
+
+    def search(capped: Problem, seconds: float) -> SolveResult:
+        given.append(seconds)
+        return bent(capped, seconds)
+
+    solve_promised(problem.replace(max_imbalance=1.1), search, time_limit=8.0, confidence=0.9, seed=0)
+    assert given[:-1] == pytest.approx([0.8] * TRIES)
+    assert sum(given) == pytest.approx(8.0)

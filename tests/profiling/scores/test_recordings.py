@@ -85,6 +85,24 @@ def assert_windows(windows: dict[str, Any], joined: RoutingTrace, window_T: np.n
     assert windows["load_tv_from_previous"] == pytest.approx([distance(b, a) for a, b in pairwise(loads)])
 
 
+def test_sides_without_a_token_have_no_distance() -> None:
+    """All sequences on one side of the split, all tokens of a prompt, one token on a side."""
+    rng = np.random.default_rng(6)
+    parts = [recording(rng).replace(sequence_ids=None, is_decode=None) for _ in range(2)]
+    for odd, decoded in ((0, 0), (1, 1)):
+        tagged = []
+        for part in parts:
+            first_T = np.arange(part.num_tokens) == 0
+            tags = {"sequence_ids": np.where(first_T, odd, 2), "is_decode": first_T & bool(decoded)}
+            tagged.append(part.replace(**tags))
+        found = summarize_recordings(merged(tagged, np.array([1, 0])), seed=SEED)["stability"]
+        whole = summarize(concatenate(tagged), seed=SEED, locality=False)["stability"]
+        for name in ("train_test", "prefill_decode"):
+            assert found.get(name) == pytest.approx(whole.get(name), abs=1e-12)
+        assert (found["train_test"]["load_tv"] is None) == (odd == 0)
+        assert ("prefill_decode" in found) == (decoded == 1)
+
+
 @pytest.mark.parametrize("seed", FIXED_AND_TODAY)
 def test_one_recording_scores_as_its_trace(seed: int) -> None:
     """Shuffles and halves too: they are drawn alike."""
