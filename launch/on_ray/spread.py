@@ -1,14 +1,22 @@
 """Items that do not depend on each other, such as layers or recordings, on the nodes of a Ray cluster: a task each."""
 
 import pickle
+import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeplace.profiling.errors import MoeplaceError
+from moeplace.profiling.errors import MoeplaceError, MoeplaceWarning
 
 TRIES = 2
 """Workers that an item may lose, besides its first, before everything ends."""
+
+END_SECONDS = 60.0
+"""How long tasks that nobody waits for are asked to end."""
+
+AGAIN_SECONDS = 0.1
+"""Between two times that they are asked."""
 
 
 class RaySpread:
@@ -67,8 +75,26 @@ class RaySpread:
             last = str(error).strip().splitlines()[-1][:200]
             raise MoeplaceError(f"a {self._what} failed on the Ray cluster: {last}") from error
         finally:
-            for ref in index_of:
+            _end(ray, list(index_of), self._what)
+
+
+def _end(ray: Any, left: list[Any], what: str) -> None:
+    """Cancel tasks until none is left: one that is on its way to a worker while it is cancelled may run all the same.
+
+    That was so for one in seven (Ray 2.60), which then kept their CPUs for as long as the cluster was up.
+    """
+    deadline = time.monotonic() + END_SECONDS
+    try:
+        while left and time.monotonic() < deadline:
+            for ref in left:
                 ray.cancel(ref, force=True)
+            _, left = ray.wait(left, num_returns=len(left), timeout=AGAIN_SECONDS, fetch_local=False)
+    except ray.exceptions.RayError:  # the cluster is gone, and with it the tasks
+        return
+    if left:
+        warnings.warn(
+            f"{len(left)} of the {what}s could not be ended on the Ray cluster", MoeplaceWarning, stacklevel=3
+        )
 
 
 @dataclass(frozen=True)
