@@ -110,11 +110,7 @@ def evaluate_tiers(
     walked = _walked(trace, prices.shape.batch, steps)
     routing = _route(trace, placement, terms.rule.on(placement, prices.shape.batch))
     fast, link = _start(rows), _link(placement, memory, size)
-    tally = Tally(
-        np.zeros((*rows.free_LR.shape, len(USES)), np.int64),
-        np.zeros(placement.num_layers),
-        np.zeros(rows.free_LR.shape),
-    )
+    tally = _nothing_yet(*rows.free_LR.shape)
     pace = _pace(placement, memory, counted, prices, walked)
     walk(routing, walked, pace, _rule(policy, placement, seed), fast, link, tally)
     found_U = tally.uses_LRU.sum(axis=(0, 1))
@@ -206,6 +202,10 @@ def _link(placement: Placement, memory: Memory, expert_bytes: float) -> Link:
         loads_LR=np.zeros((placement.num_layers, ranks), np.int64),
         busy_R=np.zeros(ranks),
     )
+
+
+def _nothing_yet(layers: int, ranks: int) -> Tally:
+    return Tally(np.zeros((layers, ranks, len(USES)), np.int64), np.zeros(layers), np.zeros((layers, ranks)))
 
 
 def _pace(placement: Placement, memory: Memory, counted: Replay, prices: Terms, walked: Steps) -> Pace:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-_READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"}
+_READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__format__"}
+_READS |= {"__repr__", "__contains__", "equal", "allclose"}
 _SIZED_BY_VALUES = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"}
 _INDEXED = {"__getitem__", "__setitem__"}
 
@@ -44,8 +45,11 @@ class HostReads(TorchFunctionMode):
 def _waits(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     if name in _READS or name in _SIZED_BY_VALUES:
         return True
+    if name == "where":
+        return len(args) + len(kwargs) == 1  # as nonzero does
     if name == "repeat_interleave":
-        return kwargs.get("output_size") is None and any(isinstance(arg, torch.Tensor) for arg in args[1:])
+        counts = (*args[1:], *kwargs.values()) if len(args) + len(kwargs) > 1 else args
+        return kwargs.get("output_size") is None and any(isinstance(each, torch.Tensor) for each in counts)
     return name in _INDEXED and any(_is_mask(part) for part in (args[1] if isinstance(args[1], tuple) else args[1:2]))
 
 
