@@ -1,9 +1,9 @@
 """`moeplace bench offload`: a checkpoint served with less fast memory than its experts take."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from moeplace.launch.commands.benchmarks.prompts import add_prompt_arguments, prompts_of
 from moeplace.launch.options.policy import POLICY_NAMES
 from moeplace.launch.progress import progress
 from moeplace.placement.modes import MODES
@@ -12,10 +12,7 @@ HELP = "serve with less fast memory than the experts take: budgets and policies 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="checkpoint folder (default: the one that ships with moeplace)"
-    )
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="texts for prompts (default: those that ship)")
+    add_prompt_arguments(parser)
     parser.add_argument(
         "--budgets", default="50", metavar="P,Q,...", help="fast memory in percent of a rank's experts (50)"
     )
@@ -48,7 +45,6 @@ def run(args: argparse.Namespace) -> int:
     from moeplace.launch.benches.offload import offload_bench
     from moeplace.launch.benches.offload_serving import OffloadOptions
     from moeplace.launch.options.policy import budgets_of
-    from moeplace.launch.quickstart.run import shipped, shipped_texts
     from moeplace.placement.placement_file import load_placement
     from moeplace.profiling.errors import InputError
     from moeplace.profiling.files import require_folder_of, write_json
@@ -63,9 +59,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be at least {least}")
     if not 0 < args.timeout < float("inf"):
         raise InputError(f"--timeout ({args.timeout}) must be positive and finite")
-    model = Path(args.model) if args.model else shipped("tiny-moe")
-    texts = args.text or [str(path) for path in shipped_texts()]
-    prompts = prompts_of(model, texts, length=args.prompt, count=2 * args.batch)
+    model, prompts = prompts_of(args, length=args.prompt, count=2 * args.batch)
     options = OffloadOptions(
         model=model, prompts=prompts[: args.batch], other_prompts=prompts[args.batch :],
         budgets=budgets_of(args.budgets), policies=policies, look_ahead=args.look_ahead,  # type: ignore[arg-type]
@@ -80,29 +74,6 @@ def run(args: argparse.Namespace) -> int:
             write_json(args.json, document)
         print(format_report(document))
     return 0
-
-
-def prompts_of(model: Path, texts: list[str], *, length: int, count: int) -> tuple[tuple[int, ...], ...]:
-    """Prompts from all texts in turn.
-
-    Raises:
-        InputError: the texts do not hold so many, or there is no such checkpoint.
-        FormatError: it is damaged.
-    """
-    from functools import partial
-    from itertools import chain, islice
-
-    from moeplace.launch.serving.requests_file import Tokenizer
-    from moeplace.profiling.errors import InputError
-    from moeplace.profiling.recording.checkpoint_files import check_checkpoint
-    from moeplace.profiling.recording.corpus import token_sequences
-
-    encode = partial(Tokenizer(check_checkpoint(model)).encode, special=False)
-    streams = [token_sequences(path, encode, length=length) for path in texts]
-    found = tuple(tuple(ids) for ids in islice(chain.from_iterable(zip(*streams, strict=False)), count))
-    if len(found) < count:
-        raise InputError(f"the texts hold {len(found)} prompts of {length} tokens, {count} are needed")
-    return found
 
 
 def format_report(document: dict[str, Any]) -> str:

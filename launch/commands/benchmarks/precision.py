@@ -4,16 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from moeplace.launch.commands.benchmarks.prompts import add_prompt_arguments, prompts_of
 from moeplace.launch.progress import progress
 
 HELP = "experts in fewer bits: precisions planned under budgets of bytes, predicted error beside measured logits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="checkpoint folder (default: the one that ships with moeplace)"
-    )
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="texts to calibrate and judge by (default: shipped)")
+    add_prompt_arguments(parser)
     parser.add_argument(
         "--budgets", default="75,60,50,40,30", metavar="P,Q,...", help="bytes in percent of the exact experts' "
         "(default: %(default)s)",
@@ -27,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from moeplace.launch.benches.precision import PrecisionOptions, precision_bench
-    from moeplace.launch.commands.benchmarks.offload import prompts_of
     from moeplace.launch.options.policy import budgets_of
-    from moeplace.launch.quickstart.run import shipped, shipped_texts
     from moeplace.placement.placement_file import load_placement
     from moeplace.profiling.errors import InputError
     from moeplace.profiling.files import require_folder_of, write_json
@@ -38,9 +34,7 @@ def run(args: argparse.Namespace) -> int:
     for name, least in (("sequences", 1), ("length", 8)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} ({getattr(args, name)}) must be at least {least}")
-    model = Path(args.model) if args.model else shipped("tiny-moe")
-    texts = args.text or [str(path) for path in shipped_texts()]
-    found = prompts_of(model, texts, length=args.length, count=2 * args.sequences)
+    model, found = prompts_of(args, length=args.length, count=2 * args.sequences)
     options = PrecisionOptions(
         model, found[: args.sequences], found[args.sequences :], budgets_of(args.budgets),
         load_placement(args.placement) if args.placement else None, Path(args.out) if args.out else None,
