@@ -34,7 +34,7 @@ def offload_bench(
         InputError: a budget does not hold the rows for transit.
     """
     torch.set_num_threads(1)
-    group = RankGroup.from_environment(timeout=options.timeout, device=None)
+    group = RankGroup.from_environment(timeout=options.timeout)
     bench = _Bench(options, group)
     runs: list[dict[str, Any]] = []
     pieces = [(budget, policy) for budget in options.budgets for policy in options.policies]

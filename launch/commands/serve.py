@@ -63,7 +63,7 @@ def _serve_file(args: argparse.Namespace) -> int:
         raise InputError("--replan works with --http, where a service goes on")
     if args.timeout <= 0:
         raise InputError(f"--timeout ({args.timeout}) must be positive")
-    group = RankGroup.from_environment(timeout=args.timeout, device=_device(args))
+    group = RankGroup.from_environment(timeout=args.timeout, device=args.device)
     tokenizer = Tokenizer(args.model)
     requests = None
     try:  # rank 0 speaks for the group: the others must hear of its failure, not wait for it
@@ -112,18 +112,11 @@ def _start_service(args: argparse.Namespace) -> "Service":
 
     if args.ranks == 1 and not args.admin and not args.state:
         set_threads(args.threads_per_rank)
-        group = RankGroup.from_environment(timeout=args.timeout, device=_device(args))
+        group = RankGroup.from_environment(timeout=args.timeout, device=args.device)
         return LocalService(_make_engine(args, group, _load_inputs(args)))
     if args.threads_per_rank is None:
         args.threads_per_rank = max(1, len(os.sched_getaffinity(0)) // max(args.ranks, 1))
     return start_coordinator(args, LocalSpawner(require_log_folder(args.log_dir)), host="127.0.0.1")
-
-
-def _device(args: argparse.Namespace) -> str:
-    """Of the rank in this process; under torchrun its number on this machine decides."""
-    from moeplace.runtime.comm.devices import ThisMachine, device_of
-
-    return str(device_of(args.device, int(os.environ.get("LOCAL_RANK", "0")), ThisMachine()))
 
 
 def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.comm.agreement import Agreement
 from moeplace.runtime.comm.backend import first_sentence, make_process_group, tells_of_lost_peer, watch_over
+from moeplace.runtime.comm.devices import DEVICES, ThisMachine, device_of
 from moeplace.runtime.counters import OUTSIDE, TIERS, Counters
 from moeplace.runtime.errors import PeerLostError
 
@@ -115,18 +116,20 @@ class RankGroup:
         self.short_messages = gloo if short_messages is None else short_messages and gloo
 
     @classmethod
-    def from_environment(
-        cls, *, timeout: float, node_of_rank: np.ndarray | None = None, device: str | None = None
-    ) -> Self:
+    def from_environment(cls, *, timeout: float, node_of_rank: np.ndarray | None = None, device: str = "auto") -> Self:
         """Connect to the ranks that torchrun (or a launcher that sets the same variables) started.
 
         Without those variables the group is this one process.
 
+        Args:
+            device: cpu, cuda or auto, see `device_of`; or one GPU by its number, as cuda:0.
+
         Raises:
+            InputError: there is no GPU for this rank.
             PeerLostError: not all ranks came within the timeout.
         """
-        if device is None:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        if device in DEVICES:
+            device = str(device_of(device, int(os.environ.get("LOCAL_RANK", "0")), ThisMachine()))
         if "RANK" not in os.environ:
             return cls(dist.HashStore(), rank=0, size=1, timeout=timeout, device=device)
         limit = timedelta(seconds=timeout)

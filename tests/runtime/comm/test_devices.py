@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moeplace.profiling.errors import InputError
+from moeplace.runtime.comm import group
 from moeplace.runtime.comm.devices import device_of
 
 
@@ -44,3 +45,15 @@ def test_what_cannot_be_is_said(wanted: str, place: int, gpus: int, sentence: st
     """No rank shares the GPU of another: NCCL would not have it."""
     with pytest.raises(InputError, match=sentence):
         device_of(wanted, place, MadeUp(gpus))
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_a_group_of_torchrun_asks_for_its_own_gpu(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the number of the process on its machine, before anything connects."""
+    monkeypatch.setattr(group, "ThisMachine", lambda: MadeUp(2))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="rank number 3 of this machine has no GPU"):
+        group.RankGroup.from_environment(timeout=20, device=wanted)
+    alone = group.RankGroup.from_environment(timeout=20, device="cpu")
+    assert alone.device == torch.device("cpu")
+    alone.close()
