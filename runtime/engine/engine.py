@@ -114,9 +114,10 @@ class Engine:
             group.give_up(str(error) or type(error).__name__)
             raise
         self.checkpoint, self.limits = parts.checkpoint, limits
-        self._agreed, self._modes = parts.agreed, ModeChooser(parts.modes)
+        self._agreed = parts.agreed
         self.agree(group, parts.placement)
         self.group = group.with_nodes(parts.placement.node_of_rank)
+        self._modes = ModeChooser(parts.modes, parts.placement, self.group)
         try:
             self.executor = self._make_executor(parts)
         except BaseException:
@@ -285,7 +286,8 @@ class Engine:
         return {**self.group.counters.snapshot(), "placement_version": self.executor.version}
 
     def _choose(self, phase: Phase, num_tokens: int) -> Mode:
-        return self._modes.choose(phase, num_tokens, self.group)
+        self._modes.follow(self.placement, self.group)
+        return self._modes.choose(phase, num_tokens)
 
     @torch.inference_mode()
     def _sample(

@@ -5,7 +5,7 @@ The modes are fixed by the user, taken from the placement file, or chosen per ph
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -153,33 +153,58 @@ def batch_class(num_tokens: int) -> int:
     return 1 << max(num_tokens - 1, 0).bit_length()
 
 
-class ModeChooser:
-    """A rule as the ranks of a group carry it out, all of them alike; rank 0 tells the log."""
+def rule_for(rule: ModeRule, placement: Placement) -> ModeRule:
+    """A rule as it is for another placement: what is predicted from recorded routing is predicted anew."""
+    if isinstance(rule, AtHome):
+        return AtHome(rule_for(rule.rule, placement))
+    if isinstance(rule, PredictedMode) and isinstance(rule.predict, TracePredictor):
+        return PredictedMode(replace(rule.predict, placement=placement, _known={}))
+    return rule
 
-    def __init__(self, rule: ModeRule) -> None:
+
+class ModeChooser:
+    """A rule as the ranks of a group carry it out, all of them alike; rank 0 tells the log.
+
+    What was decided holds for a group and a placement: who joins must be asked with the others, and what was the best
+    mode for one placement may not be for the next.
+    """
+
+    def __init__(self, rule: ModeRule, placement: Placement, group: RankGroup) -> None:
         self.rule = rule
+        self._placement, self._group = placement, group
         self._decided: dict[tuple[Phase, int], Mode] = {}
         self._last: dict[Phase, Mode] = {}
 
-    def choose(self, phase: Phase, num_tokens: int, group: RankGroup) -> Mode:
+    def follow(self, placement: Placement, group: RankGroup) -> None:
+        """Choose for these from now on; on all ranks between the same two passes."""
+        is_moved = placement is not self._placement and not placement.equals(self._placement)
+        if is_moved:
+            self.rule = rule_for(self.rule, placement)
+        if is_moved or group is not self._group:
+            self._decided.clear()
+        self._placement, self._group = placement, group
+
+    def choose(self, phase: Phase, num_tokens: int) -> Mode:
         """The mode of a pass. Predictions are rank 0's: the first time for a batch of a class, a small collective."""
+        group = self._group
         rule = self.rule.rule if isinstance(self.rule, AtHome) else self.rule
         if not isinstance(rule, PredictedMode) or group.size == 1:
-            return self._tell(phase, self.rule.choose(phase, num_tokens), group)
+            return self._tell(phase, self.rule.choose(phase, num_tokens))
         key = phase, batch_class(num_tokens)
         if key not in self._decided:
-            self._decided[key] = self._decide(phase, num_tokens, group)
+            self._decided[key] = self._decide(phase, num_tokens)
         return self._decided[key]
 
-    def _decide(self, phase: Phase, num_tokens: int, group: RankGroup) -> Mode:
+    def _decide(self, phase: Phase, num_tokens: int) -> Mode:
+        group = self._group
         number = torch.zeros(1, dtype=torch.int64, device=group.device)
         if group.rank == 0:
-            number[0] = MODES.index(self._tell(phase, self.rule.choose(phase, num_tokens), group))
+            number[0] = MODES.index(self._tell(phase, self.rule.choose(phase, num_tokens)))
         group.broadcast(number, root=0, kind="mode")
         return MODES[int(number.item())]
 
-    def _tell(self, phase: Phase, choice: ModeChoice, group: RankGroup) -> Mode:
-        if self._last.get(phase) != choice.mode and group.rank == 0:
+    def _tell(self, phase: Phase, choice: ModeChoice) -> Mode:
+        if self._last.get(phase) != choice.mode and self._group.rank == 0:
             logger.info("%s runs in mode %s: %s", phase, choice.mode, choice.reason)
         self._last[phase] = choice.mode
         return choice.mode

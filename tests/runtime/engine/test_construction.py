@@ -1,6 +1,8 @@
 """Engines are made on all ranks or on none; what one rank decides or fails at reaches the others."""
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,23 @@ import numpy as np
 import pytest
 import torch
 
+from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.modes import MODES, Mode
+from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.engine import engine as engine_module
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
-from moeplace.runtime.engine.modes import ModeChoice, ModeChooser, PredictedMode, RecordedRouting
+from moeplace.runtime.engine.modes import (
+    AtHome,
+    ModeChoice,
+    ModeChooser,
+    ModeRule,
+    PredictedMode,
+    RecordedRouting,
+    TracePredictor,
+)
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.errors import DisagreementError, PeerLostError
 from tests.rank_pool import RankContext, RankPool
@@ -105,9 +117,9 @@ def choose_with_noise(context: RankContext, seed: int) -> list[Mode]:
         calls += 1
         return float(rng.random())
 
-    chooser = ModeChooser(PredictedMode(predict))
+    chooser = ModeChooser(PredictedMode(predict), random_placement(3, 6, context.size, seed=2), group)
     passes = np.random.default_rng(seed).integers(1, 3000, 60).tolist()
-    modes = [chooser.choose("decode" if n % 2 else "prefill", n, group) for n in passes]
+    modes = [chooser.choose("decode" if n % 2 else "prefill", n) for n in passes]
     assert bool(calls) == (context.rank == 0)
     assert group.counters.collectives[-1, "mode"] <= 2 * 13  # one per phase and power of two
     return modes
@@ -148,4 +160,45 @@ def test_a_rule_of_ones_own_is_asked_on_every_rank() -> None:
     class NoGroup:
         rank, size = 1, 2
 
-    assert ModeChooser(Always()).choose("decode", 5, NoGroup()) == "allgather"  # type: ignore[arg-type]
+    chooser = ModeChooser(Always(), random_placement(3, 6, 2, seed=2), NoGroup())  # type: ignore[arg-type]
+    assert chooser.choose("decode", 5) == "allgather"
+
+
+class FirstOfTwo:
+    """Rank 0 of a group whose other rank agrees to everything; counts what it is asked."""
+
+    rank, size, device = 0, 2, torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def broadcast(self, number: torch.Tensor, *, root: int, kind: str) -> None:
+        self.asked += 1
+
+
+@pytest.mark.parametrize("wrap", [lambda rule: rule, AtHome], ids=["as it is", "at home"])
+def test_predictions_follow_the_placement(wrap: Callable[[ModeRule], ModeRule]) -> None:
+    """After a re-placement modes are those of an engine made for the new placement; the same again asks nobody."""
+    ids = np.repeat(np.random.default_rng(0).integers(0, 6, (400, 1, 1)), 3, axis=1)  # an expert, in all layers
+    recorded = RecordedRouting(RoutingTrace(ids, np.full(3, 6)))
+    shape = StepShape(hidden_size=4096, dtype_bytes=2, kv_dim=4096)
+    together, apart = (
+        Placement(np.array(slots), np.array([3, 3]), np.zeros(2, int), np.full(3, 6))
+        for slots in ([[0, 1, 2, 3, 4, 5]] * 3, [[0, 1, 2, 3, 4, 5], [3, 4, 5, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+    )
+
+    def rule(placement: Placement) -> ModeRule:
+        return wrap(PredictedMode(TracePredictor(recorded, placement, shape)))
+
+    chooser, seen = ModeChooser(rule(apart), apart, FirstOfTwo()), []  # type: ignore[arg-type]
+    for placement in (apart, together, apart):
+        group = FirstOfTwo()
+        chooser.follow(placement, group)  # type: ignore[arg-type]
+        fresh = ModeChooser(rule(placement), placement, FirstOfTwo())  # type: ignore[arg-type]
+        modes = [fresh.choose("decode", tokens) for tokens in (1, 64, 4096)]
+        for _ in range(2):
+            chooser.follow(replace(placement), group)  # type: ignore[arg-type]
+            assert [chooser.choose("decode", tokens) for tokens in (1, 64, 4096)] == modes
+        assert group.asked == 3
+        seen.append(modes)
+    assert (seen[0] != seen[1]) == (wrap is not AtHome), seen

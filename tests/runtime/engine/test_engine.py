@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed import PrefixStore
 
 from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.modes import MODES
+from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.comm.group import RankGroup
@@ -176,6 +178,46 @@ def test_auto_follows_predictions_or_the_placement(tmp_path: Path) -> None:
     assert choice.mode == min(seconds, key=seconds.__getitem__)
     assert all(mode in choice.reason for mode in MODES)
     assert "coherent" not in choose_mode_rule("auto", placement, predictor).choose("prefill", 5).reason
+
+
+def everywhere(checkpoint: Checkpoint, num_ranks: int) -> Placement:
+    """All experts on all ranks."""
+    experts = int(checkpoint.experts_per_layer[0])
+    slots = np.tile(np.arange(experts), (checkpoint.num_layers, num_ranks))
+    return Placement(
+        slots,
+        np.full(num_ranks, experts),
+        np.zeros(num_ranks, int),
+        checkpoint.experts_per_layer,
+        layer_ids=checkpoint.layer_ids,
+        num_hidden_layers=checkpoint.num_hidden_layers,
+    )
+
+
+def serve_and_let_one_join(context: RankContext, path: Path, requests: list[Request]) -> list[tuple[int, ...]]:
+    """Tokens after a rank has come to two that have served, by predicted modes."""
+    checkpoint, newcomer = Checkpoint(path), context.size - 1
+    recorded = RecordedRouting(RoutingTrace(np.random.default_rng(0).integers(0, 6, (64, 3, 1)), np.full(3, 6)))
+
+    def make(group: RankGroup) -> Engine:
+        placement = everywhere(checkpoint, group.size)
+        return Engine(checkpoint, placement, group=group, dtype=torch.float64, recorded=recorded)
+
+    if context.rank == newcomer:
+        engine = make(context.group())
+    else:
+        store = PrefixStore("before", context.store)
+        engine = make(RankGroup(store, rank=context.rank, size=newcomer, timeout=context.timeout))
+        engine.generate(requests)
+        engine.regroup(context.group(), everywhere(checkpoint, context.size), version=1)
+    return [completion.token_ids for completion in engine.generate(requests)]
+
+
+def test_who_joins_decides_about_modes_with_the_others(pool: RankPool, tmp_path: Path) -> None:
+    """Ranks that knew the mode of a batch ask again, together with the one that does not."""
+    oracle = make_oracle("olmoe", tmp_path)
+    for completions in pool.run(serve_and_let_one_join, tmp_path, oracle.requests, size=3):
+        assert completions == oracle.completions
 
 
 @pytest.mark.parametrize("find", [tiny_moe_path, tiny_moe_top2_path])
