@@ -3,13 +3,16 @@
 Shape letters: n tokens, c K/V elements per token and layer.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from moeplace.runtime.kv.lazy_zeros import LazyZeros
+from moeplace.runtime.kv.row_reading import RowGathering
 from moeplace.runtime.models.decoder import Decoder
 from moeplace.runtime.models.opening import ServedModel
+from moeplace.runtime.models.token_attention import SeenKv
 from moeplace.runtime.models.whole import WholeModel
 
 
@@ -41,6 +44,7 @@ class KvCache:
         self._key_shape, self._value_shape = key_shape, value_shape
         self._key_width = key_shape[0] * key_shape[1]
         self.row_width = self._key_width + value_shape[0] * value_shape[1]
+        self._gathering = RowGathering()
 
     def claim(self, row: int, end: int) -> None:
         """Let a row be of use up to a position: what a former tenant left beyond becomes zero.
@@ -66,6 +70,12 @@ class KvCache:
             for slab in (self.all_keys, self.all_values):
                 slab[:, target, :, :end] = slab[:, source, :, :end]
             self._filled[target] = max(self._filled[target], end)
+
+    def gather(self, layer: int, row: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first positions, up to `end`, of rows (n,): good until this is asked for again."""
+        keys, values = self.keys[layer], self.values[layer]
+        gather = self._gathering.gather
+        return gather("keys", keys, row, end), gather("values", values, row, end)
 
     def write(self, layer: int, row: torch.Tensor, position: torch.Tensor, kv: torch.Tensor) -> None:
         """Store K/V (n, c) at rows (n,) and positions (n,) of a decoder layer."""
@@ -121,7 +131,7 @@ class _Probe:
     def mask(self, window: int | None, *, additive: torch.dtype | None) -> torch.Tensor | None:
         return None
 
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Sequence[SeenKv]:
         raise AssertionError("without a rotation nothing is stored so")
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:

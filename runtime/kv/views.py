@@ -3,15 +3,16 @@
 Shape letters: B sequences, Q queries per sequence, M tokens of this rank.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from moeplace.runtime.exchange.kv_ledger import KvLedger
 from moeplace.runtime.kv.cache import KvCache, flatten_kv
+from moeplace.runtime.kv.row_reading import stretches_of
 from moeplace.runtime.models.decoder import Decoder
-from moeplace.runtime.models.token_attention import Rotation
+from moeplace.runtime.models.token_attention import Rotation, SeenKv
 
 
 class PromptView:
@@ -35,7 +36,8 @@ class PromptView:
         self._is_new = not any(starts)
         device = decoder.device
         index = torch.arange(self._longest, device=device)
-        length_B1, start_B1 = torch.tensor([lengths, starts], device=device)[..., None]
+        length_B, start_B, self._row_B = torch.tensor([lengths, starts, rows], device=device)
+        length_B1, start_B1 = length_B[:, None], start_B[:, None]
         self._valid = index < length_B1  # (B, Q)
         # Padding stands at a position of its own sequence: what lies beyond its end may have no embedding.
         self._position = index[None, :] if self._is_new else start_B1 + torch.minimum(index, length_B1 - 1)
@@ -64,7 +66,7 @@ class PromptView:
             self._masks[window] = _as_mask(seen[:, None], additive)
         return self._masks[window]
 
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Sequence[SeenKv]:
         """See `AttentionView`; prompts are no single tokens."""
         raise AssertionError("without a rotation nothing is stored so")
 
@@ -79,7 +81,7 @@ class PromptView:
         if len(self._rows) == 1:  # then it is a view
             row = self._rows[0]
             return keys[row : row + 1, :, : self._reach], values[row : row + 1, :, : self._reach]
-        return keys[self._rows, :, : self._reach], values[self._rows, :, : self._reach]
+        return self._cache.gather(layer, self._row_B, self._reach)
 
 
 class DecodeView:
@@ -113,7 +115,9 @@ class DecodeView:
         self._longest, self._even = longest, even
         self._token, self._ledger = token, ledger
         self.position_embeddings, self.rotation = position_embeddings, rotation
-        self._slice = _as_slice(row)
+        reach_bytes = longest * cache.row_width * cache.all_keys.element_size()
+        self._stretches = stretches_of(row, reach_bytes)
+        self._slice = self._stretches[0] if len(self._stretches) == 1 else None
         self._masks: dict[int | None, torch.Tensor] = {}
         self._seen: list[tuple[torch.Tensor, ...]] | None = None
         self._places: list[tuple[torch.Tensor, ...]] = []
@@ -143,10 +147,15 @@ class DecodeView:
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """See `AttentionView`."""
-        return self.store(layer, key[:, :, 0], value[:, :, 0])
+        self._keep(layer, key[:, :, 0], value[:, :, 0])
+        return self._read(layer)[0] if self._slice is not None else self._cache.gather(layer, self._row, self._longest)
 
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Sequence[SeenKv]:
         """See `AttentionView`."""
+        self._keep(layer, key, value)
+        return self._read(layer) if self._stretches else [self._cache.gather(layer, self._row, self._longest)]
+
+    def _keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         if self._ledger is not None:
             assert self._token is not None
             self._ledger.add(layer, self._token, flatten_kv(key, value))
@@ -160,11 +169,13 @@ class DecodeView:
         else:
             keys[self._row, :, self._position] = key
             values[self._row, :, self._position] = value
+
+    def _read(self, layer: int) -> Sequence[SeenKv]:
+        """Views of the cache."""
         if self._seen is not None:
-            return self._seen[0][layer], self._seen[1][layer]
-        # Consecutive rows are a view; others are gathered.
-        rows = self._row if self._slice is None else self._slice
-        return keys[rows, :, : self._longest], values[rows, :, : self._longest]
+            return [(self._seen[0][layer], self._seen[1][layer])]
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        return [(keys[rows, :, : self._longest], values[rows, :, : self._longest]) for rows in self._stretches]
 
 
 def embed_positions(decoder: Decoder, position: torch.Tensor, *, known: int, longest: int) -> Any:
@@ -190,15 +201,6 @@ def rotates_by_length(decoder: Decoder) -> bool:
     beside = embed_positions(decoder, first + 1, known=decoder.max_positions, longest=2)
     pairs = [(alone, beside)] if isinstance(alone, torch.Tensor) else list(zip(alone, beside, strict=True))
     return not all(torch.equal(one, other) for one, other in pairs)
-
-
-def _as_slice(row: torch.Tensor) -> slice | None:
-    """The rows as a slice, where they are consecutive (looked at on the CPU only, where that is free)."""
-    if row.device.type != "cpu" or not len(row):
-        return None
-    numbers = row.numpy()
-    first, count = int(numbers[0]), len(numbers)
-    return slice(first, first + count) if bool((np.diff(numbers) == 1).all()) else None
 
 
 def _as_mask(seen: torch.Tensor, additive: torch.dtype | None) -> torch.Tensor:

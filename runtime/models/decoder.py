@@ -8,6 +8,7 @@ the parts with the whole); the others run as a `WholeModel`.
 Shape letters: M tokens, D hidden size, B x Q sequences by queries, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from moeplace.runtime.models.opened_model import OpenedModel
 from moeplace.runtime.models.quick_norm import quicken_norms
 from moeplace.runtime.models.token_attention import (
     Rotation,
+    SeenKv,
     TokenAttention,
     find_token_attention,
     tried_positions,
@@ -34,7 +36,7 @@ class AttentionView(Protocol):
     def rotation(self) -> Rotation | None:
         """Of one new token per sequence, where `store` takes its keys and values; None = there may be more tokens."""
 
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Sequence[SeenKv]:
         """See `OneTokenView`."""
 
     def fold(self, x: torch.Tensor) -> torch.Tensor:

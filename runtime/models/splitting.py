@@ -6,6 +6,7 @@ router decided, so that rounding cannot turn a comparison around. Windows of att
 Shape letters: Q tokens of a sequence, D hidden size.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from moeplace.runtime.models.blocks import ModelBlock, NotSplitError
 from moeplace.runtime.models.decoder import Decoder
 from moeplace.runtime.models.head import language_model
 from moeplace.runtime.models.loading import taps_of
+from moeplace.runtime.models.token_attention import SeenKv
 
 _LENGTHS = (1, 9)
 _SHORT_WINDOW = 4
@@ -137,7 +139,7 @@ class _SequenceView:
         zeros = torch.zeros(seen.shape, dtype=additive, device=seen.device)
         return zeros.masked_fill_(~seen, torch.finfo(additive).min)
 
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Sequence[SeenKv]:
         raise AssertionError("a prompt is no single token")
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ others, and gives what the module gives on tokens that are tried.
 Shape letters: M tokens, D hidden size, H query heads, G key heads, d head size, P positions.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,8 @@ _COARSE = 2e-2
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines, and sines whose first half is negated: (M, 1, d) each."""
+SeenKv = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values that tokens see: (tokens, G, P, d) each."""
 
 
 class OneTokenView(Protocol):
@@ -34,8 +37,8 @@ class OneTokenView(Protocol):
     def mask(self, window: int | None, *, additive: torch.dtype | None) -> torch.Tensor | None:
         """(M, 1, 1, P) mask, or None where every key is seen."""
 
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep new keys and values (M, G, d) of a layer; all that the tokens see, (M, G, P, d)."""
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Sequence[SeenKv]:
+        """Keep new keys and values (M, G, d) of a layer; all that the tokens see, of some tokens after the other."""
 
 
 class TokenAttention:
@@ -65,11 +68,10 @@ class TokenAttention:
         assert view.rotation is not None
         query = _rotate(self._heads(query, self._norms[0]), view.rotation)
         key = _rotate(self._heads(key, self._norms[1]), view.rotation)
-        keys, values = view.store(layer, key, value.unflatten(1, (-1, self._size)))
+        seen = view.store(layer, key, value.unflatten(1, (-1, self._size)))
         # Head h shares keys with those that have the same h // (H / G): they are the queries of one attention.
-        folded = query.view(len(x), keys.shape[1], -1, self._size)
-        mask = view.mask(window, additive=None)
-        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=self._scaling)
+        folded = query.view(len(x), key.shape[1], -1, self._size)
+        out = attend_to(folded, seen, mask=view.mask(window, additive=None), scale=self._scaling)
         base = x if self._out_bias is None else x + self._out_bias
         return torch.addmm(base, out.reshape(len(x), -1), self._out)
 
@@ -80,6 +82,23 @@ class TokenAttention:
             norm = None
         heads = rows.view(len(rows), -1, self._size)
         return heads if norm is None else norm(heads)
+
+
+def attend_to(query: torch.Tensor, seen: Sequence[SeenKv], *, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """(M, G, Q, d) what queries of tokens find in what these see, piece by piece of the tokens.
+
+    Args:
+        query: (M, G, Q, d).
+        seen: of all tokens, in their order.
+        mask: (M, 1, 1, P), None = every key counts.
+    """
+    if len(seen) == 1:
+        keys, values = seen[0]
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    sizes = [len(keys) for keys, _ in seen]
+    masks = [None] * len(seen) if mask is None else mask.split(sizes)
+    pieces = zip(query.split(sizes), seen, masks, strict=True)
+    return torch.cat([attend_to(part, [pair], mask=own, scale=scale) for part, pair, own in pieces])
 
 
 def rotation_of(position_embeddings: Any) -> Rotation | None:
@@ -193,9 +212,9 @@ class _TriedView:
         first = torch.arange(_PROBE_TOKENS, device=self._keys.device)[:, None]
         return (torch.arange(_PROBE_POSITIONS, device=first.device) >= first)[:, None, None]
 
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Sequence[SeenKv]:
         self._keys[:, :, -1], self._values[:, :, -1] = key, value
-        return self._keys, self._values
+        return [(self._keys, self._values)]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
-        return self.store(layer, key[:, :, 0], value[:, :, 0])
+        return self.store(layer, key[:, :, 0], value[:, :, 0])[0]
