@@ -36,6 +36,7 @@ class EngineParts:
         node_aware: whether dispatch-combine sends one copy per node.
         replica_rule: who serves an expert with several slots.
         cache_rows: rows per rank of the K/V cache.
+        spare_rows: of these, those that are only for what sequences leave behind.
         cache_positions: positions of each.
         cache_pages: memory for them, where it is claimed by the page; None = all of it.
         agreed: what must be the same on all ranks, beside the placement.
@@ -48,6 +49,7 @@ class EngineParts:
     node_aware: bool
     replica_rule: str
     cache_rows: int
+    spare_rows: int
     cache_positions: int
     cache_pages: int | None
     agreed: dict[str, str]
@@ -92,7 +94,7 @@ def prepare_engine(
     if node_aware is None:
         node_aware = checkpoint.top_k > 1
     modes = _mode_rule(choices, placement, decoder)
-    rows, positions, pages = _cache_size(choices.limits, decoder, size, replicated=modes.may_be_coherent)
+    rows, spare, positions, pages = _cache_size(choices.limits, decoder, size, replicated=modes.may_be_coherent)
     name = choices.mode if isinstance(choices.mode, str) else "a rule"
     agreed = {
         "checkpoint": checkpoint.fingerprint,
@@ -103,7 +105,7 @@ def prepare_engine(
         "replica rule": choices.replica_rule,
     }
     rule = choices.replica_rule
-    return EngineParts(checkpoint, placement, decoder, modes, node_aware, rule, rows, positions, pages, agreed)
+    return EngineParts(checkpoint, placement, decoder, modes, node_aware, rule, rows, spare, positions, pages, agreed)
 
 
 def _mode_rule(choices: EngineChoices, placement: Placement, decoder: ServedModel) -> ModeRule:
@@ -149,14 +151,18 @@ def _make_predictor(recorded: RecordedRouting, placement: Placement, decoder: Se
 
 def _cache_size(
     limits: EngineLimits, decoder: ServedModel, ranks: int, *, replicated: bool
-) -> tuple[int, int, int | None]:
-    """Rows per rank, positions per row, and pages of the K/V cache, None = rows have memory of their own."""
+) -> tuple[int, int, int, int | None]:
+    """Rows per rank, how many of them are spare, positions per row, and pages of the K/V cache, None = rows have
+    memory of their own.
+
+    Where they have not, as many rows again cost address space alone.
+    """
     positions = min(decoder.max_positions, 2048) if limits.max_length is None else limits.max_length
     if not 1 <= positions <= decoder.max_positions:
         raise InputError(f"max_length ({positions}) must lie in 1..{decoder.max_positions}, the model's own limit")
     rows = limits.max_sequences if replicated else limits.rank_sequences or -(-limits.max_sequences // ranks)
     if limits.kv_bytes is None:
-        return rows, positions, None
+        return rows, 0, positions, None
     row_bytes = kv_bytes_per_sequence(decoder, positions)
     if limits.kv_bytes < row_bytes:
         raise InputError(
@@ -164,6 +170,7 @@ def _cache_size(
             f"which takes {row_bytes} bytes"
         )
     if isinstance(decoder, WholeModel) or decoder.device.type != "cpu":  # what is reserved there takes memory
-        return min(rows, limits.kv_bytes // row_bytes), positions, None
+        return min(rows, limits.kv_bytes // row_bytes), 0, positions, None
     pages = limits.kv_bytes // (kv_bytes_per_position(decoder) * PAGE)
-    return rows, positions, max(pages, -(-positions // PAGE))
+    spare = rows if limits.reuses_prefixes else 0
+    return rows + spare, spare, positions, max(pages, -(-positions // PAGE))

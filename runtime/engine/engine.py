@@ -124,7 +124,7 @@ class Engine:
             self.group.close()  # the others must not wait in a collective for a rank that never comes
             group.close()
             raise
-        self.window, self._pages = self.executor.window, parts.cache_pages
+        self.window, self._pages, self._spare_rows = self.executor.window, parts.cache_pages, parts.spare_rows
         self.scheduler = self._make_scheduler()
         self.stop_ids = frozenset(self.checkpoint.stop_ids)
 
@@ -163,6 +163,7 @@ class Engine:
             max_prefill_tokens=self.limits.max_prefill_tokens,
             cuts_prompts=is_cut,
             pages=self._pages,
+            spare_rows=self._spare_rows,
             reuses_prefixes=self.limits.reuses_prefixes and is_cut and not rotates_by_length(executor.decoder),
         )
 

@@ -43,6 +43,7 @@ class Scheduler:
         cuts_prompts: bool = True,
         reuses_prefixes: bool = False,
         pages: int | None = None,
+        spare_rows: int = 0,
     ) -> None:
         """`rows` cache rows of `positions` on every rank; with `replicated` a sequence takes its row on all ranks.
 
@@ -51,6 +52,7 @@ class Scheduler:
             cuts_prompts: whether a prompt may run in chunks. If not, one that exceeds the budget exceeds it.
             reuses_prefixes: whether a prompt takes over the K/V of another one that begins with the same tokens.
             pages: of memory on every rank, enough for a sequence of all positions; None = enough for all rows.
+            spare_rows: of `rows`, how many are for what sequences leave behind, not for sequences.
         """
         self.num_ranks, self.rows, self.positions, self.replicated = num_ranks, rows, positions, replicated
         self.max_prefill_tokens, self._cuts_prompts = max_prefill_tokens, cuts_prompts
@@ -61,8 +63,10 @@ class Scheduler:
         self._logprobs: dict[str, dict[int, TokenLogprob]] = {}
         self.running: list[RunningSequence] = []
         pools = 1 if replicated else num_ranks
-        self._pools = [RowPool(rows, pages=pages) for _ in range(pools)]
-        self._room = rows * positions if pages is None else min(rows * positions, pages * PAGE)  # of each
+        self._pools = [RowPool(rows, pages=pages, spare=spare_rows) for _ in range(pools)]
+        self._room = (rows - spare_rows) * positions  # of each
+        if pages is not None:
+            self._room = min(self._room, pages * PAGE)
         self._foreseen: Batch | None = None
         self.kept_free = 0
 
@@ -153,6 +157,7 @@ class Scheduler:
         lengths: list[int] = []
         leaders: list[RunningSequence] = []
         room = max(self.max_prefill_tokens - sum(map(self._is_ready, self.running)), 1)
+        self._lend_rows()
         has_prompts, num_waiting, before = False, 0, list(self.running)
         for sequence in before:  # the oldest first: they may take memory from those that follow
             if len(self.running) < len(before) and sequence not in self.running:
@@ -285,8 +290,7 @@ class Scheduler:
 
         home = min(homes, key=order)
         prefix, pool = prefixes.get(home), self._pool(home)
-        in_place = prefix is not None and pool.is_free(prefix.row)
-        row = pool.take(prefix.row, keep=prefix.positions) if prefix and in_place else pool.take()
+        row = pool.take_for(prefix, min(len(known) + 1, self.positions))
         sequence = RunningSequence(request, home, row, known, prefix=prefix)
         if not reuse:
             claimed = pool.claim(row, len(known))
@@ -319,6 +323,13 @@ class Scheduler:
                 other.prefix = None  # it was about to copy what may be overwritten now
         held = sequence.token_ids[: self._usable(sequence)] if keep and self._reuses_prefixes else ()
         pool.give_back(sequence.row, held)
+        self._lend_rows()
+
+    def _lend_rows(self) -> None:
+        """Free rows stay as they are while sequences are about to copy from them."""
+        for pool in self._pools:
+            mates = (sequence for sequence in self.running if self._pool(sequence.home) is pool)
+            pool.lend(s.prefix.row for s in mates if s.prefix is not None and s.prefix.row != s.row)
 
     def _find_prefix(self, token_ids: Sequence[int], home: int) -> Prefix | None:
         """What a row at a home holds of the beginning of a prompt."""

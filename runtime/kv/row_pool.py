@@ -2,14 +2,15 @@
 
 A row keeps its K/V when its sequence ends. A prompt that begins with the same tokens needs not run them again: their
 K/V are taken from there. So a free row that holds nothing is taken before one that does, and of those the one that has
-been free for longest.
+been of no use for longest. The row itself is taken if little else is in it; if not, its beginning is copied, and what
+follows there stays for who comes back to it. Until it has been copied a row is lent: nobody takes it or its memory.
 
 A row is as long as a sequence may get, but it is address space: memory is claimed by the page, as a sequence grows, and
 comes from what is left or from free rows that hold something, the longest free first (virtually contiguous pages as in
 vAttention, Prabhu et al. 2025, so that attention reads rows as if nothing were paged).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 PAGE = 16
@@ -59,28 +60,65 @@ class Holding(NamedTuple):
 class RowPool:
     """Rows 0 .. `rows` - 1, all free and empty at first."""
 
-    def __init__(self, rows: int, *, pages: int | None = None) -> None:
-        """`pages` of all rows together; None = enough, and then no memory is given back."""
+    def __init__(self, rows: int, *, pages: int | None = None, spare: int = 0) -> None:
+        """`pages` of all rows together; None = enough, and then no memory is given back.
+
+        Args:
+            spare: rows that are always left free, for what they hold.
+        """
         self._free = dict.fromkeys(range(rows))
-        self._held: dict[int, list[int]] = {}  # of free rows, those that became free first are first
+        self._held: dict[int, list[int]] = {}  # of free rows, those that were of use first are first
+        self._lent: set[int] = set()
+        self._spare = spare
         self._pages_left, self._is_paged = pages or 0, pages is not None
         self._pages = [0] * rows
         # What was there before is not known.
         self._trims = dict.fromkeys(range(rows), 0) if self._is_paged else {}
 
     def __len__(self) -> int:
-        """Free rows."""
-        return len(self._free)
+        """Free rows that can be taken."""
+        return len(self._free) - max(self._spare, len(self._lent))
 
     def take(self, row: int | None = None, *, keep: int = 0) -> int:
         """Take a free row, this one or (None) the one that is missed least; it keeps what `keep` positions hold."""
         if row is None:
             empty = self._free.keys() - self._held.keys()
-            row = min(empty) if empty else next(iter(self._held))
+            row = min(empty) if empty else next(self._to_evict())
         del self._free[row]
         self._held.pop(row, None)
         self._shrink(row, keep)
         return row
+
+    def take_for(self, prefix: Prefix | None, positions: int) -> int:
+        """Take a free row for a sequence of so many positions, for which there is room.
+
+        It is the row that holds its beginning if that is free and holds little else, or if there is no other or no
+        memory for a copy. If it is another one, the row that is to be copied from is lent.
+        """
+        if prefix is None or not self.is_free(prefix.row):
+            return self.take()
+        source = prefix.row
+        loses_little = len(self._held[source]) - prefix.positions < LEAST_PREFIX
+        is_wanted = source in self._lent
+        if not is_wanted and (loses_little or not self._has_copy_room(source, positions)):
+            return self.take(source, keep=prefix.positions)
+        self._held[source] = self._held.pop(source)
+        self._lent.add(source)
+        return self.take()
+
+    def lend(self, rows: Iterable[int]) -> None:
+        """These rows, those of them that are free, are about to be copied from; no others are."""
+        self._lent = {row for row in rows if row in self._held}
+
+    def _has_copy_room(self, source: int, positions: int) -> bool:
+        """Whether there is a free row beside this one, and memory for a sequence in it."""
+        others = len(self._free) - len(self._lent | {source})
+        pages = self._num_available - self._pages[source]
+        return others > 0 and (not self._is_paged or pages >= _pages_for(positions))
+
+    def _to_evict(self) -> Iterator[int]:
+        """Free rows that hold something, the one that is missed least first."""
+        return (row for row in self._held if row not in self._lent)
 
     def seat(self, row: int, positions: int) -> None:
         """Take a row that holds so many positions of a sequence, which has been there before this pool."""
@@ -106,7 +144,7 @@ class RowPool:
         if more > self._num_available:
             return False
         while more > self._pages_left:
-            evicted = next(iter(self._held))
+            evicted = next(self._to_evict())
             del self._held[evicted]
             self._shrink(evicted, 0)
         self._pages_left -= max(more, 0)
@@ -127,7 +165,7 @@ class RowPool:
     @property
     def _num_available(self) -> int:
         """Pages that nobody has, and those of free rows."""
-        return self._pages_left + sum(self._pages[row] for row in self._held)
+        return self._pages_left + sum(self._pages[row] for row in self._to_evict())
 
     def _shrink(self, row: int, positions: int) -> None:
         fewer = self._pages[row] - _pages_for(positions)
