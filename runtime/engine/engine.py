@@ -140,8 +140,8 @@ class Engine:
         room = {"rows": parts.cache_rows, "positions": parts.cache_positions}
         if isinstance(model, WholeModel):
             return WholeExecutor(model, experts, SequenceStates(**room), self.group, placement, **options)
-        cache = KvCache(model, **room, replicated=parts.modes.may_be_coherent)
-        fixed_shapes = self.limits.fixed_shapes
+        fixed_shapes, replicated = self.limits.fixed_shapes, parts.modes.may_be_coherent
+        cache = KvCache(model, **room, replicated=replicated, seats_nobody=fixed_shapes and replicated)
         return Executor(model, experts, cache, self.group, placement, fixed_shapes=fixed_shapes, **options)
 
     def agree(self, group: RankGroup, placement: Placement) -> None:

@@ -3,7 +3,7 @@
 Shape letters: M tokens of this rank, B sequences with one token each, D hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,18 +13,17 @@ from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.batch import Batch, BatchPart
+from moeplace.runtime.engine.coherent_passes import CoherentPasses
 from moeplace.runtime.engine.placed_experts import PlacedExperts
 from moeplace.runtime.engine.requests import RunningSequence
 from moeplace.runtime.exchange.dispatcher import Step, TokenDispatcher, TokenRows
-from moeplace.runtime.exchange.kv_ledger import KvLedger
+from moeplace.runtime.exchange.fixed.step import FixedShapes
 from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.kv.cache import KvCache
-from moeplace.runtime.kv.exchange import SharedKv
-from moeplace.runtime.kv.hand_over import KvPlaces, give_kv, hand_over, store_shared
-from moeplace.runtime.kv.stream import KvStream, default_pieces
+from moeplace.runtime.kv.hand_over import KvPlaces, give_kv, hand_over
 from moeplace.runtime.kv.views import DecodeView, PromptView, embed_positions
 from moeplace.runtime.models.decoder import AttentionView, Decoder
-from moeplace.runtime.models.token_attention import Rotation, rotation_of
+from moeplace.runtime.models.token_attention import rotation_of
 
 
 class Executor(PlacedExperts[Decoder, KvCache]):
@@ -50,8 +49,7 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         super().__init__(decoder, experts, cache, group, placement, **options)
         self._fixed_shapes_wanted = fixed_shapes
         self.look_ahead_with(decoder.blocks)
-        self._stream: KvStream[KvPlaces] | None = None
-        self._unsettled: Sequence[RunningSequence] = ()  # whose last K/V are on their way
+        self._coherent = CoherentPasses(decoder, cache, group, self._feed_forward)
 
     @torch.inference_mode()
     def run(self, batch: Batch, mode: Mode, *, share: bool = False) -> TokenRows:
@@ -80,17 +78,19 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         self.note_pass(batch)
         parts = list(batch.parts_on(self.group.rank))
         rows = self._start(parts, first=sum(tokens_of_rank[: self.group.rank]))
-        if coherent:
-            rows = self._run_coherent(rows, Step(tokens_of_rank), batch.sequences)
+        step, shapes = Step(tokens_of_rank), self._shapes_for(mode, batch)
+        if not coherent:
+            rows = self._run(mode, rows, step, parts, shapes)
+        elif shapes is None:
+            rows = self._coherent.run(self.dispatcher(mode), rows, step, batch.sequences)
         else:
-            rows = self._run(mode, rows, Step(tokens_of_rank), parts, in_fixed_shapes=self._suits_fixed_shapes(batch))
+            rows = self._coherent.run_in_fixed_shapes(shapes, rows, step, batch.sequences)
         for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
             if share:
                 sequence.replicated = sequence.cached
             sequence.cached += length
             if coherent or self.group.size == 1:
                 sequence.replicated = sequence.cached
-        self._unsettled = batch.sequences if coherent else ()
         return rows
 
     def settle(self) -> None:
@@ -99,21 +99,16 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         Raises:
             PeerLostError: a rank is gone.
         """
-        if self._stream is not None:
-            self._stream.drain()
-        self._unsettled = []
+        self._coherent.settle()
 
     def forget_unsettled(self) -> None:
         """A rank is gone, and K/V on their way with it: what the last coherent step cached is not whole."""
-        for sequence in self._unsettled:
-            sequence.cached -= 1
-            sequence.replicated = min(sequence.replicated, sequence.cached)
-        self._unsettled, self._stream = [], None
+        self._coherent.forget_unsettled()
 
     def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:
         """See `PlacedExperts.regroup`."""
-        self._stream, self._unsettled = None, []
         super().regroup(group, placement, version=version)
+        self._coherent = CoherentPasses(self.decoder, self.cache, group, self._feed_forward)
 
     def _take_prefixes(self, batch: Batch) -> None:
         """Copy what sequences take over from rows, none of which a sequence of the batch has taken."""
@@ -145,15 +140,14 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         x = self.decoder.embed(torch.tensor(ids, dtype=torch.int64, device=device))
         return TokenRows(x, torch.arange(first, first + len(ids), device=device))
 
-    def _suits_fixed_shapes(self, batch: Batch) -> bool:
-        """Whether the shapes of a pass follow from how many sequences there are: then so they do in many passes."""
-        return self._fixed_shapes_wanted and batch.runs_single_tokens
+    def _shapes_for(self, mode: Mode, batch: Batch) -> FixedShapes | None:
+        """What runs a pass in fixed shapes, if it is to: its shapes follow from how many sequences there are."""
+        return self.fixed_shapes(mode) if self._fixed_shapes_wanted and batch.runs_single_tokens else None
 
     def _run(
-        self, mode: Mode, rows: TokenRows, step: Step, parts: Sequence[BatchPart], *, in_fixed_shapes: bool
+        self, mode: Mode, rows: TokenRows, step: Step, parts: Sequence[BatchPart], shapes: FixedShapes | None
     ) -> TokenRows:
         """All decoder layers; the tokens of this rank, which `parts` are, stay."""
-        shapes = self.fixed_shapes(mode) if in_fixed_shapes else None
         if shapes is None:
             return self._run_with(self.dispatcher(mode), rows, step, parts)
         return shapes.run(lambda dispatcher: self._run_with(dispatcher, rows, step, parts))
@@ -173,51 +167,12 @@ class Executor(PlacedExperts[Decoder, KvCache]):
         self.group.counters.steps += 1
         return rows
 
-    def _run_coherent(self, rows: TokenRows, step: Step, ordered: Sequence[RunningSequence]) -> TokenRows:
-        """All decoder layers; tokens may change ranks at every MoE layer, and their K/V travel meanwhile."""
-        dispatcher, stream, make_view = self.dispatcher("coherent"), self._kv_stream(), self._moving_views(ordered)
-        places = KvPlaces.of([s.row for s in ordered], [s.cached for s in ordered], self.decoder.device)
-        ledger: KvLedger | None = None
-        view: AttentionView | None = None
-        for layer in range(self.decoder.num_layers):
-            before, ledger = ledger, stream.ledger(places, layer, ledger)
-            if ledger is not before:
-                if stream.holds_only(places):
-                    self._unsettled = []  # the step before has arrived
-                view = make_view(rows.token, ledger)
-                step = replace(step, ledger=ledger)
-            if view is not None:
-                rows = replace(rows, x=self.decoder.attend(layer, rows.x, view))
-            else:
-                ledger.add(layer, rows.token, rows.x.new_empty(0, self.cache.row_width))
-            moved = self._feed_forward(layer, dispatcher, rows, step)
-            if moved.token is not rows.token:
-                view = make_view(moved.token, ledger)
-            rows = moved
-        assert ledger is not None
-        stream.end_step(places, ledger)
-        self.group.counters.steps += 1
-        return rows
-
     def _feed_forward(self, layer: int, dispatcher: TokenDispatcher, rows: TokenRows, step: Step) -> TokenRows:
         """The second half of a decoder layer: experts, or a dense one where there are tokens."""
         moe_layer = self.decoder.moe_index.get(layer)
         if moe_layer is not None:
             return dispatcher.forward(moe_layer, self.decoder.blocks[moe_layer], rows, step)
         return replace(rows, x=self.decoder.feed_forward(layer, rows.x)) if len(rows) else rows
-
-    def _kv_stream(self) -> KvStream[KvPlaces]:
-        """Of the group in force; all ranks make it in the same step."""
-        if self._stream is None:
-            exchanging = sorted(self.decoder.moe_index)
-            pieces = default_pieces(len(exchanging))
-            layers = self.decoder.num_layers
-            self._stream = KvStream(self.group, exchanging, num_layers=layers, pieces=pieces, keep=self._keep)
-        return self._stream
-
-    def _keep(self, places: KvPlaces, shared: SharedKv) -> None:
-        """Store K/V of others, of the tokens of a step at their places."""
-        store_shared(self.cache, places, shared)
 
     def _view(self, part: BatchPart) -> AttentionView:
         """What a part of this rank's tokens sees, in all layers."""
@@ -245,43 +200,6 @@ class Executor(PlacedExperts[Decoder, KvCache]):
             rotation=rotation_of(embeddings) if self.decoder.is_quick else None,
             all_layers=True,
         )
-
-    def _moving_views(
-        self, ordered: Sequence[RunningSequence]
-    ) -> Callable[[torch.Tensor, KvLedger], AttentionView | None]:
-        """What makes the view of those of the tokens that are here, with the ledger in which their K/V are noted."""
-        device = self.decoder.device
-        positions = [sequence.cached for sequence in ordered]
-        place_B2 = torch.tensor([(sequence.row, sequence.cached) for sequence in ordered], device=device)
-        embeddings = self.decoder.position_embeddings(place_B2[:, 1:])
-        rotation = rotation_of(embeddings) if self.decoder.is_quick else None
-        longest, even = max(positions) + 1, min(positions) == max(positions)
-        joined = None if rotation is None else torch.cat([*embeddings, rotation[1]], dim=-1)  # one look-up, not four
-
-        def pick(token: torch.Tensor) -> tuple[Any, Rotation | None]:
-            if joined is None:
-                return _pick(embeddings, token), None
-            cosine, sine, signed_sine = joined[token].chunk(3, dim=-1)
-            return (cosine, sine), (cosine, signed_sine)
-
-        def make_view(token: torch.Tensor, ledger: KvLedger) -> AttentionView | None:
-            if not len(token):
-                return None
-            row, position = place_B2[token].unbind(1)
-            position_embeddings, rotation = pick(token)
-            return DecodeView(
-                self.cache,
-                row=row,
-                position=position,
-                longest=longest,
-                even=even,
-                position_embeddings=position_embeddings,
-                rotation=rotation,
-                token=token,
-                ledger=ledger,
-            )
-
-        return make_view
 
     def _hand_over(self, ordered: Sequence[RunningSequence]) -> None:
         """Give K/V that exist at home only to all ranks: once after a prefill, or after passes in another mode."""
@@ -312,10 +230,3 @@ class Executor(PlacedExperts[Decoder, KvCache]):
             positions += range(count)
         places_R = [KvPlaces.of(rows, positions, self.decoder.device) for rows, positions in pairs]
         give_kv(self.cache, self.group, places_R, receivers)
-
-
-def _pick(embeddings: Any, token: torch.Tensor) -> Any:
-    """Rows of position embeddings: a tensor, or a pair of tensors."""
-    if isinstance(embeddings, torch.Tensor):
-        return embeddings[token]
-    return tuple(part[token] for part in embeddings)

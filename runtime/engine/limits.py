@@ -24,8 +24,8 @@ class EngineLimits:
         rank_sequences: sequences in flight per rank, where the number of ranks may change; None = a share of
             `max_sequences` (all of them where K/V are on every rank).
         reuses_prefixes: a prompt takes over the K/V of another one that begins with the same tokens, running or not.
-        fixed_shapes: whether steps of single tokens run in fixed shapes where their mode has them (not `coherent`,
-            whose K/V have none, nor with tiers); see `moeplace.runtime.exchange.fixed`.
+        fixed_shapes: whether steps of single tokens run in fixed shapes where their mode has them (not `allgather`, nor
+            with tiers); see `moeplace.runtime.exchange.fixed`.
         tiers: how much of the experts is in fast memory; None = all.
     """
 

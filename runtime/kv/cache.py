@@ -25,21 +25,26 @@ class KvCache:
         values: per decoder layer (rows, heads, positions, value dim).
         num_layers: decoder layers.
         replicated: whether a sequence has its row on every rank.
+        row_of_nobody: a row beyond the others, for tokens of nobody (passes in fixed shapes), if there is one.
         row_width: c.
     """
 
-    def __init__(self, decoder: Decoder, *, rows: int, positions: int, replicated: bool = False) -> None:
-        """`replicated`: a sequence has its row on every rank, not at its home alone."""
+    def __init__(
+        self, decoder: Decoder, *, rows: int, positions: int, replicated: bool = False, seats_nobody: bool = False
+    ) -> None:
+        """`replicated`: a sequence has its row on every rank, not at its home alone; `seats_nobody`: so have tokens of
+        nobody.
+        """
         key_shape, value_shape = _probe_shapes(decoder)
-
+        num_rows = rows + seats_nobody
         self._memory = [
-            LazyZeros((decoder.num_layers, rows, heads, positions, dim), dtype=decoder.dtype, device=decoder.device)
+            LazyZeros((decoder.num_layers, num_rows, heads, positions, dim), dtype=decoder.dtype, device=decoder.device)
             for heads, dim in (key_shape, value_shape)
         ]
         self.all_keys, self.all_values = (memory.tensor for memory in self._memory)
         self.keys, self.values = self.all_keys.unbind(0), self.all_values.unbind(0)
         self.rows, self.positions, self.num_layers = rows, positions, decoder.num_layers
-        self.replicated = replicated
+        self.replicated, self.row_of_nobody = replicated, rows
         self._filled = [0] * rows  # positions of each row beyond which it is all zeros
         self._key_shape, self._value_shape = key_shape, value_shape
         self._key_width = key_shape[0] * key_shape[1]
@@ -86,6 +91,12 @@ class KvCache:
         """`write` of rows of several decoder layers (n,) at once."""
         self.all_keys[layer, row, :, position] = kv[:, : self._key_width].unflatten(1, self._key_shape)
         self.all_values[layer, row, :, position] = kv[:, self._key_width :].unflatten(1, self._value_shape)
+
+    def write_all_layers(self, row: torch.Tensor, position: torch.Tensor, kv: torch.Tensor) -> None:
+        """Store K/V (layers, n, c) at rows (n,) and positions (n,) of every decoder layer."""
+        key, value = kv.transpose(0, 1).split([self._key_width, kv.shape[2] - self._key_width], dim=2)
+        self.all_keys[:, row, :, position] = key.unflatten(2, self._key_shape)
+        self.all_values[:, row, :, position] = value.unflatten(2, self._value_shape)
 
     def read(self, layer: int, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """K/V (n, c) at rows (n,) and positions (n,) of a decoder layer."""

@@ -34,7 +34,7 @@ class FixedCoherent:
         self._return = FixedRowExchange(self.group, kind="return", back="return")
 
     def forward(self, layer: int, block: MoeBlock, rows: TokenRows, step: Step) -> TokenRows:
-        """See `TokenDispatcher`. K/V are to be shared apart from it: the step has no ledger."""
+        """See `TokenDispatcher`. K/V are shared when the layers are done: the step has no ledger."""
         assert step.ledger is None, "row counts do not travel in fixed shapes"
         if not step.num_tokens:
             return rows
