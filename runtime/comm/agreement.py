@@ -43,9 +43,10 @@ class Agreement:
         self._store.delete_key(self._key(self._count - 1, self._rank))
 
     def give_up(self, reason: str) -> None:
-        """Tell ranks that wait for the next agreement that this one will not come."""
+        """Tell ranks that wait for the next agreement that this one will not come: for this rank it is over."""
         if self._size > 1:
-            self._store.set(self._key(self._count + 1, self._rank), _GAVE_UP + " ".join(reason.split()))
+            self._count += 1  # theirs ends as well, and the one after it must be the same on all
+            self._store.set(self._key(self._count, self._rank), _GAVE_UP + " ".join(reason.split()))
 
     def _wait_for(self, peer: int, timeout: float) -> str:
         key = self._key(self._count, peer)

@@ -71,7 +71,7 @@ class CollectiveWatch:
                 return
             self._lost = reason
             self._pending.clear()
-        with suppress(RuntimeError):  # a communicator that is broken already
+        with suppress(Exception):  # a communicator that is broken already; the thread has to live on
             self._abort()
 
     def check(self) -> None:
@@ -97,7 +97,7 @@ class CollectiveWatch:
             work, kind = self._pending[0]
             try:
                 is_done = work.is_completed()
-            except RuntimeError as error:
+            except Exception as error:  # whatever it is: nobody else would hear of it
                 return f"{kind} failed: {' '.join(str(error).split())[:160]}"
             if not is_done:
                 waited = self._clock() - self._since

@@ -201,7 +201,9 @@ class ModeChooser:
         if group.rank == 0:
             number[0] = MODES.index(self._tell(phase, self.rule.choose(phase, num_tokens)))
         group.broadcast(number, root=0, kind="mode")
-        return MODES[int(number.item())]
+        decided = int(number.item())
+        group.raise_if_lost()
+        return MODES[decided]
 
     def _tell(self, phase: Phase, choice: ModeChoice) -> Mode:
         if self._last.get(phase) != choice.mode and self._group.rank == 0:

@@ -260,24 +260,26 @@ class Scheduler:
         request = self.waiting[0]
         if not self._chunk(len(request.token_ids) + len(self.added(request)), room, is_first=is_first):
             return None
-        sequence = self.place(request, reuse=self._reuses_prefixes)
+        sequence = self.place(request, added=self.added(request), reuse=self._reuses_prefixes)
         if sequence is None:
             return None
+        sequence.logprobs.update(self.logprobs(request))
         self._forget(self.waiting.popleft().request_id)
         return sequence
 
-    def place(self, request: Request, *, reuse: bool = False) -> RunningSequence | None:
+    def place(self, request: Request, *, added: Sequence[int] = (), reuse: bool = False) -> RunningSequence | None:
         """A sequence at the home with the fewest sequences (the lowest of equals); None = no row is free, or there is
         no memory for its tokens and the next one.
 
         Args:
+            added: tokens that it has got before.
             reuse: let it begin with what a row holds of its tokens: at the home where that is most, of those which
                 have at most one sequence more than another.
         """
         load = [0] * self.num_ranks
         for sequence in self.running:
             load[sequence.home] += 1
-        known = [*request.token_ids, *self.added(request)]
+        known = [*request.token_ids, *added]
         homes = [home for home in range(self.num_ranks) if self._has_place(home, len(known))]
         if not homes:
             return None
@@ -295,7 +297,6 @@ class Scheduler:
         if not reuse:
             claimed = pool.claim(row, len(known))
             assert claimed
-        sequence.logprobs.update(self.logprobs(request))
         self.running.append(sequence)
         return sequence
 

@@ -81,6 +81,7 @@ class RowContents:
             shared = torch.as_tensor(reference, device=group.device)
             group.all_reduce(shared, kind="checksums")
             reference = shared.cpu().numpy()
+            group.raise_if_lost()  # before anything is kept: who has numbers is not asked again
         self.reference = reference
 
     def receive_reference(self, group: RankGroup, placement: Placement, *, root: int) -> None:
@@ -89,7 +90,9 @@ class RowContents:
         known = np.zeros(shape, np.int64) if self.reference is None else self.reference
         shared = torch.as_tensor(known, device=group.device).clone()
         group.broadcast(shared, root=root, kind="checksums")
-        self.reference = shared.cpu().numpy()
+        reference = shared.cpu().numpy()
+        group.raise_if_lost()
+        self.reference = reference
 
 
 def checksums(parts: Iterable[torch.Tensor]) -> Sums:

@@ -268,7 +268,8 @@ class LiveMigration:
         if self._logits is None:
             return
         pairs = zip(self._logits, self._engine.score(self._probe), strict=True)
-        worst = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
+        changes = torch.stack([(a - b).abs().max() / a.abs().max() for a, b in pairs])
+        worst = changes.max().item()  # NaN where any of them is
         if not worst <= self._tolerance:
             raise MigrationError(
                 f"the logits of the probe changed by {worst:.2g} of the largest one with the switch, more than "

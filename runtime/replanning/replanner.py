@@ -133,12 +133,12 @@ class Replanner:
         self.controller.log.close()
 
     def _hand_over(self, change: Change, step: int) -> None:
+        self._change = change  # whatever becomes of the call: the placement in force tells later
         try:
             self._service.replace(change.placement)
         except MoeplaceError as error:
+            self._change = None
             self.controller.failed(step, str(error))
-            return
-        self._change = change
 
     def _conclude(self, change: Change, status: ReplaceableStatus) -> None:
         """The service has come to rest: with the new placement, the old one, or another."""

@@ -140,8 +140,11 @@ class ReviewProcess:
 
 def _outcome(running: _Running, code: int) -> Outcome:
     if code == 0:
-        running.result.seek(0)
-        result = pickle.load(running.result)
+        try:
+            running.result.seek(0)
+            result = pickle.load(running.result)
+        except Exception as error:  # of our own process: but who waits for it must hear of an end
+            return ReviewFailure(f"the result of the review could not be read: {error}")
         return result if isinstance(result, Review) else ReviewFailure(str(result))
     if code < 0:
         return ReviewFailure(f"the process of the review was ended by signal {-code}")

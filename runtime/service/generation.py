@@ -4,8 +4,10 @@ Rank i is the i-th member in the order of (node, member id). A generation has a 
 prefix of its own; two may be alive at once, so that the next one connects while the one before serves.
 """
 
+import logging
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -17,7 +19,10 @@ from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.errors import PeerLostError
-from moeplace.runtime.service.store import ServiceStore
+from moeplace.runtime.service.errors import sentence_of
+from moeplace.runtime.service.store import ServiceEndedError, ServiceStore
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,16 +113,27 @@ class Forming:
 
         def connect() -> None:
             try:
-                group = self.generation.connect(store, member, timeout=timeout, counters=counters, device=device)
-                group.open_all()  # here nobody waits for it
-                self._take(group)
-            except PeerLostError as error:
-                self.error = str(error)
+                self._take(self._open(store, member, timeout=timeout, counters=counters, device=device))
+            except Exception as error:  # nobody else can tell that this one has failed
+                if not isinstance(error, PeerLostError):
+                    logger.exception("generation %d could not be connected", self.generation.number)
+                self.error = sentence_of(error)
             number = self.generation.number
-            store.report({"kind": "prepared", "member": member, "generation": number, "error": self.error})
+            with suppress(ServiceEndedError):  # the member itself notices
+                store.report({"kind": "prepared", "member": member, "generation": number, "error": self.error})
 
         self._thread = threading.Thread(target=connect, name=f"generation-{self.generation.number}", daemon=True)
         self._thread.start()
+
+    def _open(self, store: ServiceStore, member: int, **options: Any) -> RankGroup:
+        """The group with all that is made from it; one that is not whole is closed."""
+        group = self.generation.connect(store, member, **options)
+        try:
+            group.open_all()  # here nobody waits for it
+        except BaseException:
+            group.close()
+            raise
+        return group
 
     def wait(self, seconds: float) -> bool:
         """Whether it has ended, well or not, within some seconds."""

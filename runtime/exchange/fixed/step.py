@@ -99,7 +99,9 @@ class FixedShapes:
             return False
         flag = self.fixed.notes.flag(device)
         self.fixed.group.all_reduce(flag, kind="exceeded")
-        return bool(flag.item())
+        is_exceeded = bool(flag.item())
+        self.fixed.group.raise_if_lost()
+        return is_exceeded
 
 
 def without_nobody(rows: TokenRows) -> TokenRows:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moeplace.placement.placement import Placement
+from moeplace.placement.placement import EMPTY_SLOT, Placement
 from moeplace.placement.replacement.width import Adoption, adopt
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.engine import Engine
@@ -147,11 +147,15 @@ class Entrance:
         store, placement = serving.engine.executor.runtime.experts, adoption.placement
         here = placement.slots_on(rank)
         store.resize(here.stop - here.start)
+        # What was read for a generation that did not come about may have fallen to others since.
+        for layer, slot in np.argwhere(placement.slot_to_expert[:, here] == EMPTY_SLOT).tolist():
+            store.vacate(layer, int(store.row_of_slot[layer, slot]))
+        is_known = store.contents.reference is not None  # else a rank was lost while all were about to learn it
         for layer, expert in [(layer, expert) for layer, expert, taker in adoption.adopted if taker == rank]:
             slot = placement.slot_to_expert[layer, here].tolist().index(expert)
-            parts = self._checkpoint.expert(layer, expert)
-            store.load(layer, int(store.row_of_slot[layer, slot]), expert, parts)
-            if not store.contents.is_intact(layer, int(store.row_of_slot[layer, slot]), expert):
+            parts, row = self._checkpoint.expert(layer, expert), int(store.row_of_slot[layer, slot])
+            store.load(layer, row, expert, parts)
+            if is_known and not store.contents.is_intact(layer, row, expert):
                 raise MigrationError(f"expert {expert} of MoE layer {layer} reads from the checkpoint with other bytes")
 
     def _fill(

@@ -14,10 +14,11 @@ class FakeWork:
 
     def __init__(self) -> None:
         self.is_done, self.error = False, ""
+        self.raises: type[Exception] = RuntimeError
 
     def is_completed(self) -> bool:
         if self.error:
-            raise RuntimeError(self.error)
+            raise self.raises(self.error)
         return self.is_done
 
 
@@ -79,11 +80,12 @@ def test_what_does_not_end_is_aborted_once() -> None:
             watch.check()
 
 
-def test_what_fails_is_aborted() -> None:
-    """An error of the back end is told in its words."""
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, MemoryError])
+def test_what_fails_is_aborted(kind: type[Exception]) -> None:
+    """An error of the back end is told in its words, whatever it is: the thread that looks must not end by it."""
     watch, _, aborted = make_watch()
     work = FakeWork()
-    work.error = "NCCL error: remote process exited"
+    work.error, work.raises = "NCCL error: remote process exited", kind
     watch.add(work, "dispatch")
     watch.look()
     assert aborted == ["now"]
@@ -91,11 +93,12 @@ def test_what_fails_is_aborted() -> None:
         watch.check()
 
 
-def test_an_abort_that_fails_is_told_all_the_same() -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_an_abort_that_fails_is_told_all_the_same(kind: type[Exception]) -> None:
     """The communicator is broken already."""
 
     def abort() -> None:
-        raise RuntimeError("no communicator")
+        raise kind("no communicator")
 
     watch = CollectiveWatch(abort, timeout=1.0, clock=(clock := Clock()), start=False)
     watch.add(FakeWork(), "dispatch")

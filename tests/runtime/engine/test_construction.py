@@ -175,6 +175,9 @@ class FirstOfTwo:
     def broadcast(self, number: torch.Tensor, *, root: int, kind: str) -> None:
         self.asked += 1
 
+    def raise_if_lost(self) -> None:
+        """Nobody is."""
+
 
 @pytest.mark.parametrize("wrap", [lambda rule: rule, AtHome], ids=["as it is", "at home"])
 def test_predictions_follow_the_placement(wrap: Callable[[ModeRule], ModeRule]) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.batch import Batch
+from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request, RunningSequence
 from moeplace.runtime.engine.sampling import SamplingParameters
 from moeplace.runtime.engine.scheduler import Scheduler
@@ -214,3 +215,15 @@ def test_a_row_can_be_kept_free() -> None:
     scheduler.release(check)
     scheduler.kept_free = 0
     assert [sequence.request.request_id for sequence in admit(scheduler)] == ["b"]
+
+
+def test_a_check_is_nobody_elses(dated_seed: int) -> None:
+    """A sequence for a check of the ranks has its own tokens, also where a request of that name waits with more."""
+    scheduler, added = paged(8), tuple(range(1 + dated_seed % 9))
+    scheduler.resume(Request("check", (1, 2), max_new_tokens=20), added, {0: TokenLogprob(-1.0)})
+    check = scheduler.place(Request("check", (1, 2)))
+    assert check is not None
+    assert (check.token_ids, check.logprobs) == ([1, 2], {})
+    scheduler.release(check, keep=False)
+    (resumed,) = admit(scheduler)
+    assert (resumed.token_ids, list(resumed.logprobs)) == ([1, 2, *added, 0], [0])  # and one that it drew

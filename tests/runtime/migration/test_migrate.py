@@ -2,9 +2,11 @@
 
 import re
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -246,6 +248,20 @@ def test_a_failed_check_takes_the_switch_back(pool: RankPool, olmoe: Oracle, wha
     assert re.match(expected, sentences.pop())
     for _, serves_old, version, state in results:
         assert (serves_old, version, state) == (True, 0, "failed")
+
+
+@pytest.mark.parametrize("spoiled", [0, 1, 2])
+def test_every_probe_counts(spoiled: int) -> None:
+    """Logits that are no numbers are a change, whichever of the probes they are of, and so is one beyond the limit."""
+    logits = [torch.tensor([[1.0, -4.0]]), torch.tensor([[2.0, 0.5]]), torch.tensor([[3.0, 1.0]])]
+    migration = LiveMigration.__new__(LiveMigration)
+    migration._logits, migration._probe, migration._tolerance = logits, [[1], [2], [3]], 0.01
+    for change, passes in ((0.0, True), (0.009, True), (0.011, False), (torch.inf, False), (torch.nan, False)):
+        after = [one.clone() for one in logits]
+        after[spoiled] += change * logits[spoiled].abs().max()
+        migration._engine = SimpleNamespace(score=lambda probe, after=after: after)  # type: ignore[assignment]
+        with nullcontext() if passes else pytest.raises(MigrationError, match="logits of the probe changed by"):
+            migration._check_probe()
 
 
 def disagree_about_the_plan(context: RankContext, oracle: Oracle) -> str:

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -28,7 +29,7 @@ from moeplace.profiling.synthetic.traces import planted
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.replanning.controller import Change, Controller, ControllerSettings
 from moeplace.runtime.replanning.event_log import EventLog, read_events
-from moeplace.runtime.replanning.review_process import Outcome, ReviewFailure, ReviewProcess
+from moeplace.runtime.replanning.review_process import Outcome, ReviewFailure, ReviewProcess, _Running
 
 pytestmark = pytest.mark.clock(0.1)
 
@@ -302,6 +303,21 @@ def test_a_review_that_dies_or_takes_too_long_hurts_nobody() -> None:
         os.kill(pid, 0)
     assert controller.state == "watching"
     controller.close()
+
+
+def test_a_result_that_cannot_be_read_is_the_end_of_a_review(tmp_path: Path) -> None:
+    """It is told once, as any other failure; then there is nothing under way."""
+    ended = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
+    ended.wait()
+    (tmp_path / "result").write_bytes(b"no result")
+    process = ReviewProcess()
+    with (tmp_path / "result").open("rb") as result, (tmp_path / "result").open("rb") as words:
+        process._running = _Running(ended, time.monotonic() + 60, result, words)
+        outcome = process.poll()
+        assert isinstance(outcome, ReviewFailure)
+        assert "could not be read" in outcome.sentence
+        assert result.closed
+    assert process.poll() is None
 
 
 class NoProcess(ReviewInPlace):

@@ -10,6 +10,7 @@ from moeplace.placement.cluster import Cluster
 from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
+from moeplace.runtime.replanning.controller import Change
 from moeplace.runtime.replanning.replanner import Replanner
 from tests.runtime.replanning.test_controller import EXPERTS, FIRST, LAYERS, SECOND, kinds, planned, watch, window
 
@@ -62,7 +63,11 @@ class SimulatedService:
         """Begin, or refuse."""
         if self.ends_with == "refuse":
             raise InputError("the placement is for another model")
-        self.wanted, self.begun = placement, self.steps
+        if self.ends_with != "break before":
+            self.wanted, self.begun = placement, self.steps
+        if self.ends_with.startswith("break"):
+            self.ends_with = "commit"
+            raise RuntimeError("a defect")
 
 
 def on_two_ranks() -> Placement:
@@ -121,3 +126,50 @@ def test_a_change_of_ranks_from_outside_is_taken_over() -> None:
     replanner.turn()
     assert controller.placement is service.in_force
     assert kinds(controller) == ["watching", "placement-changed"]
+
+
+class OneChange:
+    """A controller that wants one change, and notes what it is told of it."""
+
+    def __init__(self, placement: Placement, goal: Placement) -> None:
+        self.placement, self.told = placement, list[str]()
+        self._goal = goal
+        self._change: Change | None = Change(goal, None, 1.0, window(FIRST, 0), "better")  # type: ignore[arg-type]
+
+    def is_due(self, step: int) -> bool:
+        return False
+
+    def poll(self, step: int) -> Change | None:
+        change, self._change = self._change, None
+        return change
+
+    def committed(self, step: int) -> None:
+        self.told.append("committed")
+        self.placement = self._goal
+
+    def failed(self, step: int, reason: str) -> None:
+        self.told.append(reason)
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "told"),
+    [
+        ("break before", "the service kept the placement that was in force"),
+        ("break behind", "committed"),
+        ("refuse", "the placement is for another model"),
+    ],
+)
+def test_a_service_that_breaks_is_asked_what_is_in_force(ends_with: str, told: str) -> None:
+    """An error of no known kind as a change is handed over, before it was taken or behind: one turn fails, and then
+    what became of it is told, once; a controller that nobody tells would wait for ever."""
+    old = index_order(np.full(LAYERS, EXPERTS), np.full(4, EXPERTS // 4), np.zeros(4, np.int64))
+    controller = OneChange(old, old.replace(slot_to_expert=old.slot_to_expert[:, ::-1]))
+    service = SimulatedService(old, lambda step: window(FIRST, 0), ends_with)
+    replanner, failed = Replanner(controller, service), 0  # type: ignore[arg-type]
+    while service.steps < 30:
+        try:
+            replanner.turn()
+        except RuntimeError:
+            failed += 1
+    assert failed == ends_with.startswith("break")
+    assert controller.told == [told]
