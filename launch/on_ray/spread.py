@@ -75,10 +75,10 @@ class RaySpread:
             last = str(error).strip().splitlines()[-1][:200]
             raise MoeplaceError(f"a {self._what} failed on the Ray cluster: {last}") from error
         finally:
-            _end(ray, list(index_of), self._what)
+            end_tasks(ray, list(index_of), self._what)
 
 
-def _end(ray: Any, left: list[Any], what: str) -> None:
+def end_tasks(ray: Any, left: list[Any], what: str) -> None:
     """Cancel tasks until none is left: one that is on its way to a worker while it is cancelled may run all the same.
 
     That was so for one in seven (Ray 2.60), which then kept their CPUs for as long as the cluster was up.

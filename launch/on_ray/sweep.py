@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moeplace.launch.on_ray.spread import end_tasks
 from moeplace.launch.solving.runs import run_solver
 from moeplace.profiling.errors import MoeplaceError
 
@@ -65,10 +66,8 @@ def run_sweep(
             for ref in ray.wait(waiting)[0]:
                 rows[refs[ref]] = _row_of(ray, ref, refs[ref])
             report(len(rows) / len(refs))
-    except BaseException:
-        for ref in refs:
-            ray.cancel(ref, force=True)
-        raise
+    finally:
+        end_tasks(ray, [ref for ref, instance in refs.items() if instance not in rows], "instance")
     return [rows[instance] for instance in instances]
 
 

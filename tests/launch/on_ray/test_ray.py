@@ -16,6 +16,7 @@ import pytest
 
 from moeplace.launch.cli import main
 from moeplace.launch.commands.ray_jobs import add_arguments
+from moeplace.launch.on_ray import sweep
 from moeplace.launch.on_ray.cluster import packaged
 from moeplace.launch.on_ray.spread import RaySpread
 from moeplace.launch.on_ray.submit import when_agents_are_up
@@ -169,7 +170,7 @@ def test_tasks_that_nobody_waits_for_are_ended(cluster: Any, tmp_path: Path) -> 
 
     Again and again, because Ray forgets one in seven that is on its way to a worker while it is cancelled.
     """
-    for attempt in range(20):
+    for attempt in range(10):
         folder = tmp_path / str(attempt)
         folder.mkdir()
         answers = RaySpread(lambda: cluster, cpus=1).each(_until_there, str(folder), ["first", "never", "later"])
@@ -177,6 +178,30 @@ def test_tasks_that_nobody_waits_for_are_ended(cluster: Any, tmp_path: Path) -> 
         assert next(answers) == (0, "first")
         answers.close()
         assert cluster.get(cluster.remote(num_cpus=2)(_one).remote(), timeout=WAIT) == 1  # all CPUs are free again
+
+
+def test_a_sweep_that_is_interrupted_leaves_nothing_running(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was that ended it after its first row."""
+    monkeypatch.setattr(sweep, "solve_instance", _row_when_there)
+    instances = [sweep.Instance("t", name, None, 0) for name in ("first", "never", "later")]
+
+    def interrupt(share: float) -> None:
+        raise KeyboardInterrupt
+
+    for attempt in range(5):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        (folder / "first").touch()
+        options = argparse.Namespace(folder=str(folder))
+        with pytest.raises(KeyboardInterrupt):
+            sweep.run_sweep(cluster, instances, {"t": None}, options, cpus=1, report=interrupt)
+        assert cluster.get(cluster.remote(num_cpus=2)(_one).remote(), timeout=WAIT) == 1
+
+
+def _row_when_there(instance: sweep.Instance, sides: None, args: argparse.Namespace) -> dict[str, str]:
+    return {"solver": _until_there(args.folder, instance.solver)}
 
 
 def _until_there(folder: str, name: str) -> str:
