@@ -8,7 +8,11 @@ from moeplace.launch.options.problem import add_cluster_arguments, add_problem_a
 from moeplace.launch.options.replanning import add_replan_arguments, check_replan_arguments
 from moeplace.launch.progress import progress
 from moeplace.launch.serving.front import serve_http, start_coordinator
-from moeplace.launch.serving.front_arguments import add_engine_arguments, add_front_arguments
+from moeplace.launch.serving.front_arguments import (
+    add_engine_arguments,
+    add_front_arguments,
+    check_trace_arguments,
+)
 from moeplace.launch.solving.runs import DEFAULT_SOLVERS, print_rows, solvers_and_caps
 
 HELP = "on a Ray cluster: submit commands as jobs; import, count, compare and solve in parallel; serve"
@@ -141,12 +145,10 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     from moeplace.launch.on_ray.cluster import connected, import_ray
-    from moeplace.profiling.errors import InputError
     from moeplace.profiling.recording.checkpoint_files import check_checkpoint
 
     check_replan_arguments(args)
-    if (args.trace or args.calibration) and not args.replan:
-        raise InputError("--trace and --calibration need --replan here")
+    check_trace_arguments(args)
     check_checkpoint(args.model)
     import_ray()
     with connected(args.address, num_cpus=args.num_cpus, ship=not args.no_ship) as ray:

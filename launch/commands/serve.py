@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.policy import tier_limits
 from moeplace.launch.options.replanning import add_replan_arguments, check_replan_arguments
-from moeplace.launch.serving.front_arguments import add_engine_arguments, add_front_arguments, replica_rule_of
+from moeplace.launch.serving.front_arguments import (
+    add_engine_arguments,
+    add_front_arguments,
+    check_trace_arguments,
+    replica_rule_of,
+)
 from moeplace.launch.settings import add_config_argument
 
 if TYPE_CHECKING:
@@ -46,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         args.usage_error("the following arguments are required: MODEL")
     check_replan_arguments(args)
+    check_trace_arguments(args)
     if args.http is not None:
         return _answer_http(args)
     if args.out is None:
@@ -96,10 +102,6 @@ def _answer_http(args: argparse.Namespace) -> int:
         raise InputError("--http starts its own ranks; run it without torchrun")
     if args.replan and args.ranks == 1:
         raise InputError("--replan needs several ranks: one has nowhere to move an expert")
-    if args.ranks != 1 and (args.trace or args.calibration) and not args.replan:
-        raise InputError(
-            "--trace and --calibration work with one rank, with --replan, or with --requests under torchrun"
-        )
     return serve_http(args, lambda: _start_service(args))
 
 
@@ -120,15 +122,12 @@ def _start_service(args: argparse.Namespace) -> "Service":
 
 
 def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:
-    from moeplace.placement.cost.calibration import Calibration
     from moeplace.placement.placement_file import load_placement
-    from moeplace.profiling.traces.file import load_trace
     from moeplace.runtime.engine.modes import RecordedRouting
 
-    calibration = Calibration.load(args.calibration) if args.calibration else None
     return {
         "placement": load_placement(args.placement) if args.placement else None,
-        "recorded": RecordedRouting(load_trace(args.trace), calibration) if args.trace else None,
+        "recorded": RecordedRouting.load(args.trace, args.calibration) if args.trace else None,
     }
 
 

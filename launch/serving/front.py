@@ -231,12 +231,19 @@ def verify_alone(args: argparse.Namespace) -> None:
         verify_engine(Engine(checkpoint, mode="allgather", dtype=dtype, limits=EngineLimits(max_sequences=4)))
 
 
+def _absolute(path: str | None) -> str | None:
+    """As processes that start elsewhere find it."""
+    return None if path is None else str(Path(path).resolve())
+
+
 def _service_options(args: argparse.Namespace) -> "ServiceOptions":
     from moeplace.runtime.engine.limits import EngineLimits
     from moeplace.runtime.service.options import ServiceOptions
 
     return ServiceOptions(
         mode=args.mode,
+        trace=_absolute(args.trace) if args.mode == "auto" else None,
+        calibration=_absolute(args.calibration),
         dtype=args.dtype,
         limits=EngineLimits(
             max_sequences=args.max_sequences,

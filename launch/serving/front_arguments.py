@@ -15,7 +15,9 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
     parser.add_argument("--placement", metavar="P", help="placement file (default: experts in index order)")
     parser.add_argument("--mode", choices=("auto", *MODES), default="auto", help="execution mode (default: auto)")
     parser.add_argument(
-        "--trace", metavar="T", help="recorded routing, from which auto predicts every mode, and --replan the promise"
+        "--trace",
+        metavar="T",
+        help="recorded routing, from which auto predicts every mode, and --replan the promise; readable by every rank",
     )
     parser.add_argument("--calibration", metavar="C", help="measured links and expert time, for --trace and --replan")
     parser.add_argument(
@@ -69,6 +71,22 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
         help="what ranks compute on: cuda = a GPU for each; auto = GPUs where there are any (default)",
     )
     parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for another rank")
+
+
+def check_trace_arguments(args: argparse.Namespace) -> None:
+    """Check that recorded routing and a calibration are of use.
+
+    Raises:
+        InputError: nothing would look at them.
+    """
+    from moeplace.profiling.errors import InputError
+
+    if args.replan:
+        return
+    if args.trace and args.mode != "auto":
+        raise InputError(f"--trace {args.trace} needs --mode auto or --replan; --mode {args.mode} predicts nothing")
+    if args.calibration and not args.trace:
+        raise InputError(f"--calibration {args.calibration} needs --trace or --replan")
 
 
 def add_front_arguments(group: "argparse._ActionsContainer") -> None:

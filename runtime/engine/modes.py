@@ -6,7 +6,8 @@ The modes are fixed by the user, taken from the placement file, or chosen per ph
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal, Protocol, Self
 
 import torch
 
@@ -16,6 +17,7 @@ from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.modes import MODES, Mode
 from moeplace.placement.placement import Placement
 from moeplace.profiling.errors import InputError
+from moeplace.profiling.traces.file import load_trace
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.comm.group import RankGroup
 
@@ -40,6 +42,15 @@ class RecordedRouting:
 
     trace: RoutingTrace
     calibration: Calibration | None = None
+
+    @classmethod
+    def load(cls, trace: str | Path, calibration: str | Path | None = None) -> Self:
+        """From files.
+
+        Raises:
+            MoeplaceError: one is missing, or is none.
+        """
+        return cls(load_trace(trace), None if calibration is None else Calibration.load(calibration))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ class ServiceOptions:
 
     Attributes:
         mode: auto, dispatch-combine, coherent or allgather.
+        trace: file of recorded routing from which `auto` predicts every mode, readable by every member; None = `auto`
+            follows the placement.
+        calibration: file of measured links and expert time for that; None = nominal ones.
         dtype: number type by name, None = the checkpoint's.
         limits: of every member's engine.
         node_aware: dispatch-combine sends one copy per node; None = where tokens have several experts.
@@ -46,6 +49,8 @@ class ServiceOptions:
     device: str = "auto"
     check_steps: bool = False
     replica_rule: str = "moeplace"
+    trace: str | None = None
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("bytes_per_step", "timeout", "step_timeout", "start_timeout"):

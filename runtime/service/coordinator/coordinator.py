@@ -49,7 +49,7 @@ from moeplace.runtime.service.coordinator.actions import (
     Tell,
 )
 from moeplace.runtime.service.coordinator.conductor import Conductor
-from moeplace.runtime.service.coordinator.first import first_placement, member_options
+from moeplace.runtime.service.coordinator.first import check_recorded, first_placement, member_options
 from moeplace.runtime.service.coordinator.helpers import Deliveries, OnEvent, Reminders, Threads, make_plan
 from moeplace.runtime.service.coordinator.journal import Journal
 from moeplace.runtime.service.coordinator.processes import MemberProcesses
@@ -96,11 +96,12 @@ class Coordinator:
 
         Raises:
             InputError: the model is dense, the placement is for another model or number of ranks, there would be a rank
-                without an expert, or the address or the state folder cannot be used.
+                without an expert, or the address, the state folder or recorded routing cannot be used.
         """
         self._checkpoint, self._host = Checkpoint(checkpoint), host
         first = first_placement(self._checkpoint, placement, ranks)
         self._options = member_options(options or ServiceOptions(), first, ranks)
+        check_recorded(self._options, first)
         self._faults, self._on_step = dict(faults or {}), on_step
         self._secret = secrets.token_hex(32) if secret is None else secret
         self._server = serve_store(host)

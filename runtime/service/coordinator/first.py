@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from moeplace.placement.cluster import even_slots
+from moeplace.placement.cost.evaluation import require_same_model
 from moeplace.placement.placement import Placement, index_order
 from moeplace.profiling.errors import InputError
-from moeplace.runtime.engine.modes import choose_mode_rule
+from moeplace.runtime.engine.modes import RecordedRouting, choose_mode_rule
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.service.coordinator.membership import require_ranks
 from moeplace.runtime.service.options import ServiceOptions
@@ -39,9 +40,21 @@ def first_placement(checkpoint: Checkpoint, placement: Placement | None, ranks: 
     return placement.replace(**fields)
 
 
+def check_recorded(options: ServiceOptions, placement: Placement) -> None:
+    """Before members start: whether they can read what `auto` is to predict from.
+
+    Raises:
+        MoeplaceError: a file is missing or is none.
+        InputError: the routing is of another model.
+    """
+    if options.trace is not None:
+        require_same_model(RecordedRouting.load(options.trace, options.calibration).trace, placement)
+
+
 def member_options(options: ServiceOptions, placement: Placement, ranks: int) -> ServiceOptions:
     """Options whose K/V memory per rank does not depend on how many ranks there are."""
-    limits = options.limits
-    if choose_mode_rule(options.mode, placement).may_be_coherent or limits.rank_sequences is not None:
+    limits, is_predicted = options.limits, options.mode == "auto" and options.trace is not None
+    may_be_coherent = is_predicted or choose_mode_rule(options.mode, placement).may_be_coherent
+    if may_be_coherent or limits.rank_sequences is not None:
         return options
     return replace(options, limits=replace(limits, rank_sequences=-(-limits.max_sequences // ranks)))

@@ -12,6 +12,7 @@ from moeplace.placement.placement import EMPTY_SLOT, Placement
 from moeplace.placement.replacement.width import Adoption, adopt
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.modes import RecordedRouting
 from moeplace.runtime.errors import MigrationError, PeerLostError
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.opening import ServedModel
@@ -132,6 +133,7 @@ class Entrance:
             node_aware=options.node_aware,
             decoder=self._decoder,
             replica_rule=options.replica_rule,
+            recorded=None if options.trace is None else RecordedRouting.load(options.trace, options.calibration),
         )
         return Serving(
             engine,

@@ -129,6 +129,12 @@ def test_without_the_flag_a_service_is_left_alone() -> None:
         (["--requests", "r", "--out", "o", "--replan"], "--replan works with --http"),
         (["--requests", "r", "--out", "o", "--replan-gain", "0.1"], "--replan-gain (0.1) needs --replan"),
         (["--http", "127.0.0.1:0", "--replan"], "--replan needs several ranks"),
+        (
+            ["--http", "127.0.0.1:0", "--ranks", "2", "--mode", "coherent", "--trace", "t"],
+            "--trace t needs --mode auto",
+        ),
+        (["--requests", "r", "--out", "o", "--mode", "allgather", "--trace", "t"], "--trace t needs --mode auto"),
+        (["--http", "127.0.0.1:0", "--ranks", "2", "--calibration", "c"], "--calibration c needs --trace"),
     ],
 )
 def test_serve_refuses_what_it_would_ignore(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
