@@ -1,6 +1,5 @@
 """Agreements of ranks that are threads of this process: what differs is said, and one that failed costs no other."""
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +10,7 @@ import torch.distributed as dist
 
 from moeplace.runtime.comm.agreement import Agreement
 from moeplace.runtime.errors import DisagreementError, PeerLostError
-
-WAIT = 60.0
+from tests.runtime.thread_ranks import WAIT, run_threads
 
 
 @contextmanager
@@ -30,20 +28,14 @@ def agreements(size: int) -> tuple[dist.HashStore, list[Agreement]]:
 
 def run_ranks(act: Callable[[int], Any], size: int) -> list[Any]:
     """What `act(rank)` gives, or its error as a sentence, of ranks side by side."""
-    found: list[Any] = ["did not end"] * size
 
-    def run(rank: int) -> None:
+    def tell(rank: int) -> Any:
         try:
-            found[rank] = act(rank)
+            return act(rank)
         except (DisagreementError, PeerLostError) as error:
-            found[rank] = f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error}"
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT)
-    return found
+    return run_threads(tell, size)
 
 
 @pytest.mark.parametrize("size", [2, 4])

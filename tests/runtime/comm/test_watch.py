@@ -134,6 +134,23 @@ def test_what_is_closed_keeps_nothing_open(start: bool) -> None:
     watch.add(work, "dispatch")
     seen = weakref.ref(group), weakref.ref(work)
     watch.close()
+    assert watch._thread is None or not watch._thread.is_alive()
     del group, work
     assert [one() for one in seen] == [None, None]
     watch.check()
+
+
+def test_who_is_told_may_close_at_once() -> None:
+    """On the thread that looks: it does not wait for itself."""
+    closed = threading.Event()
+
+    def close() -> None:
+        watch.close()
+        closed.set()
+
+    watch = CollectiveWatch(close, timeout=0.01)
+    watch.add(FakeWork(), "dispatch")
+    assert closed.wait(30)
+    assert watch._thread is not None
+    watch._thread.join(30)
+    assert not watch._thread.is_alive()

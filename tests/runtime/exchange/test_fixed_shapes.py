@@ -1,5 +1,7 @@
 """Exchanges in fixed shapes: results of the exact form, nothing read on the host, exact also where there is no room."""
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.exchange import host_counts
 from moeplace.runtime.exchange.capacity import Capacity
@@ -16,6 +19,7 @@ from moeplace.runtime.exchange.dispatcher import MoeRuntime, Step, TokenRows
 from moeplace.runtime.exchange.factory import make_dispatcher
 from moeplace.runtime.exchange.fixed import counts
 from moeplace.runtime.exchange.fixed.factory import make_fixed_shapes
+from moeplace.runtime.exchange.fixed.rows import FixedRowExchange
 from moeplace.runtime.exchange.fixed.step import FixedShapes
 from moeplace.runtime.exchange.running_load import RunningLoad
 from moeplace.runtime.exchange.slot_tables import SlotTables
@@ -26,6 +30,7 @@ from moeplace.runtime.measure.host_reads import HostReads
 from tests.rank_pool import RankContext, RankPool
 from tests.runtime.exchange.test_dispatchers import CASES
 from tests.runtime.placements import random_placement
+from tests.runtime.thread_ranks import run_groups
 from tests.runtime.toy_layers import ToyModel
 
 FORMS = ("dispatch-combine", "node-aware", "coherent")
@@ -361,3 +366,34 @@ def test_the_running_load_is_that_of_one_run(exceeded: int) -> None:
     assert len(loads) == 1 + exceeded
     assert not torch.stack(loads).any()
     assert (runtime.running.carried_LR == 7).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_as_many_copies_are_sent_as_without_fixed_shapes(top_k: int, dated_seed: int, monkeypatch: Any) -> None:
+    """Places that nobody needs stay empty: a copy goes where an expert of its token is, and nowhere else."""
+    homes, nodes = (3, 5, 0, 4), [0, 0, 1, 1]
+    model = ToyModel.random(sum(homes), layers=2, experts=8, top_k=top_k, seed=dated_seed % 1000)
+    placement = random_placement(2, 8, 4, seed=dated_seed % 1000, nodes=2)
+    sent: Counter[tuple[int, str]] = Counter()
+    send = FixedRowExchange.send
+
+    def count(self: Any, layout: Any, token: Any, values: Any, wanted_NR: torch.Tensor, rooms: Any) -> Any:
+        sent[threading.get_ident(), form_of[threading.get_ident()]] += int(wanted_NR.sum())
+        return send(self, layout, token, values, wanted_NR, rooms)
+
+    monkeypatch.setattr(FixedRowExchange, "send", count)
+    form_of: dict[int, str] = {}
+
+    def act(group: RankGroup) -> None:
+        runtime, me = model.runtime(placement, group.rank, group.counters), threading.get_ident()
+        for form in FORMS:
+            form_of[me] = form
+            shapes = make_shapes(form, runtime, group)
+            group.counters.reset()
+            model.run(shapes.exact, group.rank, Step(homes))
+            exact = group.counters.copies_sent
+            shapes.run(lambda dispatcher: model.run(dispatcher, group.rank, Step(homes)))
+            assert group.counters.overflows == 0
+            assert sent[me, form] == exact > 0 or not homes[group.rank]
+
+    run_groups(act, nodes)

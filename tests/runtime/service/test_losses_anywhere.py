@@ -1,0 +1,144 @@
+"""Losses at moments that are drawn: whatever ranks do, and in whatever order they die, each request gets its tokens."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moeplace.placement.placement import Placement
+from moeplace.profiling.errors import InputError, MoeplaceError
+from moeplace.runtime.engine.engine import Engine
+from moeplace.runtime.engine.limits import EngineLimits
+from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.engine.sampling import SamplingParameters
+from moeplace.runtime.service.api import TokenEvent
+from moeplace.runtime.service.coordinator.coordinator import Coordinator
+from moeplace.runtime.service.options import ServiceOptions
+from tests.runtime.checkpoints import save_checkpoint
+from tests.runtime.thread_members import ThreadSpawner, thread_members
+
+__all__ = ["thread_members"]
+
+LIMITS = EngineLimits(max_sequences=6, max_length=48, staging_rows=1, max_prefill_tokens=7)
+WAIT = 120.0
+PHASES = (
+    ("starting", 1),
+    ("forming", 3),
+    ("loading", 2),
+    ("step", 30),
+    ("migration", 6),
+    ("snapshots", 3),
+    ("checksums", 2),
+    ("tokens", 30),
+    ("kv", 20),
+    ("commit", 2),
+    ("check", 30),
+    ("dispatch", 90),
+)
+"""Moments, and how often they come about, more or less."""
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("olmoe")
+    save_checkpoint("olmoe", folder)
+    return folder
+
+
+def make_requests(seed: int) -> list[Request]:
+    """Every other one is sampled; more than there is room for."""
+    rng = np.random.default_rng(seed)
+    return [
+        Request(
+            f"r{number}",
+            tuple(rng.integers(0, 60, rng.integers(1, 14)).tolist()),
+            int(rng.integers(6, 30)),
+            SamplingParameters(0.8, seed=number) if number % 2 else SamplingParameters(),
+            (),
+        )
+        for number in range(9)
+    ]
+
+
+class Client:
+    """Hears of requests."""
+
+    def __init__(self, count: int) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.reasons: dict[str, str] = {}
+        self._count, self.ended = count, threading.Event()
+
+    def __call__(self, event: TokenEvent) -> None:
+        assert event.request_id not in self.reasons
+        self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+        if event.finish_reason is not None:
+            self.reasons[event.request_id] = event.finish_reason
+        if len(self.reasons) == self._count:
+            self.ended.set()
+
+
+def draw_faults(rng: np.random.Generator) -> dict[int, list[dict[str, Any]]]:
+    """Of some of the first members, one each; few enough that no request is taken for the reason."""
+    faults = {}
+    for member in rng.permutation(5)[: rng.integers(1, 4)].tolist():
+        phase, often = PHASES[rng.integers(len(PHASES))]
+        at, after = int(rng.integers(1, often + 1)), bool(phase in ("step", "migration") and rng.random() < 0.5)
+        faults[member] = [{"phase": phase, "at": at, "after": after}]
+    return faults
+
+
+def turned(placement: Placement) -> Placement:
+    """Every expert one slot further."""
+    return placement.replace(slot_to_expert=np.roll(placement.slot_to_expert, 1, axis=1))
+
+
+def disturb(service: Coordinator, rng: np.random.Generator) -> None:
+    """Another placement, or more ranks or fewer, if the service can just now."""
+    try:
+        if rng.random() < 0.5:
+            service.replace(turned(service.placement))
+        else:
+            service.scale(int(rng.integers(1, 5)))
+    except (InputError, MoeplaceError):
+        pass  # it has lost a rank meanwhile, or is about to start again
+
+
+@pytest.mark.parametrize("mode", ["coherent", "dispatch-combine"])
+@pytest.mark.parametrize("drawn", [1, 2, None])
+def test_nothing_is_lost_whenever_ranks_die(
+    checkpoint: Path, thread_members: ThreadSpawner, mode: str, drawn: int | None, dated_seed: int
+) -> None:
+    """Up to three of the first five members die, each where it is drawn: as they start, connect, read, step, compare,
+    move experts or take over; meanwhile the service is scaled and re-placed."""
+    seed = dated_seed % 10_000 if drawn is None else drawn
+    rng, requests = np.random.default_rng(seed), make_requests(seed)
+    expected = Engine(checkpoint, dtype=torch.float64, limits=LIMITS).generate(requests)
+    options = ServiceOptions(
+        mode=mode,
+        dtype="float64",
+        limits=LIMITS,
+        check_steps=True,
+        keep_width=True,
+        bytes_per_step=1500,
+        probe_tokens=int(rng.integers(2)) * 3,
+        step_timeout=60.0,
+        timeout=60.0,
+    )
+    thread_members.open(checkpoint, torch.float64)
+    faults, client = draw_faults(rng), Client(len(requests))
+    with Coordinator(checkpoint, ranks=3, spawner=thread_members, options=options, faults=faults) as service:
+        service.wait_until_serving(timeout=WAIT)
+        for number, request in enumerate(requests):
+            service.submit(request, client)
+            if number % 3 == 1:
+                disturb(service, rng)
+        assert client.ended.wait(WAIT), (seed, faults, service.status(), service.events())
+        told = [(event.kind, event.sentence) for event in service.events()]
+    print(seed, faults, thread_members.fired(), told)  # shown if the test fails
+    assert set(client.reasons.values()) == {"length"}
+    assert client.tokens == {completion.request_id: list(completion.token_ids) for completion in expected}
+    assert not [sentence for kind, sentence in told if kind in ("bad-report", "failed")]
