@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Self
 
 import numpy as np
@@ -78,8 +79,10 @@ class Generation:
         Raises:
             PeerLostError: not all came within the timeout.
         """
+        place = store.for_group(self.number)
+        place.set_timeout(timedelta(seconds=timeout))  # back ends ask it for what a rank that has gone never wrote
         return RankGroup(
-            store.for_group(self.number),
+            place,
             rank=self.members.index(member),
             size=len(self.members),
             timeout=timeout,

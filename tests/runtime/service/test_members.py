@@ -1,12 +1,14 @@
 """What a member does by itself: experts that it takes, and generations that never came about."""
 
 import threading
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from moeplace.placement.placement import EMPTY_SLOT, Placement
 from moeplace.placement.replacement.width import Adoption, adopt
@@ -167,3 +169,17 @@ def test_a_group_that_forms_when_nobody_is_there_any_more_is_quiet(monkeypatch: 
     assert forming.wait(WAIT)
     assert forming.group is not None
     assert not failed
+
+
+def test_nothing_of_a_group_is_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a back end reads of its store comes within the time of a collective, or is given up: a connection of a
+    member waits for a year, as long as there is a coordinator."""
+    made: list[Any] = []
+    monkeypatch.setattr("moeplace.runtime.service.generation.RankGroup", lambda place, **options: made.append(place))
+    root = dist.HashStore()
+    root.set_timeout(timedelta(days=365))
+    store: Any = SimpleNamespace(for_group=lambda number: dist.PrefixStore(f"group/{number}", root))
+    options = {"timeout": 7.0, "counters": Counters(), "device": torch.device("cpu")}
+    Generation.of(1, {4: 0, 5: 0}).connect(store, 5, **options)  # type: ignore[arg-type]
+    assert made[0].timeout == timedelta(seconds=7)
+    assert root.timeout == timedelta(seconds=7)
