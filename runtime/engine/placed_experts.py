@@ -79,6 +79,7 @@ class PlacedExperts(Generic[ModelT, CacheT]):
     def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:
         """Serve with the ranks of another group from the next pass on; see `Engine.regroup`."""
         self.group = group
+        self._computation.count_in(group.counters)
         self.install(placement, version=version)
 
     def dispatcher(self, mode: Mode) -> Dispatcher:

@@ -86,6 +86,11 @@ class ExpertComputation:
         if self._tentative is not None:
             self._tentative.zero_()
 
+    def count_in(self, counters: Counters) -> None:
+        """Count there from now on; what waits on a GPU is of before."""
+        self.flush_counts()
+        self._counters = counters
+
     def flush_counts(self) -> None:
         """Bring counts that wait on the GPU to the counters."""
         if self._pending is not None:

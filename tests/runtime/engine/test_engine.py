@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.distributed import PrefixStore
+from torch.distributed import HashStore, PrefixStore
 
 from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.modes import MODES
@@ -242,6 +242,22 @@ def test_what_cannot_be_scored_leaves_nothing(tmp_path: Path, wrong: tuple[int, 
     assert engine.scheduler.is_idle
     assert [c.request_id for c in engine.generate([Request("a", (1, 2), 3)])] == ["a"]
     assert [len(logits) for logits in engine.score([(1, 2)] * 5)] == [2] * 5
+
+
+def test_a_new_group_counts_all_of_what_follows(tmp_path: Path) -> None:
+    """Also what its experts compute; the group before keeps what it has counted."""
+    save_checkpoint("olmoe", tmp_path)
+    groups = [RankGroup(HashStore(), rank=0, size=1, timeout=5) for _ in range(2)]
+    engine = Engine(tmp_path, group=groups[0], limits=EngineLimits(max_sequences=4, max_length=8))
+    request, counted = Request("a", (1, 2), 3, stop_ids=()), []
+    for number, group in enumerate(groups):
+        if number:
+            engine.regroup(group, engine.placement, version=1)
+        engine.generate([request])
+        counted.append({name: value for name, value in engine.counters().items() if name != "seconds"})
+    assert counted[0]["tokens_computed"] > 0
+    assert counted[1] == {**counted[0], "placement_version": 1}
+    assert groups[0].counters.tokens.total() == counted[0]["tokens_computed"]
 
 
 def test_arrivals_do_not_stop_what_runs() -> None:
