@@ -136,6 +136,8 @@ def test_nothing_is_lost_whenever_ranks_die(
             service.submit(request, client)
             if number % 3 == 1:
                 disturb(service, rng)
+        if rng.random() < 0.5:
+            service.close(drain=True, timeout=WAIT)  # ranks die while the service is waiting for its end
         assert client.ended.wait(WAIT), (seed, faults, service.status(), service.events())
         told = [(event.kind, event.sentence) for event in service.events()]
     print(seed, faults, thread_members.fired(), told)  # shown if the test fails
