@@ -4,6 +4,7 @@ A member that is killed raises `Killed` at the moment at which a fault is due an
 a process would. What this cannot show: a member that stops in the middle of torch, and what becomes of its process.
 """
 
+import gc
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,7 @@ from moeplace.runtime.service.store import ServiceStore
 
 _KILLED = -9
 _POLL = 0.002
-_LAST_WORDS = 2.0
+_LAST_WORDS = 20.0
 
 
 class Killed(BaseException):
@@ -87,13 +88,13 @@ class ThreadLoop(loop_module.MemberLoop):
         return forming
 
     def release(self) -> None:
-        """Close what the end of a process would close."""
+        """Close what the end of a process would close, as far as it has come."""
         for forming in self.__dict__.get("formings", []):
             forming.abandon()
-        self._close_group()
-        heartbeat = self.__dict__.get("_heartbeat")
-        if heartbeat is not None:
-            heartbeat.stop()
+        if "_group" in self.__dict__:
+            self._close_group()
+        if "_heartbeat" in self.__dict__:
+            self._heartbeat.stop()
 
 
 class ThreadMember:
@@ -141,7 +142,7 @@ class ThreadMember:
             pass
         finally:
             loop = getattr(self._thread, "loop", None)
-            if loop is not None and "_group" in loop.__dict__:
+            if loop is not None:
                 loop.release()
             self._code = code if self._code is None else self._code
 
@@ -203,5 +204,6 @@ def thread_members(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadSpawner]:
     monkeypatch.setattr(heartbeat_module, "os", type("NoExit", (), {"_exit": staticmethod(lambda code: None)}))
     yield spawner
     spawner.close()
+    gc.collect()  # with the coordinator goes its store, and with that whoever still waits there to connect
     for thread in set(threading.enumerate()) - before:  # one inside torch when Python ends would abort it
         thread.join(_LAST_WORDS)

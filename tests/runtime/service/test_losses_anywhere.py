@@ -1,6 +1,7 @@
 """Losses at moments that are drawn: whatever ranks do, and in whatever order they die, each request gets its tokens."""
 
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +68,23 @@ def make_requests(seed: int) -> list[Request]:
 class Client:
     """Hears of requests."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self) -> None:
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, str] = {}
-        self._count, self.ended = count, threading.Event()
+        self._changed = threading.Condition()
 
     def __call__(self, event: TokenEvent) -> None:
-        assert event.request_id not in self.reasons
-        self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
-        if event.finish_reason is not None:
-            self.reasons[event.request_id] = event.finish_reason
-        if len(self.reasons) == self._count:
-            self.ended.set()
+        with self._changed:
+            assert event.request_id not in self.reasons
+            self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+            if event.finish_reason is not None:
+                self.reasons[event.request_id] = event.finish_reason
+            self._changed.notify()
+
+    def await_ends(self, names: Collection[str]) -> None:
+        """Until these requests have ended."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: set(names) <= set(self.reasons), WAIT), (names, self.reasons)
 
 
 def draw_faults(rng: np.random.Generator) -> dict[int, list[dict[str, Any]]]:
@@ -108,12 +114,13 @@ def disturb(service: Coordinator, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("mode", ["coherent", "dispatch-combine"])
-@pytest.mark.parametrize("drawn", [1, 2, None])
+@pytest.mark.parametrize("drawn", [1, None, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 42))])
 def test_nothing_is_lost_whenever_ranks_die(
     checkpoint: Path, thread_members: ThreadSpawner, mode: str, drawn: int | None, dated_seed: int
 ) -> None:
     """Up to three of the first five members die, each where it is drawn: as they start, connect, read, step, compare,
-    move experts or take over; meanwhile the service is scaled and re-placed."""
+    move experts or take over; meanwhile the service is scaled and re-placed, and requests are cancelled and asked for
+    again under the same name."""
     seed = dated_seed % 10_000 if drawn is None else drawn
     rng, requests = np.random.default_rng(seed), make_requests(seed)
     expected = Engine(checkpoint, dtype=torch.float64, limits=LIMITS).generate(requests)
@@ -129,18 +136,31 @@ def test_nothing_is_lost_whenever_ranks_die(
         timeout=60.0,
     )
     thread_members.open(checkpoint, torch.float64)
-    faults, client = draw_faults(rng), Client(len(requests))
+    faults, client, again = draw_faults(rng), Client(), Client()
+    repeated: list[str] = []
     with Coordinator(checkpoint, ranks=3, spawner=thread_members, options=options, faults=faults) as service:
         service.wait_until_serving(timeout=WAIT)
         for number, request in enumerate(requests):
-            service.submit(request, client)
+            ticket = service.submit(request, client)
             if number % 3 == 1:
                 disturb(service, rng)
+            if rng.random() < 0.3:  # the same name again, at once: another request
+                service.cancel(request.request_id, ticket=ticket)
+                service.submit(request, again)
+                repeated.append(request.request_id)
         if rng.random() < 0.5:
             service.close(drain=True, timeout=WAIT)  # ranks die while the service is waiting for its end
-        assert client.ended.wait(WAIT), (seed, faults, service.status(), service.events())
-        told = [(event.kind, event.sentence) for event in service.events()]
-    print(seed, faults, thread_members.fired(), told)  # shown if the test fails
-    assert set(client.reasons.values()) == {"length"}
-    assert client.tokens == {completion.request_id: list(completion.token_ids) for completion in expected}
-    assert not [sentence for kind, sentence in told if kind in ("bad-report", "failed")]
+        client.await_ends([request.request_id for request in requests])
+        again.await_ends(repeated)
+        events = [(event.kind, event.sentence) for event in service.events()]
+    print(seed, faults, thread_members.fired(), events)  # shown if the test fails
+    for completion in expected:
+        whole, name = list(completion.token_ids), completion.request_id
+        told, reason = client.tokens[name], client.reasons[name]
+        if reason == "cancelled":
+            assert name in repeated
+            assert told == whole[: len(told)]
+        else:  # perhaps before it could be cancelled
+            assert (reason, told) == ("length", whole)
+        assert name not in repeated or (again.reasons[name], again.tokens[name]) == ("length", whole)
+    assert not [sentence for kind, sentence in events if kind in ("bad-report", "failed")]
