@@ -87,14 +87,20 @@ class Client:
             assert self._changed.wait_for(lambda: set(names) <= set(self.reasons), WAIT), (names, self.reasons)
 
 
+def draw_fault(rng: np.random.Generator) -> dict[str, Any]:
+    phase, often = PHASES[rng.integers(len(PHASES))]
+    at, after = int(rng.integers(1, often + 1)), bool(phase in ("step", "migration") and rng.random() < 0.5)
+    return {"phase": phase, "at": at, "after": after}
+
+
 def draw_faults(rng: np.random.Generator) -> dict[int, list[dict[str, Any]]]:
-    """Of some of the first members, one each; few enough that no request is taken for the reason."""
-    faults = {}
-    for member in rng.permutation(5)[: rng.integers(1, 4)].tolist():
-        phase, often = PHASES[rng.integers(len(PHASES))]
-        at, after = int(rng.integers(1, often + 1)), bool(phase in ("step", "migration") and rng.random() < 0.5)
-        faults[member] = [{"phase": phase, "at": at, "after": after}]
-    return faults
+    """Of some of the first members, one each, now and then of all ranks at once; few enough that no request is taken
+    for the reason."""
+    if rng.random() < 0.2:
+        fault = draw_fault(rng)
+        return {member: [fault] for member in range(3)}
+    members = rng.permutation(5)[: rng.integers(1, 4)]
+    return {member: [draw_fault(rng)] for member in members.tolist()}
 
 
 def turned(placement: Placement) -> Placement:
