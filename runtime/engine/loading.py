@@ -8,7 +8,7 @@ from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.experts.tier_limits import TierLimits
 from moeplace.runtime.experts.tiered_store import TieredStore
-from moeplace.runtime.experts.weights import LayerWeights, pinned_for
+from moeplace.runtime.experts.weights import LayerWeights
 from moeplace.runtime.models.checkpoint import Checkpoint
 
 
@@ -29,7 +29,7 @@ def load_experts(
     slots = here.stop - here.start
     if limits.tiers is None:
         store = ExpertStore(
-            [checkpoint.room(slots, dtype=dtype, device=device) for _ in range(checkpoint.num_layers)],
+            [checkpoint.room(slots, dtype=dtype, device=device, layer=layer) for layer in range(checkpoint.num_layers)],
             slots=slots,
             staging=checkpoint.room(limits.staging_rows, dtype=dtype, device=device),
         )
@@ -56,13 +56,14 @@ def _tiered_store(
     if tiers.host_slots is not None:
         in_host = min(slots, max(tiers.host_slots - -(-staging_rows // layers), 0))
 
-    def room_on_host() -> LayerWeights:
-        return pinned_for(checkpoint.room(in_host, dtype=dtype, device=host), device)
+    def room_on_host(rows: int, layer: int | None) -> LayerWeights:
+        room = checkpoint.room(rows, dtype=dtype, device=host, layer=layer)
+        return room.pinned() if device.type == "cuda" else room
 
     return TieredStore(
-        [room_on_host() for _ in range(layers)],
+        [room_on_host(in_host, layer) for layer in range(layers)],
         slots=slots,
-        staging=checkpoint.room(staging_rows, dtype=dtype, device=host),
+        staging=room_on_host(staging_rows, None),
         pool=checkpoint.room(tiers.fast_slots * layers, dtype=dtype, device=device),
         limits=tiers,
         read=checkpoint.expert,

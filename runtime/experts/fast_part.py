@@ -8,7 +8,7 @@ Everything here happens with the loader's lock held.
 Shape letters: L MoE layers, C storage rows of a layer.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from moeplace.placement.tiers.policy import LFU, LRU, SCORE_WEIGHT
@@ -45,14 +45,23 @@ class FastPart:
         step: passes so far.
     """
 
-    def __init__(self, layers: int, rows: int, *, transit: int, eviction: int) -> None:
-        """`rows`: fast rows in all, those for transit included."""
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        *,
+        transit: int,
+        eviction: int,
+        release: Callable[[int], None] = lambda target: None,
+    ) -> None:
+        """`rows`: fast rows in all, those for transit included; `release`: told of each that is given up."""
         self.held: list[dict[int, Held]] = [{} for _ in range(layers)]
         self.pinned: list[frozenset[int]] = [frozenset()] * layers
         self.step = 0
         self._room = [0] * layers  # rows of a layer that are not pinned
         self._spare = list(range(rows))[::-1]
         self._transit, self._in_transit, self._eviction = transit, 0, eviction
+        self._release = release
         self._value: dict[tuple[int, int], float] = {}
         self._touched: dict[tuple[int, int], int] = {}
 
@@ -77,6 +86,7 @@ class FastPart:
         held = self.held[layer].pop(row, None)
         if held is not None:
             self._spare.append(held.target)
+            self._release(held.target)
             self._in_transit -= held.in_transit
 
     def clear(self) -> None:

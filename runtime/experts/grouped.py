@@ -3,7 +3,7 @@
 Shape letters: A assignments, M those that are present, grouped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -122,4 +122,24 @@ def looped_linear(x: torch.Tensor, matrices: Sequence[torch.Tensor], sizes: np.n
     rows = [*sizes[used].tolist(), len(x) - int(sizes.sum())]
     for group, source, target in zip(used, x.split(rows), out.split(rows), strict=False):  # all but the last
         torch.mm(source, matrices[group], out=target)
+    return out
+
+
+def made_linear(
+    x: torch.Tensor, make: Callable[[int], torch.Tensor], groups: torch.Tensor | np.ndarray, *, width: int
+) -> torch.Tensor:
+    """`looped_linear` of matrices that are made when they are used, one at a time; on a GPU it waits for the sizes.
+
+    Args:
+        x: (M, in) rows, grouped.
+        make: group -> its (out, in) matrix.
+        groups: as `grouped_linear` takes them.
+        width: out.
+    """
+    sizes = np.diff(groups.cpu().numpy(), prepend=0) if isinstance(groups, torch.Tensor) else groups
+    out, start = x.new_empty(len(x), width), 0
+    for group in np.flatnonzero(sizes).tolist():
+        end = start + int(sizes[group])
+        torch.mm(x[start:end], make(group).t(), out=out[start:end])
+        start = end
     return out

@@ -49,7 +49,8 @@ class Loader:
     Attributes:
         lock: guards the queues and whatever `take_row` looks at.
         loads: finished so far.
-        broken: shares of loads that were broken off.
+        bytes: of them.
+        broken, broken_bytes: shares of loads that were broken off, and their bytes.
         seconds: spent on finished loads.
     """
 
@@ -59,6 +60,7 @@ class Loader:
         *,
         wanted: Callable[[Load], bool],
         take_row: Callable[[Load], int | None],
+        size: Callable[[Load], int],
         least_seconds: Callable[[int], float],
         pieces: int = 1,
     ) -> None:
@@ -68,19 +70,22 @@ class Loader:
             copy: see `Copy`.
             wanted: whether what is fetched ahead is still to be fetched, asked with `lock` held.
             take_row: a row for what is fetched ahead, with `lock` held; None = there is none now.
-            least_seconds: of a load of an expert of a layer, on the emulated link.
+            size: bytes of an expert.
+            least_seconds: of a load of so many bytes, on the emulated link.
             pieces: of a load that is fetched ahead.
         """
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
         self._called = threading.Event()  # something is asked for, or was dropped
-        self._copy, self._wanted, self._take_row, self._least_seconds = copy, wanted, take_row, least_seconds
+        self._copy, self._wanted, self._take_row = copy, wanted, take_row
+        self._size, self._least_seconds = size, least_seconds
         self._pieces = pieces
         self._asked: deque[Load] = deque()
         self._ahead: deque[Load] = deque()
         self._current: Load | None = None
         self._stopped = False
-        self.loads, self.broken, self.seconds = 0, 0.0, 0.0
+        self.loads, self.bytes, self.seconds = 0, 0, 0.0
+        self.broken, self.broken_bytes = 0.0, 0.0
         self._thread = threading.Thread(target=self._run, name="moeplace-loader", daemon=True)
         self._thread.start()
 
@@ -156,11 +161,11 @@ class Loader:
 
     def _carry_out(self, load: Load) -> None:
         assert load.target is not None
-        pieces, least = self._pieces if load.is_ahead else 1, self._least_seconds(load.layer)
+        size = self._size(load)
         load.began = time.perf_counter()
-        course = _Course(load, load.began, pieces, least)
+        course = _Course(load, load.began, self._pieces if load.is_ahead else 1, self._least_seconds(size), size)
         try:
-            for share in self._copy(load.layer, load.row, load.target, pieces):
+            for share in self._copy(load.layer, load.row, load.target, course.pieces):
                 if share < 1 and not self._goes_on(course, share):
                     return
             if not self._follow_link(course):
@@ -169,12 +174,14 @@ class Loader:
             load.error = error
         self.seconds += time.perf_counter() - course.began
         self.loads += 1
+        self.bytes += size
         load.done.set()
 
     def _goes_on(self, course: "_Course", share: float) -> bool:
         """Between two pieces: whether the rest is to be loaded; what is asked for passes first."""
         if course.load.is_dropped:
             self.broken += share
+            self.broken_bytes += share * course.size
             course.load.done.set()
             return False
         began = time.perf_counter()
@@ -213,12 +220,14 @@ class _Course:
         began: moment at which it began, pauses taken out.
         pieces: in which it is loaded.
         least: seconds that it takes.
+        size: its bytes.
     """
 
     load: Load
     began: float
     pieces: int
     least: float
+    size: int
 
     @property
     def end(self) -> float:

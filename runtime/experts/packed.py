@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from moeplace.profiling.recording.quantised.forms import Plain, StoredForm
 from moeplace.profiling.recording.stored_tensors import PartKind
-from moeplace.runtime.experts.grouped import Groups
-from moeplace.runtime.experts.weights import GroupSizes, Matrix, bytes_of_row, select_rows
+from moeplace.runtime.experts.grouped import Groups, made_linear
+from moeplace.runtime.experts.weights import GroupSizes, Matrix, StackedWeights
 
 
 class Piece(NamedTuple):
@@ -73,7 +72,7 @@ def part_name(matrix: Matrix, index: int, part: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class PackedWeights:
+class PackedWeights(StackedWeights):
     """Quantised experts of one MoE layer on one rank, by storage row; see `LayerWeights`.
 
     Attributes:
@@ -94,49 +93,27 @@ class PackedWeights:
             layout, {name: torch.empty(rows, *k.shape, dtype=k.dtype, device=device) for name, k in kinds.items()}
         )
 
-    @property
-    def rows(self) -> int:
-        """See `LayerWeights`."""
-        return len(next(iter(self.tensors.values())))
-
-    @property
-    def row_size(self) -> int:
-        """See `LayerWeights`."""
-        return bytes_of_row(self.tensors)
-
-    @property
-    def device(self) -> torch.device:
-        """See `LayerWeights`."""
-        return next(iter(self.tensors.values())).device
-
     def parts(self) -> Mapping[str, torch.Tensor]:
-        """See `LayerWeights`."""
+        """See `StackedWeights`."""
         return self.tensors
 
-    def select_rows(self, rows: list[int], *, room: int) -> "PackedWeights":
-        """See `LayerWeights`."""
-        return PackedWeights(self.layout, select_rows(self.tensors, rows, room=room))
-
     def like(self, tensors: Mapping[str, torch.Tensor]) -> "PackedWeights":
-        """See `LayerWeights`."""
+        """See `StackedWeights`."""
         return PackedWeights(self.layout, tensors)
 
     def matrix(self, matrix: Matrix, row: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `LayerWeights`; made now."""
         bias = self.tensors.get(f"{matrix}_bias")
-        weight = self.layout.make(matrix, {name: tensor[row] for name, tensor in self.tensors.items()}, dtype)
+        weight = self.layout.make(matrix, self.row(row), dtype)
         return weight, None if bias is None else bias[row]
 
     def linear(self, matrix: Matrix, x: torch.Tensor, storage: torch.Tensor, groups: GroupSizes) -> torch.Tensor:
         """See `LayerWeights`; on a GPU this waits for the counts, to unpack no expert that has no rows."""
-        sizes = np.diff(groups.cpu().numpy(), prepend=0) if isinstance(groups, torch.Tensor) else groups
-        out_M = x.new_empty(len(x), self.layout.rows[matrix])
-        start = 0
-        for row in np.flatnonzero(sizes).tolist():
-            end = start + int(sizes[row])
-            weight = self.layout.make(matrix, {name: tensor[row] for name, tensor in self.tensors.items()}, x.dtype)
-            torch.mm(x[start:end], weight.t(), out=out_M[start:end])
-            start = end
+
+        def make(row: int) -> torch.Tensor:
+            return self.layout.make(matrix, self.row(row), x.dtype)
+
+        out_M = made_linear(x, make, groups, width=self.layout.rows[matrix])
         bias = self.tensors.get(f"{matrix}_bias")
         if bias is not None:
             # On a GPU rows without an expert stand at the end; they were not computed, and nobody looks at them.

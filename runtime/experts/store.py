@@ -20,9 +20,6 @@ from moeplace.profiling.errors import InputError
 from moeplace.runtime.experts.row_contents import RowContents, checksums
 from moeplace.runtime.experts.weights import LayerWeights
 
-_CHUNK = 1 << 20
-"""Bytes that an exchange of rows copies at a time."""
-
 
 class ExpertStore:
     """All experts of this rank.
@@ -42,8 +39,9 @@ class ExpertStore:
             if rows < slots:
                 raise InputError(f"MoE layer {layer} has {rows} expert rows, which must be at least its {slots} slots")
         self.staging = weights[0].select_rows([], room=0) if staging is None else staging
-        self.contents = RowContents([rows + self.staging_rows for rows in rows_of_layer], tuple(weights[0].parts()))
+        self.contents = RowContents([rows + self.staging_rows for rows in rows_of_layer], weights[0].part_names)
         self.is_migrating = False
+        self._staged_of: dict[int, int] = {}  # staging row -> the layer whose expert is there, or is to come
         device = weights[0].device
         self._install_rows(torch.arange(slots, device=device).repeat(len(weights), 1))
 
@@ -55,8 +53,9 @@ class ExpertStore:
         target.copy_(value)
 
     def load(self, layer: int, row: int, expert: int, parts: Mapping[str, torch.Tensor]) -> None:
-        """Copy all parts of an expert into a storage row, and note its checksums."""
-        for part, value in parts.items():
+        """Copy all parts of an expert, as a checkpoint has them, into a storage row, and note its checksums."""
+        self.make_room(layer, row, expert)
+        for part, value in self.weights[layer].fitted(expert, parts).items():
             self.write(layer, row, part, value)
         self.note(layer, row, expert)
 
@@ -64,17 +63,36 @@ class ExpertStore:
         """Take the checksums of a row that holds all of an expert now."""
         self.contents.fill(layer, row, expert, checksums(self._row(layer, row).values()))
 
+    def make_room(self, layer: int, row: int, expert: int) -> None:
+        """Let a storage row, from which nothing is served, have room for the bytes of an expert that is to come."""
+        weights, index = self._place(layer, row)
+        if weights is self.staging:
+            self._staged_of[index] = layer
+        weights.make_room(index, expert, self.weights[layer])
+
     def vacate(self, layer: int, row: int) -> None:
-        """Note that a row holds no expert any more; its bytes stay until others come."""
+        """Note that a row holds no expert any more."""
         self.contents.clear(layer, row)
+        weights, index = self._place(layer, row)
+        if weights is not self.staging or self._staged_of.get(index) == layer:
+            weights.free(index)
 
     def row_bytes(self, layer: int, row: int) -> list[torch.Tensor]:
         """The bytes of a storage row, uint8 views of its parts one after the other."""
         return [tensor.view(-1).view(torch.uint8) for tensor in self._row(layer, row).values()]
 
-    def expert_bytes(self, layer: int) -> int:
-        """Bytes of an expert of a layer."""
-        return self.weights[layer].row_size
+    def expert_bytes(self, layer: int, expert: int | None = None) -> int:
+        """Bytes of an expert of a layer; of its largest one where none is named."""
+        return self.weights[layer].row_size if expert is None else self.weights[layer].size_of(expert)
+
+    def bytes_in_row(self, layer: int, row: int) -> int:
+        """Bytes of the expert that a row holds."""
+        return self.expert_bytes(layer, self.contents.expert_of_row[layer][row])
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all storage rows, those of staging included."""
+        return sum(weights.held_bytes for weights in (*self.weights, self.staging))
 
     def read(self, layer: int, slot: int) -> dict[str, torch.Tensor]:
         """Views of the parts of the expert in a slot."""
@@ -99,20 +117,19 @@ class ExpertStore:
 
     def exchange(self, layer: int, one: int, other: int) -> None:
         """Let the experts in two rows of a layer, of which one may be staging, change places; the slots stay."""
-        pairs = zip(self.row_bytes(layer, one), self.row_bytes(layer, other), strict=True)
-        for ours, theirs in pairs:
-            for start in range(0, len(ours), _CHUNK):
-                piece = slice(start, start + _CHUNK)
-                kept = ours[piece].clone()
-                ours[piece] = theirs[piece]
-                theirs[piece] = kept
+        (ours, row), (theirs, other_row) = self._place(layer, one), self._place(layer, other)
+        ours.exchange(row, theirs, other_row)
         self.contents.exchange(layer, one, other)
 
     def _row(self, layer: int, row: int) -> dict[str, torch.Tensor]:
         """Views of the parts in a storage row."""
+        weights, index = self._place(layer, row)
+        return weights.row(index)
+
+    def _place(self, layer: int, row: int) -> tuple[LayerWeights, int]:
+        """Where a storage row is: of its layer, or of staging."""
         rows = self.num_rows(layer)
-        weights, index = (self.weights[layer], row) if row < rows else (self.staging, row - rows)
-        return {part: tensor[index] for part, tensor in weights.parts().items()}
+        return (self.weights[layer], row) if row < rows else (self.staging, row - rows)
 
     def commit(self, layer: int, rows: dict[int, int]) -> None:
         """Let slots of a layer use other storage rows: slot -> row. Takes effect with the next computation."""

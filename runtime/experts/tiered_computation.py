@@ -166,7 +166,7 @@ class TieredComputation(ExpertComputation):
             loader.drop(fast.learn_truth(layer, needed - self._sooner_on_host(layer, segments)))
             there, late, missing = self._sort_out(layer, segments)
         missing.sort(key=lambda segment: (-segment.size, segment.row))
-        on_host = self._choose_for_host(layer, missing, len(late))
+        on_host = self._choose_for_host(layer, missing, [segment for segment, _ in late])
         waiting = deque(missing[: len(missing) - len(on_host)])
         coming = deque(late)
         self._count("loaded", len(waiting))
@@ -222,39 +222,39 @@ class TieredComputation(ExpertComputation):
         """Storage rows on their way that the host would have computed before they come; the loader's lock is held."""
         if not self._tiered.limits.host_computes:
             return set()
-        fast, now, load = self._tiered.fast, time.perf_counter(), self._load_seconds(layer)
+        fast, now = self._tiered.fast, time.perf_counter()
         sooner = set()
         for segment in segments:
             held = fast.held[layer].get(segment.row)
             if held is None or held.has_come or segment.row >= self._tiered.host_rows(layer):
                 continue
             began = now if held.load is None or held.load.began is None else held.load.began
-            if now + self._pace.host_row * segment.size < began + load:
+            if now + self._pace.host_row * segment.size < began + self._load_seconds(layer, segment.row):
                 sooner.add(segment.row)
         return sooner
 
-    def _choose_for_host(self, layer: int, missing: list[Segment], late: int) -> list[Segment]:
+    def _choose_for_host(self, layer: int, missing: list[Segment], late: list[Segment]) -> list[Segment]:
         """Of the missing ones, from the fewest rows on, those that the host ends before their load would (HybriMoE)."""
         pace = self._pace
         if not self._tiered.limits.host_computes:
             return []
-        load = self._load_seconds(layer)
         chosen: list[Segment] = []
-        host_end = 0.0
+        host_end, load_end = 0.0, sum(self._load_seconds(layer, segment.row) for segment in (*late, *missing))
         for segment in reversed(missing):
             if segment.row >= self._tiered.host_rows(layer):
                 break
-            load_end = load * (late + len(missing) - len(chosen)) + pace.device
             host_end += pace.host_row * segment.size
-            if host_end >= load_end:
+            if host_end >= load_end + pace.device:
                 break
             chosen.append(segment)
+            load_end -= self._load_seconds(layer, segment.row)
         return chosen[::-1]
 
-    def _load_seconds(self, layer: int) -> float:
-        """What a load takes: the mean so far, at least what the emulated link takes."""
-        loader, least = self._tiered.loader, self._tiered.limits.least_seconds(self._tiered.expert_bytes(layer))
-        return max(loader.seconds / loader.loads if loader.loads else 0.0, least)
+    def _load_seconds(self, layer: int, row: int) -> float:
+        """What a load takes: by the mean so far of a byte, at least what the emulated link takes."""
+        loader, size = self._tiered.loader, self._tiered.bytes_in_row(layer, row)
+        measured = loader.seconds / loader.bytes * size if loader.bytes else 0.0
+        return max(measured, self._tiered.limits.least_seconds(size))
 
     def _ask(
         self,
@@ -273,7 +273,7 @@ class TieredComputation(ExpertComputation):
                     return
                 loader.ask(load)
             coming.append((waiting.popleft(), load))
-            self._counters.bytes_loaded += self._tiered.expert_bytes(layer)
+            self._counters.bytes_loaded += self._tiered.bytes_in_row(layer, load.row)
 
     def _look_ahead(self, layer: int, x_ND: torch.Tensor) -> None:
         """Let the next layers' gates say whom they will choose, and have those fetched, most rows first."""

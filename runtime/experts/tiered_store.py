@@ -25,7 +25,7 @@ from moeplace.runtime.experts.loader import Loader
 from moeplace.runtime.experts.row_contents import NOTHING, RowContents, checksums
 from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.experts.tier_limits import TierLimits
-from moeplace.runtime.experts.weights import LayerWeights, rows_between
+from moeplace.runtime.experts.weights import LayerWeights
 
 ReadExpert = Callable[[int, int], Mapping[str, torch.Tensor]]
 """(layer, expert) -> its parts, from the checkpoint."""
@@ -64,14 +64,16 @@ class TieredStore(ExpertStore):
         self._slots, self._read_expert = slots, read
         self.limits, self.pool = limits, pool
         self._row_of_expert: list[dict[int, int]] = []
+        self._expected: dict[tuple[int, int], int] = {}  # rows on disk -> experts that are to come there
         super().__init__(weights, slots=slots, staging=staging)
         predictor = Predictor(1.0, limits.look_ahead) if limits.look_ahead else None
         self._policy = Policy(limits.policy, predictor)
         rows = limits.fast_slots * len(weights)
         if rows <= limits.transit:
             raise InputError(f"fast memory ({rows} experts in all) must hold more than its {limits.transit} in transit")
-        self.fast = FastPart(len(weights), rows, transit=limits.transit, eviction=self._policy.eviction)
-        sizes = [self.expert_bytes(layer) for layer in range(len(weights))]
+        self.fast = FastPart(
+            len(weights), rows, transit=limits.transit, eviction=self._policy.eviction, release=pool.free
+        )
         store, fast = weakref.ref(self), self.fast
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
 
@@ -84,7 +86,8 @@ class TieredStore(ExpertStore):
             copy,
             wanted=lambda load: load.row not in fast.held[load.layer],
             take_row=fast.take_ahead,
-            least_seconds=lambda layer: limits.least_seconds(sizes[layer]),
+            size=lambda load: 0 if (here := store()) is None else here.bytes_in_row(load.layer, load.row),
+            least_seconds=limits.least_seconds,
             pieces=limits.pieces,
         )
         weakref.finalize(self, self.loader.close)
@@ -156,7 +159,7 @@ class TieredStore(ExpertStore):
                 return
             if [held[row].target - first for row in sorted(rows.values())] != sorted(rows.values()):
                 return
-            views.append(rows_between(self.pool, first, first + self._slots))
+            views.append(self.pool.between(first, first + self._slots))
             first += self._slots
         self._views, self._is_whole = views, True
 
@@ -196,7 +199,8 @@ class TieredStore(ExpertStore):
         interpreter from the thread that computes.
         """
         pieces = 1 if self._stream is None else pieces
-        rooms = {part: room[target].view(-1) for part, room in self.pool.parts().items()}
+        self.pool.make_room(target, self.contents.expert_of_row[layer][row], self.weights[layer])
+        rooms = {part: room.view(-1) for part, room in self.pool.row(target).items()}
         parts = {part: value.reshape(-1) for part, value in self.parts_of(layer, row).items()}
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.default_stream(self.pool.device))  # whoever still reads that row
@@ -223,6 +227,13 @@ class TieredStore(ExpertStore):
         else:
             super().load(layer, row, expert, parts)
 
+    def make_room(self, layer: int, row: int, expert: int) -> None:
+        """See `ExpertStore`."""
+        if self._is_on_disk(layer, row):
+            self._expected[layer, row] = expert
+        else:
+            super().make_room(layer, row, expert)
+
     def note(self, layer: int, row: int, expert: int) -> None:
         """See `ExpertStore`."""
         if self._is_on_disk(layer, row):
@@ -233,11 +244,14 @@ class TieredStore(ExpertStore):
 
     def vacate(self, layer: int, row: int) -> None:
         """See `ExpertStore`; its place in fast memory is free for others."""
-        super().vacate(layer, row)
         if row < self._slots and row in self.fast.held[layer]:
             self.loader.drain()
             with self.loader.lock:
                 self.fast.give_up(layer, row)
+        if self._is_on_disk(layer, row):
+            self.contents.clear(layer, row)
+        else:
+            super().vacate(layer, row)
 
     def exchange(self, layer: int, one: int, other: int) -> None:
         """See `ExpertStore`."""
@@ -250,6 +264,7 @@ class TieredStore(ExpertStore):
                 expert = self.contents.expert_of_row[layer][disk]
                 if expert != NOTHING:
                     value = self._from_checkpoint(layer, expert)
+                    self.make_room(layer, real, expert)
                     for part, target in self._row(layer, real).items():
                         target.copy_(value[part])
             self.contents.exchange(layer, one, other)
@@ -278,9 +293,10 @@ class TieredStore(ExpertStore):
             for row, old in enumerate(rows):
                 expert = contents.expert_of_row[layer][old]
                 if row < host and expert != NOTHING:
-                    source = {p: t[old] for p, t in old_weights.parts().items()} if old < kept else None
-                    for part, target in fresh.parts().items():
-                        target[row].copy_((source or self._from_checkpoint(layer, expert))[part])
+                    source = old_weights.row(old) if old < kept else self._from_checkpoint(layer, expert)
+                    fresh.make_room(row, expert, fresh)
+                    for part, target in fresh.row(row).items():
+                        target.copy_(source[part])
                 if (layer, old) in contents.sums:
                     self.contents.fill(layer, row, expert, contents.sums[layer, old])
             self.weights[layer] = fresh
@@ -303,14 +319,12 @@ class TieredStore(ExpertStore):
     def _row(self, layer: int, row: int) -> dict[str, torch.Tensor]:
         """See `ExpertStore`; of a row on disk, a copy."""
         if not self._is_on_disk(layer, row):
-            index = row if row < self._slots else row - self._slots
-            weights = self.weights[layer] if row < self._slots else self.staging
-            return {part: tensor[index] for part, tensor in weights.parts().items()}
+            return super()._row(layer, row)
         expert = self.contents.expert_of_row[layer][row]
         if expert == NOTHING:
-            return {part: torch.empty_like(tensor[0]) for part, tensor in self.pool.parts().items()}
+            return self.weights[layer].blank(self._expected.get((layer, row), 0))
         return self._from_checkpoint(layer, expert)
 
     def _from_checkpoint(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        found = self._read_expert(layer, expert)
-        return {part: found[part].to(room.dtype).contiguous() for part, room in self.pool.parts().items()}
+        fitted = self.weights[layer].fitted(expert, self._read_expert(layer, expert))
+        return {part: value.contiguous() for part, value in fitted.items()}

@@ -2,6 +2,7 @@
 
     ExpertWeights    plain matrices
     PackedWeights    quantised ones (`packed`)
+    MixedWeights     plain ones that a plan gives fewer bits, each its own number of them (`mixed`)
 
 Shape letters: D hidden size, H expert hidden size, M token rows.
 """
@@ -10,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, Self, TypeAlias, TypeVar
+from typing import Literal, Protocol, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ Matrix = Literal["gate_up", "down"]
 Part = Literal["gate_up", "down", "gate_up_bias", "down_bias"]
 Activation = Callable[[torch.Tensor], torch.Tensor]
 GroupSizes: TypeAlias = "torch.Tensor | np.ndarray"
+
+_CHUNK = 1 << 20
+"""Bytes that an exchange of rows copies at a time."""
 
 
 def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -39,20 +43,49 @@ class LayerWeights(Protocol):
 
     @property
     def row_size(self) -> int:
-        """Bytes of one expert."""
+        """Bytes of one expert, of the largest where they differ."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that all rows take now."""
 
     @property
     def device(self) -> torch.device:
         """Where they are."""
 
-    def parts(self) -> Mapping[str, torch.Tensor]:
-        """The tensors that experts consist of, by name, alike on all ranks: (rows, ...)."""
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Of what experts consist of, alike on all ranks."""
 
-    def select_rows(self, rows: list[int], *, room: int) -> "LayerWeights":
+    def size_of(self, expert: int) -> int:
+        """Bytes of an expert of this layer."""
+
+    def row(self, row: int) -> dict[str, torch.Tensor]:
+        """Views of the parts of the expert in a row."""
+
+    def blank(self, expert: int) -> dict[str, torch.Tensor]:
+        """Tensors as the parts of an expert of this layer are, uninitialised, of no row."""
+
+    def fitted(self, expert: int, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parts of an expert of this layer, as a checkpoint has them, as rows hold them: in the order of names."""
+
+    def make_room(self, row: int, expert: int, layer: "LayerWeights") -> None:
+        """Let a row have room for all bytes of an expert of `layer`; what was there is lost."""
+
+    def free(self, row: int) -> None:
+        """What is in a row is not needed any more."""
+
+    def exchange(self, row: int, other: Self, other_row: int) -> None:
+        """Let the experts of two rows change places."""
+
+    def select_rows(self, rows: list[int], *, room: int) -> Self:
         """New room for `room` experts, the first of which are those of `rows`."""
 
-    def like(self, tensors: Mapping[str, torch.Tensor]) -> Self:
-        """Experts of the same form in other tensors, (rows, ...) by the names of `parts`."""
+    def between(self, start: int, stop: int) -> Self:
+        """A view of some rows, for as long as nothing is put there."""
+
+    def pinned(self) -> Self:
+        """The same in memory that a GPU copies from by itself."""
 
     def matrix(self, matrix: Matrix, row: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(out, in) matrix of one expert, and its bias."""
@@ -76,36 +109,93 @@ class LayerWeights(Protocol):
         """`linear` of as many rows for every expert: (rows, n, in) -> (rows, n, out)."""
 
 
-WeightsT = TypeVar("WeightsT", bound=LayerWeights)
+class StackedWeights:
+    """Experts that take as much room each: one tensor for each part, (rows, ...). See `LayerWeights`."""
 
+    def parts(self) -> Mapping[str, torch.Tensor]:
+        """The tensors, by name."""
+        raise NotImplementedError
 
-def bytes_of_row(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Bytes of one expert, of tensors (rows, ...)."""
-    return sum(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in tensors.values())
+    def like(self, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Experts of the same form in other tensors, (rows, ...) by the names of `parts`."""
+        raise NotImplementedError
 
+    @property
+    def rows(self) -> int:
+        """See `LayerWeights`."""
+        return len(next(iter(self.parts().values())))
 
-def rows_between(weights: WeightsT, start: int, stop: int) -> WeightsT:
-    """A view of some of the experts."""
-    return weights.like({name: tensor[start:stop] for name, tensor in weights.parts().items()})
+    @property
+    def row_size(self) -> int:
+        """See `LayerWeights`."""
+        return sum(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in self.parts().values())
 
+    @property
+    def held_bytes(self) -> int:
+        """See `LayerWeights`."""
+        return self.rows * self.row_size
 
-def pinned_for(weights: WeightsT, device: torch.device) -> WeightsT:
-    """The same in memory that a GPU copies from by itself; unchanged where there is none."""
-    if device.type != "cuda":
-        return weights
-    return weights.like({name: tensor.pin_memory() for name, tensor in weights.parts().items()})
+    @property
+    def device(self) -> torch.device:
+        """See `LayerWeights`."""
+        return next(iter(self.parts().values())).device
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """See `LayerWeights`."""
+        return tuple(self.parts())
 
-def select_rows(tensors: Mapping[str, torch.Tensor], rows: list[int], *, room: int) -> dict[str, torch.Tensor]:
-    """New tensors (room, ...), the first of whose rows are `rows`."""
-    selected = {name: tensor.new_empty(room, *tensor.shape[1:]) for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        selected[name][: len(rows)] = tensor[rows]
-    return selected
+    def size_of(self, expert: int) -> int:
+        """See `LayerWeights`."""
+        return self.row_size
+
+    def row(self, row: int) -> dict[str, torch.Tensor]:
+        """See `LayerWeights`."""
+        return {part: tensor[row] for part, tensor in self.parts().items()}
+
+    def blank(self, expert: int) -> dict[str, torch.Tensor]:
+        """See `LayerWeights`."""
+        return {part: tensor.new_empty(tensor.shape[1:]) for part, tensor in self.parts().items()}
+
+    def fitted(self, expert: int, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `LayerWeights`."""
+        return {part: parts[part].to(tensor.dtype) for part, tensor in self.parts().items()}
+
+    def make_room(self, row: int, expert: int, layer: LayerWeights) -> None:
+        """See `LayerWeights`: there is always room."""
+
+    def free(self, row: int) -> None:
+        """See `LayerWeights`: the room stays."""
+
+    def exchange(self, row: int, other: Self, other_row: int) -> None:
+        """See `LayerWeights`; piece by piece, so that it takes little memory."""
+        theirs = other.row(other_row)
+        for part, mine in self.row(row).items():
+            ours, others = (tensor.view(-1).view(torch.uint8) for tensor in (mine, theirs[part]))
+            for start in range(0, len(ours), _CHUNK):
+                piece = slice(start, start + _CHUNK)
+                kept = ours[piece].clone()
+                ours[piece] = others[piece]
+                others[piece] = kept
+
+    def select_rows(self, rows: list[int], *, room: int) -> Self:
+        """See `LayerWeights`."""
+        selected = {name: tensor.new_empty(room, *tensor.shape[1:]) for name, tensor in self.parts().items()}
+        for name, tensor in self.parts().items():
+            selected[name][: len(rows)] = tensor[rows]
+        return self.like(selected)
+
+    def between(self, start: int, stop: int) -> Self:
+        """See `LayerWeights`."""
+        return self.like({name: tensor[start:stop] for name, tensor in self.parts().items()})
+
+    def pinned(self) -> Self:
+        """See `LayerWeights`."""
+        return self.like({name: tensor.pin_memory() for name, tensor in self.parts().items()})
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertWeights:
+class ExpertWeights(StackedWeights):
     """Weights of one MoE layer on one rank, by storage row.
 
     Attributes:
@@ -140,21 +230,6 @@ class ExpertWeights:
         biases = (room(2 * expert_hidden), room(hidden)) if bias else (None, None)
         return cls(room(2 * expert_hidden, hidden), room(hidden, expert_hidden), *biases)
 
-    @property
-    def rows(self) -> int:
-        """See `LayerWeights`."""
-        return len(self.gate_up)
-
-    @property
-    def row_size(self) -> int:
-        """See `LayerWeights`."""
-        return bytes_of_row(self.parts())
-
-    @property
-    def device(self) -> torch.device:
-        """See `LayerWeights`."""
-        return self.gate_up.device
-
     @cached_property
     def gate_up_matrices(self) -> tuple[torch.Tensor, ...]:
         """(D, 2H) view of each row's first matrix."""
@@ -166,7 +241,7 @@ class ExpertWeights:
         return self.down.transpose(1, 2).unbind(0)
 
     def parts(self) -> dict[str, torch.Tensor]:
-        """The tensors that exist, by name; see `LayerWeights`."""
+        """The tensors that exist, by name; see `StackedWeights`."""
         named = {
             "gate_up": self.gate_up,
             "down": self.down,
@@ -175,12 +250,8 @@ class ExpertWeights:
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def select_rows(self, rows: list[int], *, room: int) -> "ExpertWeights":
-        """See `LayerWeights`."""
-        return ExpertWeights(**select_rows(self.parts(), rows, room=room))
-
     def like(self, tensors: Mapping[str, torch.Tensor]) -> "ExpertWeights":
-        """See `LayerWeights`."""
+        """See `StackedWeights`."""
         return ExpertWeights(**tensors)
 
     def matrix(self, matrix: Matrix, row: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -67,14 +67,14 @@ class Commit:
 
 
 def list_commits(
-    old: Placement, plan: MigrationPlan, *, staging_rows: int, expert_bytes: Callable[[int], int]
+    old: Placement, plan: MigrationPlan, *, staging_rows: int, expert_bytes: Callable[[int, int], int]
 ) -> list[Commit]:
     """The plan as commits, each with as many rounds as the ranks have room for; none when nothing changes.
 
     Args:
         old: placement in force.
         staging_rows: experts, of whatever layers, that a rank can hold beyond its slots.
-        expert_bytes: bytes of an expert of a layer.
+        expert_bytes: (layer, expert) -> its bytes.
 
     Raises:
         InputError: the plan starts from another placement, changes ranks or slots, or stages more than there is room.
@@ -149,13 +149,13 @@ def _check_membership(old: Placement, plan: MigrationPlan) -> None:
         raise InputError(f"the plan starts from the placement {plan.old_digest}, in force is {old.digest}")
 
 
-def _arrivals(plan: MigrationPlan, index: int, expert_bytes: Callable[[int], int]) -> list[Arrival]:
+def _arrivals(plan: MigrationPlan, index: int, expert_bytes: Callable[[int, int], int]) -> list[Arrival]:
     """What ranks get in a round; a move inside a rank only renames a row."""
     found = []
     for transfer in plan.rounds[index]:
         sender, receiver = plan.members(transfer)
         if sender != receiver:
-            size = expert_bytes(transfer.layer)
+            size = expert_bytes(transfer.layer, transfer.expert)
             found.append(Arrival(transfer.layer, transfer.expert, sender, receiver, size, index))
     return found
 

@@ -44,7 +44,9 @@ class Staging:
         """Choose a row for each expert that this rank gets: one without an expert in its layer, else of staging."""
         for arrival in arrivals:
             if arrival.receiver == self._rank:
-                self._rows[arrival.layer, arrival.expert] = next(self._free_rows(arrival.layer))
+                row = next(self._free_rows(arrival.layer))
+                self._rows[arrival.layer, arrival.expert] = row
+                self.store.make_room(arrival.layer, row, arrival.expert)
 
     def _free_rows(self, layer: int) -> Iterator[int]:
         store, contents = self.store, self.store.contents.expert_of_row

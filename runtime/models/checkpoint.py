@@ -150,8 +150,10 @@ class Checkpoint:
         """How ranks hold quantised experts as they are on disk; None = they hold plain matrices."""
         return find_layout(self.family, self._sources, self.stored)
 
-    def room(self, rows: int, *, dtype: torch.dtype, device: str | torch.device) -> LayerWeights:
-        """Room for some experts of a layer, uninitialised; `dtype`: of what is not quantised."""
+    def room(
+        self, rows: int, *, dtype: torch.dtype, device: str | torch.device, layer: int | None = None
+    ) -> LayerWeights:
+        """Room for some experts of a layer (None: of any), uninitialised; `dtype`: of what is not quantised."""
         if self.layout is not None:
             return PackedWeights.of_layout(rows, self.layout, dtype=dtype, device=device)
         return ExpertWeights.of_shapes(rows, self.family.forms[0].shapes, dtype=dtype, device=device)

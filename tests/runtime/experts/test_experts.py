@@ -6,7 +6,7 @@ import torch
 
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.counters import Counters
-from moeplace.runtime.experts import store as store_module
+from moeplace.runtime.experts import weights as weights_module
 from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.grouped import Groups, grouped_linear, looped_linear, suits_padding
 from moeplace.runtime.experts.row_contents import NOTHING, checksums
@@ -187,7 +187,7 @@ def is_as_given(store: ExpertStore, layer: int, row: int, parts: dict[str, torch
 @pytest.mark.parametrize(("one", "other"), [(1, 3), (2, SLOTS + STAGING), (SLOTS + STAGING + 1, 0)])
 def test_experts_change_places(one: int, other: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All bytes of both rows, in pieces of any size, staging among them; no other row, and no slot."""
-    monkeypatch.setattr(store_module, "_CHUNK", chunk)
+    monkeypatch.setattr(weights_module, "_CHUNK", chunk)
     store, given = make_known_store()
     assert store.staging_rows == 2
     for row, expert in ((SLOTS + STAGING, 6), (SLOTS + STAGING + 1, 7)):

@@ -35,7 +35,10 @@ def copies() -> Copies:
 
 @pytest.fixture
 def loader(copies: Copies) -> Iterator[Loader]:
-    made = Loader(copies, wanted=lambda load: True, take_row=lambda load: 0, least_seconds=lambda layer: 0.0, pieces=3)
+    made = Loader(
+        copies, wanted=lambda load: True, take_row=lambda load: 0, pieces=3,
+        size=lambda load: 10 * load.row, least_seconds=lambda size: 0.0,
+    )  # fmt: skip
     yield made
     made.close()
 
@@ -78,7 +81,7 @@ def test_an_emulated_link_is_left_before_its_time() -> None:
 
     loader = Loader(
         copy, wanted=lambda load: True, take_row=lambda load: 0, pieces=100_000,
-        least_seconds=lambda layer: 100 * PATIENCE if layer else 0.0,
+        size=lambda load: load.layer, least_seconds=lambda size: 100.0 * PATIENCE * size,
     )  # fmt: skip
     vain, asked = Load(1, 7), Load(0, 3, target=0)
     loader.ask_ahead(vain)
@@ -89,7 +92,7 @@ def test_an_emulated_link_is_left_before_its_time() -> None:
     loader.drop([vain])
     assert vain.done.wait(PATIENCE)
     assert loader.loads == 1
-    assert 0 < loader.broken < 1
+    assert 0 < loader.broken_bytes == loader.broken < 1
     loader.close()
 
 
@@ -101,4 +104,5 @@ def test_pauses_are_not_counted_as_loading(loader: Loader, copies: Copies) -> No
     loader.drop([load])
     copies.goes_on.release(1)
     assert load.done.wait(PATIENCE)
-    assert (loader.loads, loader.seconds) == (0, 0.0)
+    assert (loader.loads, loader.bytes, loader.seconds) == (0, 0, 0.0)
+    assert loader.broken_bytes == 70 * loader.broken > 0

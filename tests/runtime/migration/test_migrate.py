@@ -299,13 +299,13 @@ def test_plans_that_do_not_fit_are_refused(olmoe: Oracle) -> None:
     old, new, other = placements(checkpoint, 3, 3)
     wider = placements(checkpoint, 4, 1)[0]
     plan = plan_migration(old, new, staging_bytes=1)
-    list_commits(old, plan, staging_rows=1, expert_bytes=lambda layer: 1)
+    list_commits(old, plan, staging_rows=1, expert_bytes=lambda layer, expert: 1)
     with pytest.raises(InputError, match=r"stages 1 experts on rank \d at a time, .* 0 staging rows"):
-        list_commits(old, plan, staging_rows=0, expert_bytes=lambda layer: 1)
+        list_commits(old, plan, staging_rows=0, expert_bytes=lambda layer, expert: 1)
     with pytest.raises(InputError, match="starts from the placement sha256"):
-        list_commits(other, plan, staging_rows=1, expert_bytes=lambda layer: 1)
+        list_commits(other, plan, staging_rows=1, expert_bytes=lambda layer, expert: 1)
     with pytest.raises(InputError, match="changes the ranks or their slots"):
-        list_commits(old, plan_migration(old, wider), staging_rows=1, expert_bytes=lambda layer: 1)
+        list_commits(old, plan_migration(old, wider), staging_rows=1, expert_bytes=lambda layer, expert: 1)
     engine = Engine(checkpoint, dtype=torch.float64)
     with pytest.raises(InputError, match=r"bytes per step \(0\)"):
         LiveMigration(engine, plan_migration(engine.placement, engine.placement), bytes_per_step=0)
@@ -317,7 +317,7 @@ def test_commits_keep_within_the_rows(olmoe: Oracle, staging_rows: int) -> None:
     tables = placements(Checkpoint(olmoe.path), 4, 12, extra_slots=2)
     for old, new in pairwise(tables):
         plan = plan_migration(old, new, staging_bytes=staging_rows)
-        commits = list_commits(old, plan, staging_rows=staging_rows, expert_bytes=lambda layer: 1)
+        commits = list_commits(old, plan, staging_rows=staging_rows, expert_bytes=lambda layer, expert: 1)
         assert commits[-1].placement.equals(new)
         assert commits[-1].end == len(plan.rounds)
         lands = {(t.layer, t.expert, plan.members(t)[1]): t.lands for t in plan.transfers}
