@@ -12,11 +12,13 @@ Shape letters: L MoE layers, E experts per layer, R ranks.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
 from moeplace.profiling.errors import FormatError, InputError
+
+Bytes = TypeVar("Bytes", float, np.ndarray)
 
 RESIDENT, HOST, DISK = 0, 1, 2
 TIERS = ("resident", "host", "disk")
@@ -160,7 +162,7 @@ class Memory:
             )
         return rows
 
-    def load_seconds(self, tier: int, expert_bytes: float) -> float:
+    def load_seconds(self, tier: int, expert_bytes: Bytes) -> Bytes:
         """Seconds from the request of a backed expert until it is in fast memory, on idle links."""
         seconds = self.host.latency + expert_bytes / self.host.bandwidth
         if tier != DISK:

@@ -90,10 +90,10 @@ class _Bench:
 
     def _figures(self, served: Served, predicted: TierEvaluation) -> dict[str, Any]:
         """What was measured beside what was predicted."""
-        counts = [float(served.loads), *(float(served.found.get(kind, 0)) for kind in USES)]
+        counts = [served.loaded, *(float(served.found.get(kind, 0)) for kind in USES)]
         everyone = self.serving.gather(counts)
         shares = dict(zip(USES, (everyone[1:] / max(everyone[1:].sum(), 1)).tolist(), strict=True))
-        size, measured = self.serving.expert_bytes, served.seconds_per_step
+        measured = served.seconds_per_step
         return {
             "seconds_per_step": measured,
             "seconds_without_tiers": served.pace,
@@ -103,22 +103,28 @@ class _Bench:
             "predicted_hit_rate": predicted.hit_rate,
             "belady_hit_rate": predicted.belady_hit_rate,
             "found": shares,
-            "bytes_loaded": float(everyone[0]) * size / served.seconds_RS.size,
-            "predicted_bytes": predicted.link_bytes * size,
+            "bytes_loaded": float(everyone[0]) / served.seconds_RS.size,
+            "predicted_bytes": predicted.link_bytes,
         }
+
+    def _sizes(self) -> np.ndarray:
+        """Bytes of the experts that there are."""
+        return self.serving.sizes_LE[self.serving.sizes_LE > 0]
 
     def document(self, runs: list[dict[str, Any]]) -> dict[str, Any]:
         """The figures with their conditions."""
-        options, measured = self.options, self.terms.measured
+        options, measured, plan = self.options, self.terms.measured, self.options.precision
         return {
             "conditions": {
                 "benchmark": "offload", "model": str(options.model), "ranks": self.group.size,
                 "batch": len(options.prompts),
                 "steps": options.steps, "rounds": options.rounds, "mode": options.mode,
-                "expert_bytes": self.serving.expert_bytes, "latency": options.latency, "bandwidth": options.bandwidth,
+                "expert_bytes": int(self._sizes().max()), "mean_expert_bytes": float(self._sizes().mean()),
+                "precision": "exact" if plan is None else plan.summary(),
+                "latency": options.latency, "bandwidth": options.bandwidth,
                 "transit": options.transit, "look_ahead": options.look_ahead, "host_computes": options.host_computes,
                 "active_experts": count_demand(self.other, batch=len(options.prompts)).active_experts,
-                **_costs(measured),
+                **_costs(measured, float(self._sizes().mean())),
             },
             "without_tiers": {"seconds_per_step": self.base, "logits_difference": self.base_difference},
             "everything_resident": {"seconds_per_step": self.whole, "overhead": self.whole / self.base - 1},
@@ -126,11 +132,11 @@ class _Bench:
         }  # fmt: skip
 
 
-def _costs(measured: Measured) -> dict[str, Any]:
+def _costs(measured: Measured, size: float) -> dict[str, Any]:
     return {
         "seconds_outside_experts_per_layer": measured.outside_layer[0],
         "seconds_per_expert": measured.expert,
-        "seconds_per_load": measured.load,
+        "seconds_per_load": measured.load_of(size),
         "seconds_per_wait": measured.wake,
     }
 

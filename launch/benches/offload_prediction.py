@@ -1,7 +1,8 @@
 """What `moeplace bench offload` predicts by: costs that are measured apart from the runs they are to predict.
 
 an expert, a layer beside its experts    all experts in fast memory, but computed one by one
-a load                                   loads by themselves, one behind the other
+a load                                   loads by themselves, one behind the other: of the largest expert and of the
+                                         smallest, and from them what a byte takes
 a wait                                   other prompts, as little fast memory as there can be: what a step took
                                          longer than its walk, over the waits it had. Who waits has to be woken,
                                          and goes on with cold caches.
@@ -26,6 +27,7 @@ from moeplace.placement.tiers.evaluation import TierEvaluation, evaluate_tiers
 from moeplace.placement.tiers.policy import Policy, Predictor
 from moeplace.placement.tiers.terms import TierTerms
 from moeplace.runtime.experts.loader import Load
+from moeplace.runtime.experts.row_contents import NOTHING
 from moeplace.runtime.experts.tier_limits import TierLimits
 from moeplace.runtime.experts.tiered_computation import TieredComputation
 from moeplace.runtime.experts.tiered_store import TieredStore
@@ -42,7 +44,8 @@ class Measured:
     Attributes:
         outside_layer: of a layer beside its experts, exchanges included, by layers looked ahead.
         expert: of computing one.
-        load: of the link with one.
+        load: of the link with one, whatever it carries.
+        load_byte: of the link with a byte of one.
         wake: lost beside a wait.
         pace: of a step without tiers while this was measured.
     """
@@ -50,6 +53,7 @@ class Measured:
     outside_layer: Mapping[int, float]
     expert: float
     load: float
+    load_byte: float
     wake: float = 0.0
     pace: float = 1.0
 
@@ -57,7 +61,11 @@ class Measured:
         """The same on a machine that takes `pace` for a step without tiers; loads stay."""
         share = pace / self.pace
         outside = {ahead: seconds * share for ahead, seconds in self.outside_layer.items()}
-        return Measured(outside, self.expert * share, self.load, self.wake * share, pace)
+        return Measured(outside, self.expert * share, self.load, self.load_byte, self.wake * share, pace)
+
+    def load_of(self, size: float) -> float:
+        """Of the link with an expert of so many bytes."""
+        return self.load + self.load_byte * size
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +86,7 @@ class Terms:
     def measure(cls, serving: Serving, start: Placement, *, slots: int) -> "Terms":
         """Measure on this group; `slots`: the most of a rank per layer."""
         options = serving.options
-        measured = Measured({}, 0.0, 0.0)
+        measured = Measured({}, 0.0, 0.0, 0.0)
         for ahead in sorted({0, options.look_ahead if "lookahead" in options.policies else 0}):
             limits = serving.limits(slots + 1, "pinned", look_ahead=ahead)
             engine = serving.engine(limits, start)
@@ -88,10 +96,10 @@ class Terms:
             computation = engine.executor.runtime.computation
             assert isinstance(computation, TieredComputation)
             if not ahead:
-                load = serving.mean(_seconds_of_a_load(store_of(engine)))
-                measured = Measured({}, serving.mean(computation.device_seconds), load, pace=served.pace)
+                load, load_byte = map(serving.mean, _seconds_of_loads(store_of(engine)))
+                measured = Measured({}, serving.mean(computation.device_seconds), load, load_byte, pace=served.pace)
             now = measured.at(served.pace)
-            alone = cls(serving, start, replace(now, outside_layer={ahead: 0.0}, load=0.0))
+            alone = cls(serving, start, replace(now, outside_layer={ahead: 0.0}, load=0.0, load_byte=0.0))
             computing = alone.predict(limits, start, served, None).seconds
             outside = max(served.seconds_per_step - computing, 0.0) / start.num_layers
             measured = replace(now, outside_layer={**now.outside_layer, ahead: outside}).at(measured.pace)
@@ -105,7 +113,8 @@ class Terms:
             serving.engine(limits, self.start), serving.options.other_prompts, rounds=serving.options.rounds
         )
         without = self.predict(limits, self.start, served, None).seconds
-        now, small = self.measured.at(served.pace), 0.1 * self.measured.load
+        now = self.measured.at(served.pace)
+        small = 0.1 * now.load_of(float(self.serving.sizes_LE.max()))
         slower = replace(self, measured=replace(now, wake=small))
         waits = (slower.predict(limits, self.start, served, None).seconds - without) / small if small else 0.0
         wake = serving.mean(max(served.seconds_per_step - without, 0.0) / waits) if waits else 0.0
@@ -120,9 +129,10 @@ class Terms:
         """
         measured, ranks = self.measured.at(served.pace), placement.num_ranks
         compute = HostCompute(0.0, measured.expert) if limits.host_computes else None
-        link = 1 / measured.load if measured.load else 1e30
+        bandwidth = 1 / measured.load_byte if measured.load_byte else 1e30
+        host = HostTier(bandwidth, measured.load, compute=compute, wake=measured.wake)
         memory = Memory(
-            HostTier(link, compute=compute, wake=measured.wake), fast_slots=np.full(ranks, limits.fast_slots),
+            host, fast_slots=np.full(ranks, limits.fast_slots),
             transit=limits.transit,
         )  # fmt: skip
         cluster = Cluster.uniform(ranks, slots_per_rank=placement.slots_of_rank.tolist(), intra=_SILENT)
@@ -133,13 +143,29 @@ class Terms:
         predictor = None if accuracy is None else Predictor(accuracy, limits.look_ahead)
         options = self.serving.options
         shape = StepShape(batch=len(options.prompts), hidden_size=1, kv_dim=0)
-        terms = TierTerms(cluster.replace(memory=memory), shape, mode=options.mode, calibration=calibration)
+        terms = TierTerms(
+            cluster.replace(memory=memory), shape, mode=options.mode, calibration=calibration,
+            bytes_LE=self.serving.sizes_LE,
+        )  # fmt: skip
         return evaluate_tiers(served.trace, placement, Policy(limits.policy, predictor), terms)
 
 
-def _seconds_of_a_load(store: TieredStore) -> float:
+def _seconds_of_loads(store: TieredStore) -> tuple[float, float]:
+    """Of a load whatever it carries, and of a byte of it; all of it is the byte's where experts have one size."""
+    rows = [(layer, row) for layer in range(len(store.weights)) for row in range(store.host_rows(layer))]
+    held = [spot for spot in rows if store.contents.expert_of_row[spot[0]][spot[1]] != NOTHING]
+    small, large = (pick(held, key=lambda spot: store.bytes_in_row(*spot)) for pick in (min, max))
+    least, most = store.bytes_in_row(*small), store.bytes_in_row(*large)
+    longest = _seconds_of_a_load(store, *large)
+    if least == most:
+        return 0.0, longest / most
+    per_byte = max(longest - _seconds_of_a_load(store, *small), 0.0) / (most - least)
+    return max(longest - per_byte * most, 0.0), per_byte
+
+
+def _seconds_of_a_load(store: TieredStore, layer: int, row: int) -> float:
     """Of loads that are asked for together, one behind the other."""
-    loads = [Load(0, 0, target=0) for _ in range(_LOADS + 1)]
+    loads = [Load(layer, row, target=0) for _ in range(_LOADS + 1)]
     for load in loads:
         store.loader.ask(load)
     loads[0].done.wait()

@@ -15,6 +15,7 @@ import torch
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
 from moeplace.placement.tiers.policy import PolicyName
+from moeplace.placement.tiers.precision import PrecisionPlan
 from moeplace.placement.tiers.walk import USES
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.comm.group import RankGroup
@@ -26,6 +27,8 @@ from moeplace.runtime.engine.windows.rows import RoutedRows, join_rows
 from moeplace.runtime.experts.tier_limits import TierLimits
 from moeplace.runtime.experts.tiered_store import TieredStore
 from moeplace.runtime.models.checkpoint import Checkpoint
+from moeplace.runtime.models.precision_checkpoint import PrecisionCheckpoint
+from moeplace.runtime.models.rounded_checkpoint import RoundedCheckpoint
 
 _CHECKED = 24
 """Tokens whose logits are compared."""
@@ -50,6 +53,7 @@ class OffloadOptions:
     rounds: int
     timeout: float
     placement: Placement | None = None
+    precision: PrecisionPlan | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +64,14 @@ class Served:
         seconds_RS: of each step in each round.
         trace: their routing, which is the same in every round.
         found: experts of this rank by how they were found, over all rounds.
-        loads: over all rounds; of what was broken off, the share that was loaded.
+        loaded: bytes over all rounds; of what was broken off, the share that was loaded.
         pace: seconds of a step of the reference, served between the rounds: how fast the machine was meanwhile.
     """
 
     seconds_RS: np.ndarray
     trace: RoutingTrace
     found: dict[str, int]
-    loads: float
+    loaded: float
     pace: float
 
     @property
@@ -82,19 +86,34 @@ class Serving:
     Attributes:
         options: what is run.
         group: the ranks.
-        checkpoint: the model.
+        checkpoint: the model, exact or by a plan of precisions.
+        sizes_LE: bytes of its experts.
+        plain: logits that are to come out: those of the plain model, or of the plan's numbers in plain matrices.
         reference: an engine without tiers, served in turn with every other one; None = not yet.
     """
 
     def __init__(self, options: OffloadOptions, group: RankGroup) -> None:
         self.options, self.group = options, group
-        self.checkpoint = Checkpoint(options.model)
+        plan = options.precision
+        self.checkpoint = (
+            Checkpoint(options.model) if plan is None else PrecisionCheckpoint(options.model, *plan.chosen)
+        )
+        self.sizes_LE = self.checkpoint.sizes(torch.float32)
         self.sequences = [prompt[:_CHECKED] for prompt in options.prompts[:2]]
         self.lengths = [max(len(prompt) - 4, 1) for prompt in self.sequences]
-        config = self.checkpoint.family.config
-        self.plain = plain_logits(options.model, config, self.sequences, dtype=torch.float32)
-        self.expert_bytes = 0
+        self.plain = self._plain_logits()
         self.reference: Engine | None = None
+
+    def _plain_logits(self) -> list[torch.Tensor]:
+        options, plan = self.options, self.options.precision
+        if plan is None:
+            config = self.checkpoint.family.config
+            return plain_logits(options.model, config, self.sequences, dtype=torch.float32)
+        limits = EngineLimits(max_sequences=len(self.sequences), max_length=_CHECKED + 2)
+        engine = Engine(
+            RoundedCheckpoint(options.model, *plan.chosen), mode="allgather", dtype=torch.float32, limits=limits
+        )
+        return [logits.cpu() for logits in engine.score(self.sequences, prompt_lengths=self.lengths)]
 
     def limits(self, fast: int, name: PolicyName, *, look_ahead: int | None = None) -> TierLimits:
         """Of `fast` slots per layer; by default only `lookahead` looks ahead."""
@@ -114,15 +133,13 @@ class Serving:
             max_sequences=max(batch, self.group.size), max_length=longest + options.steps + 2,
             max_prefill_tokens=longest * batch, recent_ids=2 * batch * (longest + options.steps), tiers=tiers,
         )  # fmt: skip
-        engine = Engine(
+        return Engine(
             self.checkpoint, placement, mode=options.mode, group=self.group, dtype=torch.float32, limits=limits,
             node_aware=False,
         )  # fmt: skip
-        self.expert_bytes = engine.executor.runtime.experts.expert_bytes(0)
-        return engine
 
     def difference(self, engine: Engine) -> float:
-        """Largest difference of a logit from the plain model's, as a share of the largest logit."""
+        """Largest difference of a logit from `plain`, as a share of the largest logit."""
         ours = engine.score(self.sequences, prompt_lengths=self.lengths)
         return max(float((a.cpu() - b).abs().max() / b.abs().max()) for a, b in zip(ours, self.plain, strict=True))
 
@@ -144,7 +161,7 @@ class Serving:
         """
         counters, experts = self.group.counters, engine.executor.runtime.experts
         found: dict[str, int] = {}
-        seconds, loads, paces = [], 0.0, [np.nan]
+        seconds, loaded, paces = [], 0.0, [np.nan]
         for _ in range(rounds):
             if self.reference is not None:
                 self._begin(self.reference, self.options.prompts)
@@ -153,15 +170,15 @@ class Serving:
                 experts.restart(engine.placement, self.group.rank)
                 restarted(experts)
             self._begin(engine, prompts)
-            before = _loads(engine)
+            before = _loaded(engine)
             seconds.append(_timed_steps(engine))
-            loads += _loads(engine) - before
+            loaded += _loaded(engine) - before
             found = {kind: found.get(kind, 0) + counters.experts_found.get(kind, 0) for kind in USES}
         assert engine.window.recent is not None
         content = engine.window.recent.snapshot().to_bytes()
         parts = [RoutedRows.from_bytes(each) for each in self.group.all_gather_bytes(content, kind="routing")]
         trace = join_rows(parts, self.checkpoint.experts_per_layer, layer_ids=self.checkpoint.layer_ids)
-        return Served(np.array(seconds), trace, found, loads, float(np.nanmedian(paces)) if paces[1:] else np.nan)
+        return Served(np.array(seconds), trace, found, loaded, float(np.nanmedian(paces)) if paces[1:] else np.nan)
 
     def alternate(self, one: Engine, other: Engine) -> tuple[float, float]:
         """Seconds of a step of two engines, in turn: what disturbs the machine disturbs both."""
@@ -215,7 +232,7 @@ def _timed_steps(engine: Engine) -> list[float]:
     return seconds
 
 
-def _loads(engine: Engine) -> float:
-    """Experts that an engine has loaded so far."""
+def _loaded(engine: Engine) -> float:
+    """Bytes of experts that an engine has loaded so far."""
     store = engine.executor.runtime.experts
-    return store.loader.loads + store.loader.broken if isinstance(store, TieredStore) else 0.0
+    return store.loader.bytes + store.loader.broken_bytes if isinstance(store, TieredStore) else 0.0

@@ -108,7 +108,7 @@ def _score(engine: Engine, sequences: Sequence[Sequence[int]]) -> list[torch.Ten
 
 def _judged(options: PrecisionOptions, plan: PrecisionPlan, exact: Sequence[torch.Tensor]) -> dict[str, Any]:
     """What a plan promises, and what it does to logits: root mean square over that of the exact ones, centred."""
-    checkpoint = RoundedCheckpoint(options.model, plan.costs.names, plan.choice_LE)
+    checkpoint = RoundedCheckpoint(options.model, *plan.chosen)
     ours = _score(_engine(checkpoint, options), options.others)
     pairs = [(_centred(a), _centred(b)) for a, b in zip(ours, exact, strict=True)]
     spoiled = sum(float((a - b).square().sum()) for a, b in pairs)

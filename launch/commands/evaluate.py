@@ -1,6 +1,7 @@
 """`moeplace evaluate`: what a placement costs on a trace."""
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.calibration import calibration_for
@@ -46,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         metavar="F",
-        help="plan of `moeplace bench precision --out`: bytes of ranks, predicted error",
+        help="plan of `moeplace bench precision --out`: bytes of ranks, predicted error; with memory tiers, loads "
+        "carry the bytes of each expert's precision",
     )
     parser.add_argument(
         "--budgets", metavar="P,Q,...", help="with memory tiers: hit rate and seconds with these percentages of a "
@@ -95,7 +97,12 @@ def run(args: argparse.Namespace) -> int:
     figures = {"split": name, "digest": placement.digest, **ours, "index_order": base}
     if cluster.memory is not None:
         terms = TierTerms(cluster, shape, mode=args.mode, calibration=calibration, rule=rule)
-        figures["tiers"] = _evaluate_tiers(side, placement, policy_of(args), terms, f"{name} tokens")
+        title = f"{name} tokens"
+        if plan is not None:
+            exact = replace(terms, bytes_LE=plan.costs.bytes_LEP[:, :, 0])
+            figures["tiers_exact"] = _evaluate_tiers(side, placement, policy_of(args), exact, f"{title}, exact experts")
+            terms, title = replace(terms, bytes_LE=plan.bytes_LE), f"{title}, experts by the plan"
+        figures["tiers"] = _evaluate_tiers(side, placement, policy_of(args), terms, title)
         if budgets:
             fit = trace.split("train") if name == "test" else side
             figures["budgets"] = _sweep_budgets(side, placement, compared_policies(args), budgets, terms, fit)

@@ -5,6 +5,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.policy import tier_limits
+from moeplace.launch.options.precision import chosen, describe_precision, inexact_sentence, served_plan
 from moeplace.launch.options.replanning import add_replan_arguments, check_replan_arguments
 from moeplace.launch.serving.front_arguments import (
     add_engine_arguments,
@@ -77,7 +78,9 @@ def _serve_file(args: argparse.Namespace) -> int:
             requests = read_requests(
                 args.requests, tokenizer.encode, max_new_tokens=args.max_new_tokens, seed=args.seed
             )
-        inputs = _load_inputs(args)
+        inputs, plan = _load_inputs(args), served_plan(args)
+        if group.rank == 0 and plan is not None:
+            print(inexact_sentence(args, plan), flush=True)
     except MoeplaceError as error:
         group.give_up(str(error))
         raise
@@ -86,7 +89,7 @@ def _serve_file(args: argparse.Namespace) -> int:
     if group.rank == 0:
         write_completions(args.out, completions, tokenizer)
         if args.json:
-            write_json(args.json, report)
+            write_json(args.json, {**report, "precision": describe_precision(plan)})
         print(
             f"{report['requests']} requests, {report['new_tokens']} tokens in {report['seconds']:.2f} s "
             f"({report['tokens_per_second']:.1f} tokens/s) on {report['ranks']} ranks; wrote {args.out}"
@@ -124,8 +127,10 @@ def _start_service(args: argparse.Namespace) -> "Service":
 def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:
     from moeplace.placement.placement_file import load_placement
     from moeplace.runtime.engine.modes import RecordedRouting
+    from moeplace.runtime.models.precision_checkpoint import open_checkpoint
 
     return {
+        "checkpoint": open_checkpoint(args.model, chosen(served_plan(args))),
         "placement": load_placement(args.placement) if args.placement else None,
         "recorded": RecordedRouting.load(args.trace, args.calibration) if args.trace else None,
     }
@@ -146,8 +151,10 @@ def _make_engine(args: argparse.Namespace, group: "RankGroup", inputs: dict[str,
         reuses_prefixes=args.prefix_reuse,
         tiers=tier_limits(args),
     )
+    is_verified = args.verify if args.verify is not None else needs_verification(inputs["checkpoint"].model_type)
+    if args.precision and is_verified:
+        _verify_exactly(args, group)
     engine = Engine(
-        args.model,
         mode=args.mode,
         group=group,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
@@ -156,6 +163,19 @@ def _make_engine(args: argparse.Namespace, group: "RankGroup", inputs: dict[str,
         replica_rule=replica_rule_of(args),
         **inputs,
     )
-    if args.verify if args.verify is not None else needs_verification(engine.checkpoint.model_type):
+    if is_verified and not args.precision:
         verify_engine(engine)
     return engine
+
+
+def _verify_exactly(args: argparse.Namespace, group: "RankGroup") -> None:
+    """Before inexact experts are read: exact ones, on rank 0 alone, must give the plain model's logits."""
+    from moeplace.launch.serving.front import verify_alone
+    from moeplace.profiling.errors import MoeplaceError
+
+    if group.rank == 0:
+        try:
+            verify_alone(args)
+        except MoeplaceError as error:  # the others must hear of it
+            group.give_up(str(error))
+            raise

@@ -306,6 +306,7 @@ class HttpFront:
             "placement_version": status.placement_version,
             "desired": status.desired,
             "active": len(status.active),
+            "precision": self._settings.precision,
         }
         return JSONResponse(document, 200 if serving else 503, {"Cache-Control": "no-store"})
 

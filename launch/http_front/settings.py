@@ -40,6 +40,7 @@ class FrontSettings:
         seed: of the seeds of requests that bring none.
         keeps_requests: the service keeps what a shutdown interrupts, for the one that is started after it.
         patience: seconds that the health check waits for the service.
+        precision: "exact", or what is not, for the health check to say.
 
     Raises:
         InputError: a value is out of range.
@@ -68,6 +69,7 @@ class FrontSettings:
     seed: int = 0
     keeps_requests: bool = False
     patience: float = 2.0
+    precision: Any = "exact"
 
     def __post_init__(self) -> None:
         if not self.model:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.options.policy import tier_limits
+from moeplace.launch.options.precision import chosen, describe_precision, inexact_sentence, served_plan
 from moeplace.launch.options.replanning import replan_window
 from moeplace.launch.serving.front_arguments import replica_rule_of
 
@@ -33,7 +34,7 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
     from moeplace.launch.serving.logs import set_up_logs
     from moeplace.launch.serving.requests_file import Tokenizer
     from moeplace.profiling.extras import missing_package
-    from moeplace.runtime.models.checkpoint import Checkpoint
+    from moeplace.runtime.models.precision_checkpoint import open_checkpoint
 
     try:
         from moeplace.launch.http_front.administration import Permit
@@ -43,11 +44,12 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
         from moeplace.launch.http_front.settings import parse_address
     except ModuleNotFoundError as error:
         raise missing_package("moeplace serve --http", error) or error from error
-    settings = _settings(args)
+    settings, plan = _settings(args), served_plan(args)
+    caveat = "" if plan is None else f" ({inexact_sentence(args, plan)})"
     replan_options = _replan_options(args) if args.replan else {}
     set_up_logs(args.log_format, access=args.access_log)
     with bind(*parse_address(args.http), settings) as listener:
-        stop_ids = Checkpoint(args.model).stop_ids
+        stop_ids = open_checkpoint(args.model, chosen(plan)).stop_ids
         tokenizer = Tokenizer(args.model)
         if tokenizer.exists:
             tokenizer.load()
@@ -62,7 +64,9 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
                     front,
                     listener,
                     settings,
-                    on_ready=lambda: print(f"serving {settings.model} on {address_of(listener, settings)}", flush=True),
+                    on_ready=lambda: print(
+                        f"serving {settings.model} on {address_of(listener, settings)}{caveat}", flush=True
+                    ),
                 )
         finally:
             service.close(drain=False, timeout=args.timeout)
@@ -97,6 +101,7 @@ def _settings(args: argparse.Namespace) -> "FrontSettings":
         tls_key=args.tls_key,
         seed=args.seed,
         keeps_requests=bool(args.state),
+        precision=describe_precision(served_plan(args)),
     )
 
 
@@ -263,4 +268,5 @@ def _service_options(args: argparse.Namespace) -> "ServiceOptions":
         probe_tokens=args.probe_tokens,
         threads=args.threads_per_rank or 1,
         device=args.device,
+        precision=chosen(served_plan(args)),
     )

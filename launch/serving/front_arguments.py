@@ -3,6 +3,7 @@
 import argparse
 
 from moeplace.launch.options.policy import add_tier_arguments
+from moeplace.launch.options.precision import add_precision_arguments
 from moeplace.placement.modes import MODES
 
 OWN_RULES = ("moeplace", "balanced")
@@ -51,6 +52,7 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
         "--kv-bytes", type=int, metavar="B", help="K/V memory of a rank, claimed as sequences grow (default: no limit)"
     )
     add_tier_arguments(parser)
+    add_precision_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the checkpoint's)")
     parser.add_argument(
         "--verify",

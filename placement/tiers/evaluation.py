@@ -105,11 +105,11 @@ def evaluate_tiers(
         raise InputError(
             "memory tiers with replicas are not priced in mode coherent; dispatch-combine and allgather are"
         )
-    size = mean_expert_bytes(trace)
-    rows = share_out(placement, memory, policy, expert_bytes=size)
+    size_LE = _sizes(trace, placement, terms)
+    rows = share_out(placement, memory, policy, expert_bytes=_largest(placement, size_LE))
     walked = _walked(trace, prices.shape.batch, steps)
     routing = _route(trace, placement, terms.rule.on(placement, prices.shape.batch))
-    fast, link = _start(rows), _link(placement, memory, size)
+    fast, link = _start(rows), _link(placement, memory, size_LE)
     tally = _nothing_yet(*rows.free_LR.shape)
     pace = _pace(placement, memory, counted, prices, walked)
     walk(routing, walked, pace, _rule(policy, placement, seed), fast, link, tally)
@@ -125,13 +125,34 @@ def evaluate_tiers(
         hit_rate=float(found_U[:3].sum() / activated),
         shares={name: float(share) for name, share in zip(USES, found_U / activated, strict=True)},
         belady_hit_rate=belady_hit_rate(routing, walked, rows) if with_bound else None,
-        link_bytes=float((link.loads_LR.sum() - link.spared_R.sum()) * size / walked.walked),
+        link_bytes=float(link.bytes_R.sum() / walked.walked),
         link_busy=float(link.busy_R.max() / seconds) if seconds else 0.0,
         uses_LRU=tally.uses_LRU,
         loads_LR=link.loads_LR,
         seconds_L=tally.seconds_L / walked.walked,
         waited_LR=tally.waited_LR / walked.walked,
     )
+
+
+def _sizes(trace: RoutingTrace, placement: Placement, terms: TierTerms) -> np.ndarray:
+    """(L, E) float64 bytes of each expert.
+
+    Raises:
+        InputError: those of the terms are for other experts.
+    """
+    shape = (placement.num_layers, placement.num_experts)
+    if terms.bytes_LE is None:
+        return np.full(shape, mean_expert_bytes(trace))
+    if terms.bytes_LE.shape != shape:
+        raise InputError(
+            f"bytes of experts are for {terms.bytes_LE.shape} layers and experts, the placement for {shape}"
+        )
+    return terms.bytes_LE.astype(np.float64)
+
+
+def _largest(placement: Placement, size_LE: np.ndarray) -> np.ndarray:
+    """(R,) bytes of the largest expert of each rank."""
+    return np.where(placement.tier_LER >= 0, size_LE[:, :, None], 1.0).max(axis=(0, 1))
 
 
 def mean_expert_bytes(trace: RoutingTrace) -> float:
@@ -180,14 +201,16 @@ def _start(rows: FastRows) -> Fast:
     )
 
 
-def _link(placement: Placement, memory: Memory, expert_bytes: float) -> Link:
+def _link(placement: Placement, memory: Memory, size_LE: np.ndarray) -> Link:
     tier_LRE = placement.tier_LER.transpose(0, 2, 1)
-    load_LRE = np.full(tier_LRE.shape, memory.load_seconds(HOST, expert_bytes))
+    size_LRE = np.repeat(size_LE[:, None], placement.num_ranks, axis=1)
+    load_LRE = memory.load_seconds(HOST, size_LRE)
     for tier in np.unique(tier_LRE[tier_LRE > HOST]).tolist():
-        load_LRE[tier_LRE == tier] = memory.load_seconds(tier, expert_bytes)
+        load_LRE[tier_LRE == tier] = memory.load_seconds(tier, size_LRE[tier_LRE == tier])
     ranks, places = placement.num_ranks, 4 * placement.num_experts
     return Link(
         load_LRE=load_LRE,
+        size_LRE=size_LRE,
         free_R=np.zeros(ranks),
         looked_R=np.zeros(ranks),
         layer_RQ=np.zeros((ranks, places), np.int64),
@@ -201,6 +224,7 @@ def _link(placement: Placement, memory: Memory, expert_bytes: float) -> Link:
         spared_R=np.zeros(ranks),
         loads_LR=np.zeros((placement.num_layers, ranks), np.int64),
         busy_R=np.zeros(ranks),
+        bytes_R=np.zeros(ranks),
     )
 
 

@@ -44,6 +44,8 @@ class Link(NamedTuple):
 
     load_LRE: np.ndarray
     """Seconds to load an expert."""
+    size_LRE: np.ndarray
+    """Bytes of it, float64."""
     free_R: np.ndarray
     """Moment from which it is idle."""
     looked_R: np.ndarray
@@ -67,6 +69,8 @@ class Link(NamedTuple):
     """int64 loads so far."""
     busy_R: np.ndarray
     """Seconds of loads so far."""
+    bytes_R: np.ndarray
+    """Bytes of loads so far, float64; of what was broken off, the share that was loaded."""
 
 
 @njit(cache=True, nogil=True)
@@ -164,6 +168,7 @@ def set_aside(fast, link, layer, r, now, awaited_E):  # type: ignore[no-untyped-
         return left
     link.spared_R[r] += left / whole
     link.busy_R[r] -= left
+    link.bytes_R[r] -= left / whole * link.size_LRE[ahead, r, e]
     link.ahead_layer_R[r] = -1
     fast.fresh_LRE[ahead, r, e] = False
     if fast.state_LRE[ahead, r, e] == TRANSIT:
@@ -214,3 +219,4 @@ def count_load(link, layer, r, e):  # type: ignore[no-untyped-def]
     """Note that an expert is loaded."""
     link.loads_LR[layer, r] += 1
     link.busy_R[r] += link.load_LRE[layer, r, e]
+    link.bytes_R[r] += link.size_LRE[layer, r, e]

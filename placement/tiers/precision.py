@@ -78,6 +78,20 @@ class PrecisionPlan:
     error: float
     lower_bound: float
 
+    @property
+    def chosen(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """Names of precisions, and the (L, E) choice among them."""
+        return self.costs.names, self.choice_LE
+
+    @property
+    def bytes_LE(self) -> np.ndarray:
+        """(L, E) int64 bytes of each expert in its precision."""
+        return np.take_along_axis(self.costs.bytes_LEP, self.choice_LE[:, :, None], axis=2)[:, :, 0]
+
+    def summary(self) -> dict[str, Any]:
+        """What is not exact, ready for JSON."""
+        return {"experts": self.counts(), "predicted_error": self.error}
+
     def counts(self) -> dict[str, int]:
         """Experts by precision."""
         real = np.arange(self.choice_LE.shape[1]) < self.costs.experts_per_layer[:, None]

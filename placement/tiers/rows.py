@@ -33,11 +33,15 @@ class FastRows:
     transit: int
 
 
-def share_out(placement: Placement, memory: Memory, policy: Policy, *, expert_bytes: float) -> FastRows:
+def share_out(placement: Placement, memory: Memory, policy: Policy, *, expert_bytes: float | np.ndarray) -> FastRows:
     """The rows of every rank and layer.
 
     A placement without tiers says nothing of residency: caches start empty and pinning has nothing to pin, unless all
     of it fits.
+
+    Args:
+        placement, memory, policy: of the ranks.
+        expert_bytes: of one expert, or (R,) of the largest of each rank: by it memory in bytes is cut into rows.
 
     Raises:
         InputError: more is resident than there is room for.
@@ -46,8 +50,9 @@ def share_out(placement: Placement, memory: Memory, policy: Policy, *, expert_by
     held_LRE = placement.tier_LER.transpose(0, 2, 1) >= 0
     resident_LRE = placement.tier_LER.transpose(0, 2, 1) == RESIDENT
     free_LR = np.zeros((layers, ranks), np.int64)
+    size_R = np.broadcast_to(expert_bytes, ranks).tolist()
     for rank in range(ranks):
-        room = memory.rows(rank, layers=layers, expert_bytes=expert_bytes) - memory.transit
+        room = memory.rows(rank, layers=layers, expert_bytes=size_R[rank]) - memory.transit
         if placement.tier is None and resident_LRE[:, rank].sum() > room:
             resident_LRE[:, rank] = False
         left = room - int(resident_LRE[:, rank].sum())

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
+
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.cost.calibration import Calibration, ExpertTime
 from moeplace.placement.cost.evaluation import Terms, count
@@ -24,6 +26,7 @@ class TierTerms:
         cluster: with memory tiers; speeds and links as `evaluate` takes them.
         shape: sizes of a step.
         mode, calibration, rule: as `evaluate` takes them.
+        bytes_LE: (L, E) of each expert as it is kept and loaded; None = all as many as the trace says.
 
     Raises:
         InputError: the cluster has no memory tiers.
@@ -34,6 +37,7 @@ class TierTerms:
     mode: Mode | None = None
     calibration: Calibration | None = None
     rule: ReplicaRule = MOEPLACE
+    bytes_LE: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.cluster.memory is None:

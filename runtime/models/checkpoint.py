@@ -159,8 +159,13 @@ class Checkpoint:
         return ExpertWeights.of_shapes(rows, self.family.forms[0].shapes, dtype=dtype, device=device)
 
     def expert_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of an expert on a rank."""
+        """Bytes of an expert on a rank, of the largest where they differ."""
         return self.room(1, dtype=dtype, device="meta").row_size
+
+    def sizes(self, dtype: torch.dtype) -> np.ndarray:
+        """(L, E) int64 bytes of each expert on a rank, 0 where a layer has fewer."""
+        is_real_LE = np.arange(self.experts_per_layer.max()) < self.experts_per_layer[:, None]
+        return np.where(is_real_LE, self.expert_bytes(dtype), 0)
 
     def expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """The parts of one expert, in the runtime's layout; nothing else is read.

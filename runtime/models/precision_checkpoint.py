@@ -5,9 +5,10 @@ load into fast memory and send to each other is packed.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,13 @@ class PrecisionCheckpoint(Checkpoint):
         layers = range(self.num_layers) if layer is None else (layer,)
         return MixedWeights(rows, [form for one in layers for form in self._forms_of(one, dtype)], device=device)
 
+    def sizes(self, dtype: torch.dtype) -> np.ndarray:
+        """See `Checkpoint`."""
+        found = np.zeros(self.choice_LE.shape, np.int64)
+        for layer, count in enumerate(self.experts_per_layer):
+            found[layer, :count] = [form.size for form in self._forms_of(layer, dtype)]
+        return found
+
     def _forms_of(self, layer: int, dtype: torch.dtype) -> tuple[BitForm, ...]:
         """How each expert of a layer is kept by an engine of a number type."""
         if (layer, dtype) not in self._forms:
@@ -81,3 +89,18 @@ class PrecisionCheckpoint(Checkpoint):
             kept = dtype if dtype.itemsize < stored.itemsize else stored
             found[part] = PlainPart(tuple(form.shapes[part]), stored, kept)
         return found
+
+
+def open_checkpoint(path: str | Path, precision: Mapping[str, Any] | None) -> Checkpoint:
+    """A checkpoint, served exactly or by a plan.
+
+    Args:
+        path: folder.
+        precision: `names` of precisions and the (L, E) `choice` among them, as plain data; None = exact.
+
+    Raises:
+        InputError: as `PrecisionCheckpoint` or `Checkpoint` raises.
+    """
+    if precision is None:
+        return Checkpoint(path)
+    return PrecisionCheckpoint(path, precision["names"], np.array(precision["choice"], np.int64))

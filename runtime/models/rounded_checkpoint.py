@@ -3,6 +3,7 @@
 It saves no bytes and needs no matrices to be made while it serves: for those who ask what precisions spoil.
 """
 
+import numpy as np
 import torch
 
 from moeplace.runtime.experts.rounding import rounded
@@ -19,6 +20,10 @@ class RoundedCheckpoint(PrecisionCheckpoint):
     ) -> LayerWeights:
         """See `Checkpoint`."""
         return Checkpoint.room(self, rows, dtype=dtype, device=device, layer=layer)
+
+    def sizes(self, dtype: torch.dtype) -> np.ndarray:
+        """See `Checkpoint`."""
+        return Checkpoint.sizes(self, dtype)
 
     def expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """See `Checkpoint`."""

@@ -31,6 +31,8 @@ class ServiceOptions:
         keep_width: whether members that were lost are replaced by new ones.
         threads: of a member; how many cores one rank may use.
         replica_rule: who serves an expert with several slots, `moeplace` or `balanced`.
+        precision: names of precisions and the choice among them for each expert, as plain data; see
+            `moeplace.runtime.models.precision_checkpoint`. None = exact.
         device: of members: cpu, cuda (a GPU for each), or auto: cuda where a machine has GPUs.
         check_steps: compare the ranks after every step, see `moeplace.runtime.engine.step_check`; for tests.
     """
@@ -51,6 +53,7 @@ class ServiceOptions:
     replica_rule: str = "moeplace"
     trace: str | None = None
     calibration: str | None = None
+    precision: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("bytes_per_step", "timeout", "step_timeout", "start_timeout"):

@@ -10,6 +10,7 @@ import pytest
 from moeplace.launch.cli import main
 from moeplace.placement.placement_file import load_placement, load_placement_file
 from moeplace.profiling.traces.file import save_trace
+from tests.launch.serving.test_serve_precision import random_plan
 from tests.placement.instances import skewed_trace
 from tests.shared_data import tiny_moe_path
 
@@ -81,6 +82,31 @@ def test_batches_of_alike_requests(folder: Path, capsys: pytest.CaptureFixture[s
     assert "0 sequences have 16 + 5 tokens" in capsys.readouterr().err
     assert main(["evaluate", str(folder / "t.trace"), out, "--alike", "4"]) == 1
     assert "--alike (4) needs memory tiers" in capsys.readouterr().err
+
+
+def test_loads_carry_the_bytes_of_a_plan(folder: Path, dated_seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside those of exact experts: the same loads in an eighth of the bytes where all experts are in the fewest,
+    alike where all are exact; `--budgets` walks by the plan too."""
+    out, plan = str(folder / "p.json"), folder / "plan.json"
+    run(folder, "solve", str(folder / "t.trace"), "--time-limit", "1", "--out", out)
+    words = ("evaluate", str(folder / "t.trace"), out, "--precision", str(plan), "--budgets", "50")
+    points = {}
+    for choice in (0, 3, None):
+        random_plan(plan, dated_seed, layers=3, experts=8, unit=125, choice=choice)
+        found = run(folder, *words)
+        exact, ours = found["tiers_exact"], found["tiers"]
+        assert exact["link_bytes"] == pytest.approx(run(folder, *words[:3])["tiers"]["link_bytes"])  # 1000 each
+        assert ours["shares"] == pytest.approx(exact["shares"])
+        points[choice] = [point["seconds"] for point in found["budgets"]]
+        if choice is None:
+            assert exact["link_bytes"] / 8 < ours["link_bytes"] < exact["link_bytes"]
+            assert ours["seconds"] < exact["seconds"]
+        else:
+            assert ours["link_bytes"] == pytest.approx(exact["link_bytes"] / (1, 8)[choice > 0])
+    assert points[3] < points[None] < points[0]
+    text = capsys.readouterr().out
+    assert "exact experts" in text
+    assert "experts by the plan" in text
 
 
 def test_a_placement_with_tiers_without_a_cluster_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

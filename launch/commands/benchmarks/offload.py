@@ -5,6 +5,7 @@ from typing import Any
 
 from moeplace.launch.commands.benchmarks.prompts import add_prompt_arguments, prompts_of
 from moeplace.launch.options.policy import POLICY_NAMES
+from moeplace.launch.options.precision import EXACT, add_precision_arguments, served_plan
 from moeplace.launch.progress import progress
 from moeplace.placement.modes import MODES
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(POLICY_NAMES)} (default: %(default)s); the first run is the baseline",
     )  # fmt: skip
     parser.add_argument("--placement", metavar="P", help="placement file (default: index order)")
+    add_precision_arguments(parser)
     parser.add_argument("--mode", choices=MODES, default="allgather", help="execution mode (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences side by side (1)")
     parser.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens of a prompt (32)")
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         budgets=budgets_of(args.budgets), policies=policies, look_ahead=args.look_ahead,  # type: ignore[arg-type]
         transit=args.transit, host_computes=args.host_computes, latency=args.latency, bandwidth=args.bandwidth,
         mode=args.mode, steps=args.steps, rounds=args.rounds, timeout=args.timeout,
-        placement=load_placement(args.placement) if args.placement else None,
+        placement=load_placement(args.placement) if args.placement else None, precision=served_plan(args),
     )  # fmt: skip
     with progress("serving") as report:
         document = offload_bench(options, report=report)
@@ -91,8 +93,12 @@ def format_report(document: dict[str, Any]) -> str:
         )
         for run in document["runs"]
     ]  # fmt: skip
+    plan, words = document["conditions"]["precision"], ""
+    if plan != EXACT:
+        counts = ", ".join(f"{number} {name}" for name, number in plan["experts"].items())
+        words = f"inexact by a plan: {counts}; logits against its numbers in plain matrices\n"
     whole, base = document["everything_resident"], document["without_tiers"]
     return (
-        f"{format_table(header, rows)}\nwithout tiers {base['seconds_per_step'] * 1e3:.3g} ms/step; everything in fast "
+        f"{format_table(header, rows)}\n{words}without tiers {base['seconds_per_step'] * 1e3:.3g} ms/step; everything in fast "
         f"memory {whole['seconds_per_step'] * 1e3:.3g} ms/step ({whole['overhead']:+.1%})"
     )

@@ -23,6 +23,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 import numpy as np
+import torch
 
 from moeplace.placement.placement import Placement
 from moeplace.placement.replacement.width_plan import WidthPlan
@@ -31,7 +32,8 @@ from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.windows.rows import join_rows
 from moeplace.runtime.event import Event
-from moeplace.runtime.models.checkpoint import Checkpoint
+from moeplace.runtime.models.loading import stated_dtype
+from moeplace.runtime.models.precision_checkpoint import open_checkpoint
 from moeplace.runtime.service.api import RequestRecord, ServiceStatus, TokenEvent
 from moeplace.runtime.service.coordinator.actions import (
     Accept,
@@ -98,9 +100,10 @@ class Coordinator:
             InputError: the model is dense, the placement is for another model or number of ranks, there would be a rank
                 without an expert, or the address, the state folder or recorded routing cannot be used.
         """
-        self._checkpoint, self._host = Checkpoint(checkpoint), host
+        options = options or ServiceOptions()
+        self._checkpoint, self._host = open_checkpoint(checkpoint, options.precision), host
         first = first_placement(self._checkpoint, placement, ranks)
-        self._options = member_options(options or ServiceOptions(), first, ranks)
+        self._options = member_options(options, first, ranks)
         check_recorded(self._options, first)
         self._faults, self._on_step = dict(faults or {}), on_step
         self._secret = secrets.token_hex(32) if secret is None else secret
@@ -243,16 +246,16 @@ class Coordinator:
             raise InputError("recent routing is not kept: recent_ids (0) must be at least 1")
         with self._acting() as conductor:
             parts = conductor.routing()
-            size = conductor.limits.get("expert_bytes", 0)
         if parts is None:
             return None
-        checkpoint = self._checkpoint
+        checkpoint, stated = self._checkpoint, self._options.dtype
+        number_type = getattr(torch, stated) if stated else stated_dtype(checkpoint.family)
         return join_rows(
             parts,
             checkpoint.experts_per_layer,
             layer_ids=checkpoint.layer_ids,
             num_hidden_layers=checkpoint.num_hidden_layers,
-            expert_bytes=np.full(checkpoint.num_layers, size),
+            expert_bytes=checkpoint.sizes(number_type),
             hidden_size=int(checkpoint.config.get("hidden_size", 0)),
         )
 

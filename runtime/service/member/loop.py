@@ -14,8 +14,8 @@ from moeplace.runtime.comm.devices import ThisMachine, device_of
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.errors import PeerLostError
-from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.opening import open_model
+from moeplace.runtime.models.precision_checkpoint import open_checkpoint
 from moeplace.runtime.service.errors import sentence_of
 from moeplace.runtime.service.faults import FaultPlan
 from moeplace.runtime.service.generation import Forming, Generation
@@ -48,7 +48,7 @@ class MemberLoop:
         self._heartbeat = Heartbeat(self._connect, job.member_id, every=every)
         self._faults = FaultPlan(job.faults)
         self._faults.reach("starting")
-        self._checkpoint = Checkpoint(job.checkpoint)
+        self._checkpoint = open_checkpoint(job.checkpoint, job.options.precision)
         dtype = job.options.dtype
         self._device = device_of(job.options.device, job.place, ThisMachine())
         number_type = getattr(torch, dtype) if dtype else None

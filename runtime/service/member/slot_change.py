@@ -81,7 +81,7 @@ class SlotChange:
             self._take_slots(before)
             self._slots_before = None
             return {"number": number, "error": str(error)}
-        self._current = Replacement(number, migration, before, after, time.monotonic(), plan.bytes)
+        self._current = Replacement(number, migration, before, after, time.monotonic(), migration.progress.bytes_total)
         return None
 
     def advance(self) -> Document | None:

@@ -8,6 +8,7 @@ import pytest
 from moeplace.launch.cli import main
 from moeplace.launch.options.policy import budgets_of
 from moeplace.profiling.errors import InputError
+from tests.launch.serving.test_serve_precision import random_plan
 
 
 def test_budgets_and_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,6 +35,22 @@ def test_budgets_and_policies_side_by_side(tmp_path: Path, capsys: pytest.Captur
     text = capsys.readouterr().out
     assert "lookahead" in text
     assert "everything in fast memory" in text
+
+
+def test_a_plan_of_precisions_moves_fewer_bytes(tmp_path: Path, dated_seed: int) -> None:
+    """Logits are those of the plan's numbers in plain matrices; loads carry the bytes that are stored, and are
+    predicted to; on a link that knows but bytes, that is what a load takes."""
+    out, plan = tmp_path / "f.json", random_plan(tmp_path / "plan.json", dated_seed)
+    words = "--budgets 25 --policies pinned --steps 3 --rounds 1 --prompt 8 --latency 0 --bandwidth 2e7 --precision"
+    assert main(["bench", "offload", *words.split(), str(tmp_path / "plan.json"), "--json", str(out)]) == 0
+    document = json.loads(out.read_text())
+    conditions, run = document["conditions"], document["runs"][0]
+    assert conditions["precision"] == plan.summary()
+    assert conditions["mean_expert_bytes"] < conditions["expert_bytes"]
+    assert conditions["seconds_per_load"] > 0.5 * conditions["mean_expert_bytes"] / 2e7
+    assert run["logits_difference"] < 1e-4
+    assert run["predicted_bytes"] == pytest.approx(run["bytes_loaded"])
+    assert 0 < run["bytes_loaded"] < run["found"]["loaded"] * 6 * conditions["expert_bytes"]
 
 
 def test_wrong_budgets_are_named() -> None:

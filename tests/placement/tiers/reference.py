@@ -27,6 +27,7 @@ class Rank:
     eviction: str
     load: dict[tuple[int, int], float]
     on_host: set[tuple[int, int]]
+    size: dict[tuple[int, int], float]  # bytes
     held: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)  # in transit: row, moment it comes
     fresh: set[tuple[int, int]] = field(default_factory=set)
     worth: dict[tuple[int, int], float] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class Rank:
     seen: float = 0.0
     loads: int = 0
     spared: float = 0.0
+    carried: float = 0.0
     ahead: tuple[tuple[int, int], float] | None = None  # what was fetched ahead last, and when, pauses taken out
 
     def seconds(self, tokens: int) -> float:
@@ -75,6 +77,7 @@ class Rank:
                     break
                 self.link = begin + self.load[key]
                 self.loads += 1
+                self.carried += self.size[key]
                 self.fresh.add(key)
                 self.ahead = (key, begin)
                 self.comes(key, self.link)
@@ -111,6 +114,7 @@ class Rank:
         if key[0] > layer:
             return left
         self.spared += left / self.load[key]
+        self.carried -= left / self.load[key] * self.size[key]
         self.ahead = None
         self.fresh.discard(key)
         self.cached.pop(key, None)
@@ -211,6 +215,7 @@ class Rank:
             self.fresh.discard(gone)
         self.link = begin + self.load[layer, expert]
         self.loads += 1
+        self.carried += self.size[layer, expert]
         device = self.wait(device, self.link) + self.seconds(asked[expert][0])
         if row is None:
             self.cached[layer, expert] = self.link

@@ -12,8 +12,9 @@ from moeplace.placement.cost.evaluation import evaluate
 from moeplace.placement.cost.steps import StepShape
 from moeplace.placement.memory import DISK, HOST, DiskTier, HostCompute, HostTier, Memory
 from moeplace.placement.placement import Placement, index_order
-from moeplace.placement.tiers.evaluation import TierEvaluation, evaluate_tiers, mean_expert_bytes
+from moeplace.placement.tiers.evaluation import TierEvaluation, _largest, evaluate_tiers, mean_expert_bytes
 from moeplace.placement.tiers.policy import POLICIES, Policy, Predictor
+from moeplace.placement.tiers.rows import share_out
 from moeplace.placement.tiers.terms import TierTerms
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
@@ -32,7 +33,7 @@ SHAPE = StepShape(batch=BATCH, hidden_size=1, kv_dim=0)
 class Instance:
     """A tiny trace, a placement with random tiers, a memory with few rows."""
 
-    def __init__(self, seed: int, *, host: bool, transit: int, tiers: bool = True) -> None:
+    def __init__(self, seed: int, *, host: bool, transit: int, tiers: bool = True, mixed: bool = False) -> None:
         draw = np.random.default_rng(seed)
         self.trace = skewed_trace(seed, tokens=33, layers=3, experts=5, top_k=2, ragged=0.1)
         if seed % 2:
@@ -56,9 +57,10 @@ class Instance:
                 for index in draw.permutation(len(spots))[: 2 + rank]:
                     tier[spots[index]] = 0
             self.placement = self.placement.replace(tier=tier)
+        self.bytes_LE = draw.integers(1, 5, (3, 5)) / 4 if mixed else None
 
     def evaluate(self, policy: Policy) -> TierEvaluation:
-        terms = TierTerms(self.cluster, SHAPE, mode="allgather", calibration=CALIBRATION)
+        terms = TierTerms(self.cluster, SHAPE, mode="allgather", calibration=CALIBRATION, bytes_LE=self.bytes_LE)
         return evaluate_tiers(self.trace, self.placement, policy, terms)
 
     def reference(self, policy: Policy) -> tuple[float, dict[str, int]]:
@@ -74,7 +76,7 @@ class Instance:
 
         ranks = [self._rank(index, policy) for index in range(RANKS)]
         seconds, uses = walk_reference(ranks, steps, [OUTSIDE] * 3, ahead)
-        self.loads, self.spared = [rank.loads for rank in ranks], sum(rank.spared for rank in ranks)
+        self.loads, self.carried = [rank.loads for rank in ranks], sum(rank.carried for rank in ranks)
         return seconds / len(steps), {kind: sum(each[kind] for each in uses) for kind in uses[0]}
 
     def _foreseen(self, predictor: Predictor | None, step: int, target: int, layer: int) -> dict[int, int]:
@@ -110,6 +112,7 @@ class Instance:
             rows = [n + sum(key[0] == layer for key in resident) for layer, n in enumerate(rows)]
         speed = self.cluster.speed_of_rank[index]
         host = self.memory.host.compute
+        size = {key: 1.0 if self.bytes_LE is None else float(self.bytes_LE[key]) for key in held}
         return Rank(
             pinned=resident if policy.pins else set(),
             cached={} if policy.pins else dict.fromkeys(resident, 0.0),
@@ -122,7 +125,10 @@ class Instance:
                 "host": None if host is None else (host.per_expert, host.per_token),
             },
             eviction={"lookahead": "score", "pinned": "lru"}.get(policy.name, policy.name),
-            load={key: 1.0 + 10.0 + (3.0 + 5.0 if tier_LE[key] == DISK else 0.0) for key in held},
+            load={
+                key: 1.0 + 10.0 * size[key] + (3.0 + 5.0 * size[key] if tier_LE[key] == DISK else 0.0) for key in held
+            },
+            size=size,
             on_host={key for key in held if tier_LE[key] != DISK},
         )  # fmt: skip
 
@@ -165,18 +171,19 @@ def policies() -> list[Policy]:
 
 @pytest.mark.parametrize("policy", policies(), ids=lambda policy: policy.label)
 def test_the_walk_is_the_reference(policy: Policy, dated_seed: int) -> None:
-    """Seconds, ways in which experts are found, and loads: with and without hosts that compute, few rows and many."""
+    """Seconds, ways in which experts are found, loads and their bytes: with and without hosts that compute, few rows
+    and many, experts of one size and of several."""
     for seed in (0, 1, 2, 3, dated_seed):
         for transit in (1, 2, 4):
-            instance = Instance(seed, host=seed % 3 != 0, transit=transit, tiers=transit != 4)
+            instance = Instance(seed, host=seed % 3 != 0, transit=transit, tiers=transit != 4, mixed=seed > 1)
             found = instance.evaluate(policy)
             seconds, uses = instance.reference(policy)
             total = sum(uses.values())
             assert {kind: round(share * total) for kind, share in found.shares.items()} == uses, (seed, transit)
             assert found.loads_LR.sum(axis=0).tolist() == instance.loads
             assert found.seconds == pytest.approx(seconds, rel=1e-9), (seed, transit)
-            carried = found.link_bytes * found.steps / mean_expert_bytes(instance.trace)
-            assert carried == pytest.approx(sum(instance.loads) - instance.spared, rel=1e-9)
+            size = mean_expert_bytes(instance.trace) if instance.bytes_LE is None else 1.0
+            assert found.link_bytes * found.steps / size == pytest.approx(instance.carried, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -236,7 +243,23 @@ def test_what_cannot_be_priced_is_refused() -> None:
     cluster = Cluster.uniform(2, slots_per_rank=2).replace(memory=instance.memory)
     with pytest.raises(InputError, match="not priced in mode coherent"):
         evaluate_tiers(trace, twice, Policy("lru"), TierTerms(cluster, SHAPE, mode="coherent"))
+    few = TierTerms(instance.cluster, SHAPE, bytes_LE=np.ones((2, 5)))
+    with pytest.raises(
+        InputError, match=r"bytes of experts are for \(2, 5\) layers and experts, the placement for \(3, 5\)"
+    ):
+        evaluate_tiers(instance.trace, instance.placement, Policy(), few)
     with pytest.raises(InputError, match="policy lookahead needs a predictor"):
         Policy("lookahead")
     with pytest.raises(InputError, match=r"accuracy of a predictor \(1.5\)"):
         Predictor(1.5)
+
+
+def test_memory_in_bytes_never_overflows_with_experts_of_several_sizes() -> None:
+    """Rows are cut by the largest expert of each rank; smaller ones give room for more rows than the mean would not."""
+    instance = Instance(2, host=False, transit=1)
+    sizes = np.where(instance.placement.tier_LER[:, :, 0] >= 0, 8.0, 2.0)  # rank 0 has the large ones
+    memory = Memory(instance.memory.host, fast_bytes=np.array([40.0, 40.0]), disk=instance.memory.disk, transit=1)
+    rows = share_out(instance.placement.replace(tier=None), memory, Policy("lru"), expert_bytes=_largest(
+        instance.placement, sizes
+    ))  # fmt: skip
+    assert (rows.free_LR.sum(axis=0) + memory.transit).tolist() == [5, 6 + 1]  # 40 / 8; all of rank 1's, of 20
