@@ -153,6 +153,8 @@ class TieredStore(ExpertStore):
         first = 0
         views: list[LayerWeights] = []
         self._is_whole = False
+        if self.pool.rows < self._slots * len(row_of):  # which may hold all there is: a rank may have no experts yet
+            return
         for layer, rows in enumerate(row_of):
             held = self.fast.held[layer]
             if any(row not in held or not held[row].has_come for row in rows.values()):

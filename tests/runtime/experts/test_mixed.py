@@ -14,12 +14,13 @@ import torch
 from moeplace.placement.memory import DISK, HOST
 from moeplace.placement.migration.plan import plan_migration
 from moeplace.placement.modes import MODES
-from moeplace.placement.placement import Placement
+from moeplace.placement.placement import Placement, with_slots
 from moeplace.placement.tiers.policy import POLICIES
 from moeplace.profiling.errors import FormatError
 from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
+from moeplace.runtime.engine.loading import load_experts
 from moeplace.runtime.experts.bit_form import BitForm, PlainPart
 from moeplace.runtime.experts.rounding import EXACT, PRECISIONS, rounded, stored_bytes
 from moeplace.runtime.experts.tier_limits import TierLimits
@@ -243,3 +244,35 @@ def test_plans_make_engines_that_disagree(path: Path) -> None:
     names = {one.fingerprint for one in (packed, plain, exact, Checkpoint(path), both(path, 1)[0])}
     assert len(names) == 5
     assert math.isclose(exact.expert_bytes(torch.float32), Checkpoint(path).expert_bytes(torch.float32))
+
+
+@pytest.mark.parametrize("fast", [1, 2, EXPERTS + 4])
+def test_a_rank_may_have_no_experts_yet(path: Path, fast: int) -> None:
+    """As one that has just joined: any number of slots, more of them than fast rows too; then experts come."""
+    packed, plain = both(path, 3)
+    size_LE = sizes(packed)
+    table = np.full((packed.num_layers, 2 * EXPERTS), -1)
+    table[:, :EXPERTS] = np.arange(EXPERTS)
+    start = Placement(
+        table, np.full(2, EXPERTS), np.zeros(2, int), np.full(packed.num_layers, EXPERTS),
+        layer_ids=packed.layer_ids, num_hidden_layers=packed.num_hidden_layers,
+    )  # fmt: skip
+    limits = EngineLimits(tiers=TierLimits(fast), staging_rows=1)
+    for checkpoint in (packed, plain):
+        store = load_experts(checkpoint, start, 1, limits, torch.float64, torch.device("cpu"))
+        assert isinstance(store, TieredStore)
+        for slots in (EXPERTS, EXPERTS + 4, 1):
+            store.resize(slots)
+            placement = with_slots(start, np.array([EXPERTS, slots]))
+            store.placed(placement, 1)
+            assert not any(store.fast.held)
+        assert checkpoint is plain or store.held_bytes == 0
+        store.load(0, 0, 4, checkpoint.expert(0, 4))
+        slots_LS = placement.slot_to_expert.copy()
+        slots_LS[0, EXPERTS] = 4
+        store.placed(placement.replace(slot_to_expert=slots_LS), 1)
+        store.copy_to_fast(0, 0, 0)
+        found, _ = store.pool.matrix("down", 0, torch.float64)
+        wanted = rounded(Checkpoint.expert(packed, 0, 4), PRECISIONS[packed.choice_LE[0, 4]])["down"]
+        assert torch.equal(found, wanted.double())
+        assert checkpoint is plain or store.held_bytes == size_LE[0, 4]
