@@ -99,6 +99,7 @@ def format_report(document: dict[str, Any]) -> str:
         words = f"inexact by a plan: {counts}; logits against its numbers in plain matrices\n"
     whole, base = document["everything_resident"], document["without_tiers"]
     return (
-        f"{format_table(header, rows)}\n{words}without tiers {base['seconds_per_step'] * 1e3:.3g} ms/step; everything in fast "
-        f"memory {whole['seconds_per_step'] * 1e3:.3g} ms/step ({whole['overhead']:+.1%})"
+        f"{format_table(header, rows)}\n{words}"
+        f"without tiers {base['seconds_per_step'] * 1e3:.3g} ms/step; everything in fast memory "
+        f" {whole['seconds_per_step'] * 1e3:.3g} ms/step ({whole['overhead']:+.1%})"
     )
