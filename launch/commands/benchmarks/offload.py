@@ -101,5 +101,5 @@ def format_report(document: dict[str, Any]) -> str:
     return (
         f"{format_table(header, rows)}\n{words}"
         f"without tiers {base['seconds_per_step'] * 1e3:.3g} ms/step; everything in fast memory "
-        f" {whole['seconds_per_step'] * 1e3:.3g} ms/step ({whole['overhead']:+.1%})"
+        f"{whole['seconds_per_step'] * 1e3:.3g} ms/step ({whole['overhead']:+.1%})"
     )
