@@ -13,7 +13,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Self
 
@@ -40,7 +40,8 @@ class PendingExchange:
     def __init__(
         self, group: "RankGroup", work: "dist.Work", kind: str, tensors: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
-        self._group, self._work, self._kind = group, work, kind
+        self._group, self._kind = group, kind
+        self._works = [work]  # none once it has ended: it keeps the connections open
         self._tensors = tensors  # alive as long as this is
 
     def wait(self) -> None:
@@ -49,8 +50,14 @@ class PendingExchange:
         Raises:
             PeerLostError: a peer is gone.
         """
+        self._group._under_way.discard(self)
         with self._group.counters.timed("exchange"), self._group._guard(self._kind):
-            self._group._end(self._work, self._kind)
+            self._group._end(self._works.pop(), self._kind)
+
+    def wait_out(self) -> None:
+        """Block until it has ended, well or not; nobody wants what it brings."""
+        with suppress(Exception):
+            self._works.pop().wait()
 
 
 class RankGroup:
@@ -100,6 +107,7 @@ class RankGroup:
         self._layer, self._mode = OUTSIDE, ""
         self._node_group: RankGroup | None = None
         self._background: RankGroup | None = None
+        self._under_way: set[PendingExchange] = set()
         on_node = self.node_of_rank == self.node_of_rank[rank]
         tier = np.where(on_node, 1, 2)
         tier[rank] = 0
@@ -202,19 +210,25 @@ class RankGroup:
                 group._layer = OUTSIDE
 
     def close(self) -> None:
-        """Leave: the threads of the group, and of those made from it, end. No collective may be on its way.
+        """Leave: the threads of the group, and of those made from it, end.
+
+        An exchange that is still on its way is waited for here: a back end would do so too, but hold up all threads
+        of this process meanwhile, signs of life among them. This group goes before those made from it: others who wait
+        in it hear so that this rank has left, leave as well, and what was on its way ends.
 
         What nobody closes is closed when Python ends: threads that outlive it would abort the process.
         """
         _OPEN.discard(self)
-        for group in (self._node_group, self._background):
-            if group is not None:
-                group.close()
-        self._node_group = self._background = None
+        while self._under_way:
+            self._under_way.pop().wait_out()
         if self._watch is not None:
             self._watch.close()
         for name in ("_group", "_control"):
             self.__dict__.pop(name, None)
+        for group in (self._node_group, self._background):
+            if group is not None:
+                group.close()
+        self._node_group = self._background = None
 
     def agree(self, items: dict[str, str]) -> None:
         """Compare values over all ranks, through the store: no collective is issued.
@@ -267,7 +281,9 @@ class RankGroup:
         row_bytes = input.element_size() * int(np.prod(input.shape[1:], dtype=np.int64))
         with self._issued(kind, [rows * row_bytes for rows in input_splits]):
             work = self._group.alltoall_base(output, input, list(output_splits), list(input_splits))
-        return PendingExchange(self, work, kind, (output, input))
+        pending = PendingExchange(self, work, kind, (output, input))
+        self._under_way.add(pending)
+        return pending
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, kind: str) -> None:
         """`output` (R, ...) gets `input` (...) of every rank."""

@@ -173,6 +173,10 @@ class ThreadSpawner:
         model.logits = one_by_one
         self.opened[str(path)] = checkpoint, model
 
+    def checkpoint(self, path: Path) -> Checkpoint:
+        """One that was opened."""
+        return self.opened[str(path)][0]
+
     def start(self, member_id: int, job: MemberJob) -> ThreadMember:
         self.started.append(ThreadMember(member_id, job))
         return self.started[-1]

@@ -185,6 +185,34 @@ def test_a_lost_peer_is_named_with_what_was_being_done(layer: int | None) -> Non
         assert "\n" not in told
 
 
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_who_leaves_with_an_exchange_on_its_way_holds_up_nobody(late: int) -> None:
+    """Nobody has died: rank 0 leaves while an exchange of the background is on its way, which a late one does not join
+    because it waits for rank 0 in another collective. It hears that rank 0 is gone, and no timeout has to pass."""
+
+    def act(group: RankGroup) -> str:
+        group.open_all()
+        group.all_gather_bytes(b"all are here", kind="meet")
+        if group.rank != late:
+            rows = torch.ones(3, 1)
+            kept = group.background().start_all_to_all(torch.empty(3, 1), rows, [1] * 3, [1] * 3, kind="kv")
+            del kept  # as who goes on without it does
+        try:
+            if group.rank:
+                group.all_reduce(torch.ones(1), kind="sum")
+        except PeerLostError as error:
+            return str(error)
+        finally:
+            group.close()
+        return ""
+
+    told = run_groups(act, [0, 0, 0])
+    assert told[0] == ""
+    for sentence in told[1:]:
+        assert "lost a peer during sum" in sentence
+        assert "timed out" not in sentence.lower()
+
+
 def test_a_node_map_of_other_ranks_is_refused() -> None:
     """Before anybody is waited for."""
     with pytest.raises(InputError, match="there are 2 ranks, but node_of_rank lists 3"):

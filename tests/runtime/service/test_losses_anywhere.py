@@ -15,10 +15,12 @@ from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.sampling import SamplingParameters
+from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.service.api import TokenEvent
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
 from moeplace.runtime.service.options import ServiceOptions
 from tests.runtime.checkpoints import save_checkpoint
+from tests.runtime.placements import placement_for
 from tests.runtime.thread_members import ThreadSpawner, thread_members
 
 __all__ = ["thread_members"]
@@ -103,6 +105,12 @@ def draw_faults(rng: np.random.Generator) -> dict[int, list[dict[str, Any]]]:
     return {member: [draw_fault(rng)] for member in members.tolist()}
 
 
+def draw_placement(checkpoint: Checkpoint, rng: np.random.Generator) -> Placement | None:
+    """Of the start: in index order on one node, or any one with replicas and empty slots, on two nodes."""
+    seed = int(rng.integers(1000))
+    return None if rng.random() < 0.5 else placement_for(checkpoint, 3, seed=seed, extra_slots=seed % 3, nodes=2)
+
+
 def turned(placement: Placement) -> Placement:
     """Every expert one slot further."""
     return placement.replace(slot_to_expert=np.roll(placement.slot_to_expert, 1, axis=1))
@@ -144,7 +152,8 @@ def test_nothing_is_lost_whenever_ranks_die(
     thread_members.open(checkpoint, torch.float64)
     faults, client, again = draw_faults(rng), Client(), Client()
     repeated: list[str] = []
-    with Coordinator(checkpoint, ranks=3, spawner=thread_members, options=options, faults=faults) as service:
+    start = {"placement": draw_placement(thread_members.checkpoint(checkpoint), rng), "faults": faults}
+    with Coordinator(checkpoint, ranks=3, spawner=thread_members, options=options, **start) as service:
         service.wait_until_serving(timeout=WAIT)
         for number, request in enumerate(requests):
             ticket = service.submit(request, client)
