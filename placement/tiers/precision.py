@@ -59,6 +59,10 @@ class PrecisionCosts:
         if not (self.bytes_LEP[is_real_LE] > 0).all():
             raise InputError("bytes of experts must be positive in every precision")
 
+    def error_of(self, choice_LE: np.ndarray) -> float:
+        """Error of a choice of precisions, summed over layers."""
+        return float(np.take_along_axis(self.error_LEP, choice_LE[:, :, None], axis=2).sum())
+
 
 @dataclass(frozen=True, eq=False)
 class PrecisionPlan:
@@ -135,7 +139,7 @@ def plan_precision(costs: PrecisionCosts, placement: Placement, budget_R: np.nda
         found = choose(bytes_NP, error_NP, int(budget_R[rank]))
         choice_LE[layer, expert] = found.choice_N
         bound += found.bound
-    error = float(np.take_along_axis(costs.error_LEP, choice_LE[:, :, None], axis=2).sum())
+    error = costs.error_of(choice_LE)
     return PrecisionPlan(costs, choice_LE, bytes_by_rank(costs, placement, choice_LE), error, min(bound, error))
 
 
@@ -251,8 +255,13 @@ def load_precision(path: str | Path) -> PrecisionPlan:
         spoiled, bound = float(document["predicted_error"]), float(document["lower_bound"])
         if not 0 <= bound <= spoiled < np.inf:
             raise ValueError(f"its lower bound ({bound:g}) must lie in 0..{spoiled:g}, its predicted error")
+        summed = costs.error_of(choice_LE)
+        if not np.isclose(spoiled, summed, rtol=1e-6, atol=0.0):
+            raise ValueError(f"its predicted error ({spoiled:g}) is not that of its precisions ({summed:g})")
         return PrecisionPlan(costs, choice_LE, bytes_R, spoiled, bound)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except KeyError as error:
+        raise FormatError(f"{path} is not a file of precisions: it lacks {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{path} is not a file of precisions: {error}") from error
 
 

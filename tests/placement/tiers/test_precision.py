@@ -111,6 +111,8 @@ def wrong_values(document: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "precisions", 5
     yield "experts_per_layer", [[6, 6], [6, 6]]
     yield "lower_bound", document["predicted_error"] + 1
+    yield "predicted_error", 1.01 * document["predicted_error"]
+    yield "precision", np.zeros_like(document["precision"]).tolist()  # exact ones spoil nothing
 
 
 def test_files_come_back(tmp_path: Path) -> None:
