@@ -183,3 +183,21 @@ def test_nothing_of_a_group_is_waited_for_without_end(monkeypatch: pytest.Monkey
     Generation.of(1, {4: 0, 5: 0}).connect(store, 5, **options)  # type: ignore[arg-type]
     assert made[0].timeout == timedelta(seconds=7)
     assert root.timeout == timedelta(seconds=7)
+
+
+@pytest.mark.parametrize("adopted", [(), ((0, 1, 0),)])
+def test_who_reads_experts_says_so(adopted: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a disk may take is another matter than what a step may; where nothing is to be read nobody waits."""
+    done: list[str] = []
+    entrance = Entrance.__new__(Entrance)
+    entrance._faults = SimpleNamespace(reach=done.append)  # type: ignore[assignment]
+    entrance._heartbeat = SimpleNamespace(load=lambda: done.append("load"))  # type: ignore[assignment]
+    monkeypatch.setattr(Entrance, "_read_experts", lambda *_: done.append("read"))
+    monkeypatch.setattr(Entrance, "_await_others", lambda *_: done.append("await"))
+    engine = SimpleNamespace(regroup=lambda *_, version: done.append(f"regroup {version}"))
+    entrance._serving = SimpleNamespace(engine=engine)  # type: ignore[assignment]
+    adoption: Any = SimpleNamespace(adopted=adopted, placement=None)
+    group: Any = SimpleNamespace(rank=0)
+    entrance._take_experts(Generation.of(4, {0: 0}), adoption, group, 9)
+    reading = ["loading", "load"] if adopted else []
+    assert done == [*reading, "read", *(["await"] if adopted else []), "regroup 9"]
