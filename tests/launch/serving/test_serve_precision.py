@@ -34,7 +34,8 @@ def random_plan(
         draw.random(shape) * np.array([0, 1, 1, 1]), np.full(layers, experts),
     )  # fmt: skip
     choice_LE = draw.integers(0, len(PRECISIONS), shape[:2]) if choice is None else np.full(shape[:2], choice)
-    plan = PrecisionPlan(costs, choice_LE, np.array([7]), 1.25, 0.5)
+    error = costs.error_of(choice_LE)
+    plan = PrecisionPlan(costs, choice_LE, np.array([7]), error, error / 2)
     save_precision(path, plan)
     return plan
 
@@ -69,12 +70,12 @@ def test_a_plan_is_served_and_said(tmp_path: Path, dated_seed: int, capsys: pyte
     for more in (("--fast-slots", "3", "--host-slots", "9"), ("--verify",)):
         code, found, figures = serve(tmp_path, *flags, *more)
         assert (code, found) == (0, pytest.approx(expected, abs=1e-4))
-        assert figures["precision"] == {"experts": counts, "predicted_error": 1.25}
+        assert figures["precision"] == {"experts": counts, "predicted_error": plan.error}
         said = capsys.readouterr().out.splitlines()[0]
         fewer = 96 - counts["exact"]
         assert said.startswith(f"inexact by {flags[1]}: {fewer} of 96 experts in fewer bits (")
         assert all(f"{counts[name]} in {name}" in said for name in PRECISIONS[1:])
-        assert "predicted error 1.2e+00" in said
+        assert f"predicted error {plan.error:.1e}" in said
     results = {}
     for name, words in (("default", ()), ("stated", ("--exact",))):
         code, results[name], figures = serve(tmp_path, *words)
