@@ -200,7 +200,7 @@ def thread_members(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadSpawner]:
     """A spawner, with members prepared for being threads: none of them ends this process, and all have what was
     opened beforehand (`ThreadSpawner.open`), because to open a model changes settings of torch that threads share."""
     before, spawner = set(threading.enumerate()), ThreadSpawner()
-    monkeypatch.setattr(loop_module, "Checkpoint", lambda path: spawner.opened[str(path)][0])
+    monkeypatch.setattr(loop_module, "open_checkpoint", lambda path, precision: spawner.opened[str(path)][0])
     monkeypatch.setattr(loop_module, "open_model", lambda checkpoint, **_: spawner.opened[str(checkpoint.path)][1])
     monkeypatch.setattr(loop_module, "ServiceStore", ThreadStore)
     monkeypatch.setattr(loop_module, "MemberLoop", ThreadLoop)

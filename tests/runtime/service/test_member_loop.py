@@ -230,7 +230,7 @@ def test_a_member_says_what_it_can_take_and_lives_until_the_end(
 
     monkeypatch.setattr(loop_module.ServiceStore, "connect", lambda *_, **__: store)
     monkeypatch.setattr(loop_module, "Heartbeat", Beat)
-    monkeypatch.setattr(loop_module, "Checkpoint", lambda path: checkpoint)
+    monkeypatch.setattr(loop_module, "open_checkpoint", lambda path, precision: checkpoint)
     monkeypatch.setattr(loop_module, "open_model", lambda *_, **__: model)
     monkeypatch.setattr(MemberLoop, "_await_assignment", lambda self: "first")
     follow = {"first": "second", "second": None}
