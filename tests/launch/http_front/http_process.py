@@ -21,11 +21,12 @@ class ServerProcess:
     Attributes:
         url: where it answers.
         process: its process.
+        asked_to_end: whether `terminate` was called.
     """
 
     def __init__(self, log: Path, *options: str, environment: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "moeplace.launch.cli", "serve", str(tiny_moe_path()), "--http", "127.0.0.1:0"]
-        self._log = log.open("wb")
+        self._log, self.asked_to_end = log.open("wb"), False
         self.process = subprocess.Popen(
             [*command, *options],
             stdout=subprocess.PIPE,
@@ -52,6 +53,7 @@ class ServerProcess:
 
     def terminate(self) -> None:
         """Ask it to end."""
+        self.asked_to_end = True
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self) -> tuple[int, str]:
@@ -67,9 +69,10 @@ def running_server(log: Path, *options: str, environment: dict[str, str] | None 
     server = ServerProcess(log, *options, environment=environment)
     try:
         yield server
-        if server.process.poll() is None:
+        if not server.asked_to_end:  # a second signal, while it ends, would end it at once
             server.terminate()
-        assert server.wait() == (0, "stopped\n"), log.read_text()
+        ended = server.wait()
+        assert ended == (0, "stopped\n"), f"{ended}: {log.read_text()}"
         assert "Traceback" not in log.read_text()
     finally:
         if server.process.poll() is None:
