@@ -27,8 +27,8 @@ from moeplace.runtime.engine.windows.rows import RoutedRows, join_rows
 from moeplace.runtime.experts.tier_limits import TierLimits
 from moeplace.runtime.experts.tiered_store import TieredStore
 from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.models.precision_checkpoint import PrecisionCheckpoint
-from moeplace.runtime.models.rounded_checkpoint import RoundedCheckpoint
+from moeplace.runtime.models.precisions.precision_checkpoint import PrecisionCheckpoint
+from moeplace.runtime.models.precisions.rounded_checkpoint import RoundedCheckpoint
 
 _CHECKED = 24
 """Tokens whose logits are compared."""

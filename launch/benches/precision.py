@@ -27,7 +27,7 @@ from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.experts.precision_meter import PrecisionMeter
 from moeplace.runtime.experts.rounding import precisions_below, stored_bytes
 from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.models.rounded_checkpoint import RoundedCheckpoint
+from moeplace.runtime.models.precisions.rounded_checkpoint import RoundedCheckpoint
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _start_service(args: argparse.Namespace) -> "Service":
 def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:
     from moeplace.placement.placement_file import load_placement
     from moeplace.runtime.engine.modes import RecordedRouting
-    from moeplace.runtime.models.precision_checkpoint import open_checkpoint
+    from moeplace.runtime.models.precisions.precision_checkpoint import open_checkpoint
 
     return {
         "checkpoint": open_checkpoint(args.model, chosen(served_plan(args))),

@@ -34,7 +34,7 @@ def served_plan(args: argparse.Namespace) -> "PrecisionPlan | None":
 
 
 def chosen(plan: "PrecisionPlan | None") -> dict[str, Any] | None:
-    """What ranks are told of a plan, as plain data; see `runtime.models.precision_checkpoint.open_checkpoint`."""
+    """What ranks are told of a plan, as plain data; see `precision_checkpoint.open_checkpoint`."""
     if plan is None:
         return None
     names, choice_LE = plan.chosen

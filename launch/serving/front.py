@@ -34,7 +34,7 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
     from moeplace.launch.serving.logs import set_up_logs
     from moeplace.launch.serving.requests_file import Tokenizer
     from moeplace.profiling.extras import missing_package
-    from moeplace.runtime.models.precision_checkpoint import open_checkpoint
+    from moeplace.runtime.models.precisions.precision_checkpoint import open_checkpoint
 
     try:
         from moeplace.launch.http_front.administration import Permit

@@ -33,24 +33,7 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
         "(default: the rule that P was solved for, if it is one of these, else moeplace)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, where a request does not say")
-    parser.add_argument("--max-sequences", type=int, default=64, metavar="N", help="sequences in flight at once")
-    parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence, completion included")
-    parser.add_argument(
-        "--max-prefill-tokens",
-        type=int,
-        default=512,
-        metavar="N",
-        help="tokens of a pass that serves prompts, beside a token of every sequence that goes on (default: 512)",
-    )
-    parser.add_argument(
-        "--prefix-reuse",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="a prompt takes over the K/V of another one that begins with the same tokens (default: yes)",
-    )
-    parser.add_argument(
-        "--kv-bytes", type=int, metavar="B", help="K/V memory of a rank, claimed as sequences grow (default: no limit)"
-    )
+    _add_sequence_arguments(parser)
     add_tier_arguments(parser)
     add_precision_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="number type (default: the checkpoint's)")
@@ -73,6 +56,28 @@ def add_engine_arguments(parser: "argparse._ActionsContainer") -> None:
         help="what ranks compute on: cuda = a GPU for each; auto = GPUs where there are any (default)",
     )
     parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for another rank")
+
+
+def _add_sequence_arguments(parser: "argparse._ActionsContainer") -> None:
+    """How many sequences, how long, and what memory they take."""
+    parser.add_argument("--max-sequences", type=int, default=64, metavar="N", help="sequences in flight at once")
+    parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence, completion included")
+    parser.add_argument(
+        "--max-prefill-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens of a pass that serves prompts, beside a token of every sequence that goes on (default: 512)",
+    )
+    parser.add_argument(
+        "--prefix-reuse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a prompt takes over the K/V of another one that begins with the same tokens (default: yes)",
+    )
+    parser.add_argument(
+        "--kv-bytes", type=int, metavar="B", help="K/V memory of a rank, claimed as sequences grow (default: no limit)"
+    )
 
 
 def check_trace_arguments(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ Shape letters: D hidden size, H expert hidden size, M token rows.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,16 +110,16 @@ class LayerWeights(Protocol):
         """`linear` of as many rows for every expert: (rows, n, in) -> (rows, n, out)."""
 
 
-class StackedWeights:
+class StackedWeights(ABC):
     """Experts that take as much room each: one tensor for each part, (rows, ...). See `LayerWeights`."""
 
+    @abstractmethod
     def parts(self) -> Mapping[str, torch.Tensor]:
         """The tensors, by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def like(self, tensors: Mapping[str, torch.Tensor]) -> Self:
         """Experts of the same form in other tensors, (rows, ...) by the names of `parts`."""
-        raise NotImplementedError
 
     @property
     def rows(self) -> int:
@@ -161,10 +162,10 @@ class StackedWeights:
         """See `LayerWeights`."""
         return {part: parts[part].to(tensor.dtype) for part, tensor in self.parts().items()}
 
-    def make_room(self, row: int, expert: int, layer: LayerWeights) -> None:
+    def make_room(self, row: int, expert: int, layer: LayerWeights) -> None:  # noqa: B027
         """See `LayerWeights`: there is always room."""
 
-    def free(self, row: int) -> None:
+    def free(self, row: int) -> None:  # noqa: B027
         """See `LayerWeights`: the room stays."""
 
     def exchange(self, row: int, other: Self, other_row: int) -> None:

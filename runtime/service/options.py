@@ -32,7 +32,7 @@ class ServiceOptions:
         threads: of a member; how many cores one rank may use.
         replica_rule: who serves an expert with several slots, `moeplace` or `balanced`.
         precision: names of precisions and the choice among them for each expert, as plain data; see
-            `moeplace.runtime.models.precision_checkpoint`. None = exact.
+            `moeplace.runtime.models.precisions.precision_checkpoint`. None = exact.
         device: of members: cpu, cuda (a GPU for each), or auto: cuda where a machine has GPUs.
         check_steps: compare the ranks after every step, see `moeplace.runtime.engine.step_check`; for tests.
     """

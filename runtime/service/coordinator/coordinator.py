@@ -33,7 +33,7 @@ from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.windows.rows import join_rows
 from moeplace.runtime.event import Event
 from moeplace.runtime.models.loading import stated_dtype
-from moeplace.runtime.models.precision_checkpoint import open_checkpoint
+from moeplace.runtime.models.precisions.precision_checkpoint import open_checkpoint
 from moeplace.runtime.service.api import RequestRecord, ServiceStatus, TokenEvent
 from moeplace.runtime.service.coordinator.actions import (
     Accept,

@@ -15,7 +15,7 @@ from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.errors import PeerLostError
 from moeplace.runtime.models.opening import open_model
-from moeplace.runtime.models.precision_checkpoint import open_checkpoint
+from moeplace.runtime.models.precisions.precision_checkpoint import open_checkpoint
 from moeplace.runtime.service.errors import sentence_of
 from moeplace.runtime.service.faults import FaultPlan
 from moeplace.runtime.service.generation import Forming, Generation

@@ -16,7 +16,7 @@ from moeplace.placement.placement_file import save_placement
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.experts.rounding import PRECISIONS
-from moeplace.runtime.models.rounded_checkpoint import RoundedCheckpoint
+from moeplace.runtime.models.precisions.rounded_checkpoint import RoundedCheckpoint
 from tests.launch.http_front.http_process import WAIT, running_server
 from tests.launch.http_front.http_services import wait_until
 from tests.launch.http_front.test_http_openai import members

@@ -14,7 +14,7 @@ from moeplace.placement.tiers.precision import PrecisionCosts, PrecisionPlan, sa
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.experts.rounding import PRECISIONS
-from moeplace.runtime.models.rounded_checkpoint import RoundedCheckpoint
+from moeplace.runtime.models.precisions.rounded_checkpoint import RoundedCheckpoint
 from tests.shared_data import tiny_moe_path
 
 PROMPTS = ("In the beginning", "import os")

@@ -29,8 +29,8 @@ from moeplace.runtime.experts.weights import ExpertWeights
 from moeplace.runtime.migration.live import LiveMigration
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.opening import open_model
-from moeplace.runtime.models.precision_checkpoint import PrecisionCheckpoint
-from moeplace.runtime.models.rounded_checkpoint import RoundedCheckpoint
+from moeplace.runtime.models.precisions.precision_checkpoint import PrecisionCheckpoint
+from moeplace.runtime.models.precisions.rounded_checkpoint import RoundedCheckpoint
 from tests.rank_pool import RankContext, RankPool
 from tests.runtime.checkpoints import save_checkpoint
 from tests.runtime.placements import random_placement

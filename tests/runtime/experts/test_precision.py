@@ -12,7 +12,7 @@ from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.experts.precision_meter import PrecisionMeter
 from moeplace.runtime.experts.rounding import EXACT, HALF, precisions_below, rounded, stored_bytes
 from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.models.rounded_checkpoint import RoundedCheckpoint
+from moeplace.runtime.models.precisions.rounded_checkpoint import RoundedCheckpoint
 from tests.runtime.checkpoints import make_oracle
 
 SEQUENCES = [[3, 9, 27, 17, 51, 4], [8, 1, 30, 2]]

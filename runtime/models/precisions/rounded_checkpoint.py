@@ -9,7 +9,7 @@ import torch
 from moeplace.runtime.experts.rounding import rounded
 from moeplace.runtime.experts.weights import LayerWeights
 from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.models.precision_checkpoint import PrecisionCheckpoint
+from moeplace.runtime.models.precisions.precision_checkpoint import PrecisionCheckpoint
 
 
 class RoundedCheckpoint(PrecisionCheckpoint):
