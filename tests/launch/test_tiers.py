@@ -10,7 +10,7 @@ import pytest
 from moeplace.launch.cli import main
 from moeplace.placement.placement_file import load_placement, load_placement_file
 from moeplace.profiling.traces.file import save_trace
-from tests.launch.serving.test_serve_precision import random_plan
+from tests.launch.precision_plans import random_plan
 from tests.placement.instances import skewed_trace
 from tests.shared_data import tiny_moe_path
 

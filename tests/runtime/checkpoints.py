@@ -13,6 +13,8 @@ from moeplace.runtime.engine.sampler import Draw, draw_tokens
 from moeplace.runtime.engine.sampling import SamplingParameters
 
 VOCABULARY = 60
+TOLERANCE, DEEPSEEK_TOLERANCE = 1e-7, 2e-5
+"""Absolute, for logits around 1 in float64; DeepSeek's own modules compute routers and rotations in float32."""
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,

@@ -1,8 +1,10 @@
-"""Random valid placements for tests of the runtime."""
+"""Random valid placements for tests of the runtime, and what is done to them."""
 
 import numpy as np
 
+from moeplace.placement.memory import DISK, HOST
 from moeplace.placement.placement import EMPTY_SLOT, Placement
+from moeplace.runtime.experts.tier_limits import TierLimits
 from moeplace.runtime.models.checkpoint import Checkpoint
 
 
@@ -48,3 +50,21 @@ def placement_for(checkpoint: Checkpoint, num_ranks: int, *, seed: int, **option
         num_hidden_layers=checkpoint.num_hidden_layers,
         **options,
     )
+
+
+def with_random_tiers(placement: Placement, limits: TierLimits, seed: int | np.random.Generator) -> Placement:
+    """Random residents, no more than every rank has room for, the rest on host and disk."""
+    draw = np.random.default_rng(seed)
+    tier = np.where(draw.random(placement.slot_to_expert.shape) < 0.5, HOST, DISK)
+    for rank in range(placement.num_ranks):
+        here = placement.slots_on(rank)
+        spots = np.argwhere(placement.slot_to_expert[:, here] >= 0)
+        room = limits.fast_slots * placement.num_layers - limits.transit
+        for layer, slot in draw.permutation(spots)[: draw.integers(0, room + 1)]:
+            tier[layer, here.start + slot] = 0
+    return placement.replace(tier=tier)
+
+
+def turned(placement: Placement) -> Placement:
+    """Every expert one slot further."""
+    return placement.replace(slot_to_expert=np.roll(placement.slot_to_expert, -1, axis=1))

@@ -70,6 +70,7 @@ class ThreadStore(ServiceStore):
         return super().find(key)
 
     def read(self, key: str) -> Any:
+        # The other end is a server of torch, whose own waiting nobody could end when this member is killed.
         while (value := self.find(key)) is None:
             time.sleep(_POLL)
         return value
@@ -103,6 +104,7 @@ class ThreadMember:
     def __init__(self, member_id: int, job: MemberJob) -> None:
         self.member_id, self._job = member_id, job
         self._code: int | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"member-{member_id}", daemon=True)
         self._thread.start()
 
@@ -120,12 +122,10 @@ class ThreadMember:
     def kill(self) -> None:
         if self.faults is not None:
             self.faults.is_killed = True
-        self._code = _KILLED if self._code is None else self._code
+        self._end(_KILLED)
 
     def wait(self, timeout: float) -> int | None:
-        deadline = time.monotonic() + timeout
-        while self._code is None and time.monotonic() < deadline:
-            time.sleep(_POLL)
+        self._ended.wait(timeout)
         return self._code
 
     def last_words(self) -> str:
@@ -144,7 +144,12 @@ class ThreadMember:
             loop = getattr(self._thread, "loop", None)
             if loop is not None:
                 loop.release()
-            self._code = code if self._code is None else self._code
+            self._end(code)
+
+    def _end(self, code: int) -> None:
+        """With this code, unless it has ended before."""
+        self._code = code if self._code is None else self._code
+        self._ended.set()
 
 
 class ThreadSpawner:

@@ -8,7 +8,7 @@ import pytest
 from moeplace.launch.cli import main
 from moeplace.launch.options.policy import budgets_of
 from moeplace.profiling.errors import InputError
-from tests.launch.serving.test_serve_precision import random_plan
+from tests.launch.precision_plans import random_plan
 
 
 def test_budgets_and_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

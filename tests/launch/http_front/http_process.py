@@ -78,3 +78,9 @@ def running_server(log: Path, *options: str, environment: dict[str, str] | None 
         if server.process.poll() is None:
             server.process.kill()
             server.process.communicate()
+
+
+def members(server: ServerProcess) -> list[int]:
+    """Process ids of the ranks, whichever thread started them."""
+    files = Path(f"/proc/{server.process.pid}/task").glob("*/children")
+    return sorted(int(child) for file in files for child in file.read_text().split())

@@ -18,7 +18,7 @@ from moeplace.launch.serving.requests_file import Tokenizer
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.sampling import SamplingParameters
-from tests.launch.http_front.http_process import WAIT, ServerProcess, running_server
+from tests.launch.http_front.http_process import WAIT, ServerProcess, members, running_server
 from tests.launch.http_front.http_services import wait_until
 from tests.shared_data import tiny_moe_path
 
@@ -198,12 +198,6 @@ def test_ranks_that_die(tmp_path: Path, expected: dict[tuple[str, int, int], str
         assert alone.choices[0].text == texts[0]
         wait_until(lambda: sample(server, "moeplace_members", state="routable") == 2)
         assert sample(server, "moeplace_generation") > 1
-
-
-def members(server: ServerProcess) -> list[int]:
-    """Process ids of the ranks, whichever thread started them."""
-    files = Path(f"/proc/{server.process.pid}/task").glob("*/children")
-    return sorted(int(child) for file in files for child in file.read_text().split())
 
 
 def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

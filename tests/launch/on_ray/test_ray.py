@@ -205,6 +205,8 @@ def _row_when_there(instance: sweep.Instance, sides: None, args: argparse.Namesp
 
 
 def _until_there(folder: str, name: str) -> str:
+    # In a process of Ray: what tells it to go on must be none of the actors and tasks that are cancelled here, and what
+    # it waits in must be ended by Ray's interrupt, as a file that blocks its reader is not.
     while not (Path(folder) / name).exists():
         time.sleep(0.01)
     return name

@@ -14,7 +14,7 @@ from moeplace.profiling.errors import FormatError
 from moeplace.profiling.traces.file import save_trace
 from moeplace.runtime.event import Event
 from moeplace.runtime.replanning.event_log import EventLog
-from tests.launch.reports.test_report import check_page, make_trace, striped
+from tests.launch.reports.pages import check_page, make_trace, striped
 
 
 def run(solver: str, imbalance: float, traffic: float, cap: float | None = None, trace: str = "a/t") -> dict[str, Any]:

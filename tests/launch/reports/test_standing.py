@@ -18,7 +18,7 @@ from moeplace.launch.reports.scatter import round_ticks
 from moeplace.placement.placement import Placement, index_order
 from moeplace.placement.placement_file import PlacementFile
 from moeplace.profiling.traces.file import save_trace
-from tests.launch.reports.test_report import baseline, check_page, make_trace, striped
+from tests.launch.reports.pages import baseline, check_page, make_trace, striped
 
 SOLVER = {
     "name": "auto", "seed": 7, "status": "time_limit", "seconds": 2.0, "objective_name": "traffic", "objective": 2.5,

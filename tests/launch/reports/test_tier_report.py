@@ -24,7 +24,7 @@ from moeplace.placement.tiers.residency import with_residency
 from moeplace.placement.tiers.terms import TierTerms
 from moeplace.profiling.errors import FormatError, InputError
 from moeplace.profiling.traces.file import save_trace
-from tests.launch.reports.test_report import check_page, make_trace, striped
+from tests.launch.reports.pages import check_page, make_trace, striped
 
 MEMORY = Memory(HostTier(bandwidth=1e4), fast_slots=np.full(2, 2), transit=1)
 SHAPE = StepShape(batch=2, hidden_size=8, kv_dim=0)

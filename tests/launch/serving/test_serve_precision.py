@@ -4,40 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from moeplace.launch.cli import main
 from moeplace.launch.serving.requests_file import Tokenizer
-from moeplace.placement.tiers.precision import PrecisionCosts, PrecisionPlan, save_precision
+from moeplace.placement.tiers.precision import PrecisionPlan
 from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.experts.rounding import PRECISIONS
 from moeplace.runtime.models.precisions.rounded_checkpoint import RoundedCheckpoint
+from tests.launch.precision_plans import random_plan
 from tests.shared_data import tiny_moe_path
 
 PROMPTS = ("In the beginning", "import os")
 TOKENS = 24
-
-
-def random_plan(
-    path: Path, seed: int, *, layers: int = 6, experts: int = 16, unit: int = 1, choice: int | None = None
-) -> PrecisionPlan:
-    """Any precision for each expert of the shipped model, or one for all of another, as a file.
-
-    They take 8, 4, 2 and 1 units of bytes."""
-    draw = np.random.default_rng(seed)
-    shape = (layers, experts, len(PRECISIONS))
-    costs = PrecisionCosts(
-        PRECISIONS, np.broadcast_to([8 * unit, 4 * unit, 2 * unit, unit], shape).astype(np.int64),
-        draw.random(shape) * np.array([0, 1, 1, 1]), np.full(layers, experts),
-    )  # fmt: skip
-    choice_LE = draw.integers(0, len(PRECISIONS), shape[:2]) if choice is None else np.full(shape[:2], choice)
-    error = costs.error_of(choice_LE)
-    plan = PrecisionPlan(costs, choice_LE, np.array([7]), error, error / 2)
-    save_precision(path, plan)
-    return plan
 
 
 def logprobs_of(plan: PrecisionPlan) -> list[float]:

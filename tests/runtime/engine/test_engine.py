@@ -22,12 +22,19 @@ from moeplace.runtime.engine.modes import ModeChoice, RecordedRouting, TracePred
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.models.checkpoint import Checkpoint
 from tests.rank_pool import RankContext, RankPool
-from tests.runtime.checkpoints import FAMILIES, VOCABULARY, Oracle, ask_plain_model, make_oracle, save_checkpoint
+from tests.runtime.checkpoints import (
+    DEEPSEEK_TOLERANCE,
+    FAMILIES,
+    TOLERANCE,
+    VOCABULARY,
+    Oracle,
+    ask_plain_model,
+    make_oracle,
+    save_checkpoint,
+)
 from tests.runtime.placements import placement_for, random_placement
 from tests.shared_data import tiny_moe_path, tiny_moe_top2_path
 
-TOLERANCE, DEEPSEEK_TOLERANCE = 1e-7, 2e-5
-"""Absolute, for logits around 1 in float64; DeepSeek's own modules compute routers and rotations in float32."""
 VARIANTS = [(mode, False) for mode in MODES] + [("dispatch-combine", True)]
 
 
@@ -56,11 +63,6 @@ def serve(
         results.append((logits, [c.token_ids for c in completions], engine.counters()))
         engine.group.counters.reset()
     return results
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    return make_oracle(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

@@ -18,13 +18,6 @@ from tests.runtime.checkpoints import FAMILIES, VOCABULARY, save_checkpoint
 LIMITS = EngineLimits(max_sequences=4, max_length=64)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpt_oss")
-    save_checkpoint("gpt_oss", folder)  # with windows and an attention that adds its mask
-    return folder
-
-
 def make_engine(path: Path, **limits: Any) -> Engine:
     return Engine(path, dtype=torch.float64, limits=EngineLimits(**{**vars(LIMITS), **limits}))
 
@@ -42,9 +35,9 @@ def ask(engine: Engine, prompt: tuple[int, ...], new: int = 5) -> tuple[tuple[in
     return completion.token_ids, engine.group.counters.tokens_reused, run - (new - 1)
 
 
-def test_a_conversation_runs_what_is_new(checkpoint: Path) -> None:
+def test_a_conversation_runs_what_is_new(gpt_oss: Path) -> None:
     """The second turn begins with the first and its answer: only what was added runs, and the answer is the same."""
-    engine, plain = make_engine(checkpoint), make_engine(checkpoint, reuses_prefixes=False)
+    engine, plain = make_engine(gpt_oss), make_engine(gpt_oss, reuses_prefixes=False)
     prompt = tokens(1, 20)
     answer, reused, run = ask(engine, prompt)
     assert (reused, run) == (0, 20)
@@ -75,23 +68,23 @@ def test_every_family_takes_over(tmp_path: Path, family: str) -> None:
     assert engine.generate(requests) == expected
 
 
-def test_several_completions_of_a_prompt_run_it_once(checkpoint: Path) -> None:
+def test_several_completions_of_a_prompt_run_it_once(gpt_oss: Path) -> None:
     """Drawn ones: each has the tokens that it has alone."""
     prompt = tokens(9, 30)
     asked = [Request(str(n), prompt, 5, SamplingParameters(1.0, seed=1, choice=n), stop_ids=()) for n in range(4)]
-    expected = make_engine(checkpoint, reuses_prefixes=False).generate(asked)
-    engine = make_engine(checkpoint)
+    expected = make_engine(gpt_oss, reuses_prefixes=False).generate(asked)
+    engine = make_engine(gpt_oss)
     assert engine.generate(asked) == expected
     assert engine.group.counters.tokens_reused == 3 * 29
 
 
-def test_nothing_beyond_what_is_taken_over_is_read(checkpoint: Path) -> None:
+def test_nothing_beyond_what_is_taken_over_is_read(gpt_oss: Path) -> None:
     """NaN and infinity behind the common beginning, in the row itself and in one that is copied from."""
     stem = tokens(4, 24)
     first, second = Request("a", (*stem, *tokens(5, 9)), 30, stop_ids=()), (*stem, *tokens(6, 3))
-    expected = ask(make_engine(checkpoint, reuses_prefixes=False), second)[0]
+    expected = ask(make_engine(gpt_oss, reuses_prefixes=False), second)[0]
     for is_running in (False, True):
-        engine = make_engine(checkpoint)
+        engine = make_engine(gpt_oss)
         engine.add_request(first)
         engine.step()
         row = engine.scheduler.running[0].row
@@ -108,9 +101,9 @@ def test_nothing_beyond_what_is_taken_over_is_read(checkpoint: Path) -> None:
         assert done[0].token_ids == expected
 
 
-def test_scores_are_always_run(checkpoint: Path) -> None:
+def test_scores_are_always_run(gpt_oss: Path) -> None:
     """All logits are wanted, and experts under doubt leave nothing for others."""
-    engine, prompt = make_engine(checkpoint), tokens(7, 30)
+    engine, prompt = make_engine(gpt_oss), tokens(7, 30)
     before = engine.score([prompt])[0]
     assert ask(engine, prompt)[1:] == (0, 30)
     after = engine.score([prompt])[0]
@@ -118,14 +111,14 @@ def test_scores_are_always_run(checkpoint: Path) -> None:
     torch.testing.assert_close(after, before, rtol=0, atol=1e-9)
 
 
-def test_rotations_that_depend_on_the_length_take_nothing_over(tmp_path: Path, checkpoint: Path) -> None:
+def test_rotations_that_depend_on_the_length_take_nothing_over(tmp_path: Path, gpt_oss: Path) -> None:
     """K/V of a short prompt are not those of a long one with the same beginning."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.5] * 8, "short_mscale": 1.1, "long_mscale": 1.7}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 20, **factors}
     save_family("phimoe", tmp_path, rope_parameters=rope)  # type: ignore[arg-type]
     engine = make_engine(tmp_path)
     assert rotates_by_length(engine.executor.decoder)  # type: ignore[arg-type]
-    assert not rotates_by_length(make_engine(checkpoint).executor.decoder)  # type: ignore[arg-type]
+    assert not rotates_by_length(make_engine(gpt_oss).executor.decoder)  # type: ignore[arg-type]
     prompt = tokens(8, 19)
     ask(engine, prompt, new=1)
     assert ask(engine, (*prompt, 5, 6, 7))[1:] == (0, 22)

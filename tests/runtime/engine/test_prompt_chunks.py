@@ -22,21 +22,14 @@ from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.service.snapshot import Snapshot, continue_from, take_snapshot_of
 from tests.model_families import plain_logits, save_family
 from tests.rank_pool import RankContext, RankPool
-from tests.runtime.checkpoints import FAMILIES, VOCABULARY, Oracle, ask_plain_model, make_oracle
+from tests.runtime.checkpoints import (
+    DEEPSEEK_TOLERANCE,
+    TOLERANCE,
+    VOCABULARY,
+    Oracle,
+    ask_plain_model,
+)
 from tests.runtime.placements import placement_for
-
-TOLERANCE, DEEPSEEK_TOLERANCE = 1e-7, 2e-5
-"""See `test_engine`."""
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    return make_oracle(request.param, tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module")
-def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    return make_oracle("olmoe", tmp_path_factory.mktemp("olmoe"))
 
 
 def make_engine(group: RankGroup, path: Path, mode: str, seed: int, **limits: Any) -> Engine:

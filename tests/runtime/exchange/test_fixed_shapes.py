@@ -28,7 +28,7 @@ from moeplace.runtime.experts.store import ExpertStore
 from moeplace.runtime.experts.weights import ExpertWeights
 from moeplace.runtime.measure.host_reads import HostReads
 from tests.rank_pool import RankContext, RankPool
-from tests.runtime.exchange.test_dispatchers import CASES
+from tests.runtime.exchange.cases import CASES
 from tests.runtime.placements import random_placement
 from tests.runtime.thread_ranks import run_groups
 from tests.runtime.toy_layers import ToyModel

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from moeplace.placement.memory import DISK, HOST
 from moeplace.placement.migration.plan import plan_migration
 from moeplace.placement.modes import MODES
 from moeplace.placement.placement import Placement, with_slots
@@ -33,7 +32,7 @@ from moeplace.runtime.models.precisions.precision_checkpoint import PrecisionChe
 from moeplace.runtime.models.precisions.rounded_checkpoint import RoundedCheckpoint
 from tests.rank_pool import RankContext, RankPool
 from tests.runtime.checkpoints import save_checkpoint
-from tests.runtime.placements import random_placement
+from tests.runtime.placements import random_placement, with_random_tiers
 
 EXPERTS = 6
 SEQUENCES = [[3, 9, 27, 17, 51, 4, 12], [8, 1, 30, 2], [5, 5, 44, 13, 20]]
@@ -111,18 +110,6 @@ def scores(engine: Engine) -> torch.Tensor:
     return torch.cat(engine.score(SEQUENCES, prompt_lengths=LENGTHS))
 
 
-def with_some_tiers(placement: Placement, limits: TierLimits, draw: np.random.Generator) -> Placement:
-    """Residents as many as fit, the rest on host and disk."""
-    tier = np.where(draw.random(placement.slot_to_expert.shape) < 0.5, HOST, DISK)
-    for rank in range(placement.num_ranks):
-        here = placement.slots_on(rank)
-        spots = np.argwhere(placement.slot_to_expert[:, here] >= 0)
-        room = limits.fast_slots * placement.num_layers - limits.transit
-        for layer, slot in draw.permutation(spots)[: draw.integers(0, room + 1)]:
-            tier[layer, here.start + slot] = 0
-    return placement.replace(tier=tier)
-
-
 def check_bytes(engine: Engine, size_LE: np.ndarray) -> None:
     """Rows take the bytes of the experts that they are said to hold, in every memory."""
     store = engine.executor.runtime.experts
@@ -164,7 +151,7 @@ def test_engines_compute_the_rounded_numbers(path: Path, dated_seed: int, monkey
             num_hidden_layers=packed.num_hidden_layers,
         )  # fmt: skip
         if limits is not None and draw.random() < 0.5:
-            placement = with_some_tiers(placement, limits, draw)
+            placement = with_random_tiers(placement, limits, draw)
         ours, theirs = (
             Engine(
                 checkpoint, placement, mode="allgather", decoder=decoder,

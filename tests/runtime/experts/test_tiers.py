@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from moeplace.placement.memory import DISK, HOST
+from moeplace.placement.memory import HOST
 from moeplace.placement.migration.plan import plan_migration
 from moeplace.placement.modes import MODES
-from moeplace.placement.placement import Placement
 from moeplace.placement.tiers.policy import POLICIES
 from moeplace.profiling.errors import InputError
 from moeplace.runtime.engine.engine import Engine
@@ -26,7 +25,7 @@ from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.opening import open_model
 from tests.rank_pool import RankContext, RankPool
 from tests.runtime.checkpoints import Oracle, make_oracle
-from tests.runtime.placements import random_placement
+from tests.runtime.placements import random_placement, with_random_tiers
 
 TOLERANCE = 1e-7
 """Absolute, for logits around 1 in float64."""
@@ -49,19 +48,6 @@ def settings() -> Iterator[TierLimits]:
                 fast, policy=policy, host_computes=host_computes, look_ahead=look_ahead, host_slots=host_slots,
                 transit=transit,
             )  # fmt: skip
-
-
-def tiered(placement: Placement, limits: TierLimits, seed: int) -> Placement:
-    """Random residents, as many as every rank has room for, the rest on host and disk."""
-    draw = np.random.default_rng(seed)
-    tier = np.where(draw.random(placement.slot_to_expert.shape) < 0.5, HOST, DISK)
-    for rank in range(placement.num_ranks):
-        here = placement.slots_on(rank)
-        spots = np.argwhere(placement.slot_to_expert[:, here] >= 0)
-        room = limits.fast_slots * placement.num_layers - limits.transit
-        for layer, slot in draw.permutation(spots)[: draw.integers(0, room + 1)]:
-            tier[layer, here.start + slot] = 0
-    return placement.replace(tier=tier)
 
 
 def worst(engine: Engine, oracle: Oracle) -> float:
@@ -99,7 +85,7 @@ def test_logits_are_those_of_the_plain_model(oracle: Oracle, dated_seed: int) ->
             checkpoint.num_layers, EXPERTS, 1, seed=number, layer_ids=checkpoint.layer_ids,
             num_hidden_layers=checkpoint.num_hidden_layers,
         )  # fmt: skip
-        placement = tiered(plain, limits, dated_seed + number) if number % 3 else plain
+        placement = with_random_tiers(plain, limits, dated_seed + number) if number % 3 else plain
         engine = Engine(
             checkpoint, placement, mode="allgather", decoder=decoder,
             limits=EngineLimits(max_sequences=4, max_length=20, max_prefill_tokens=12, tiers=limits),
@@ -134,7 +120,7 @@ def serve_tiered(context: RankContext, oracle: Oracle, seed: int) -> list[tuple[
         plain = random_placement(
             checkpoint.num_layers, EXPERTS, context.size, seed=seed + index, extra_slots=index % 3, **fields
         )
-        placement = tiered(plain, limits, seed + index)
+        placement = with_random_tiers(plain, limits, seed + index)
         engine = Engine(
             checkpoint, placement, mode=mode, group=group, dtype=torch.float64,
             limits=EngineLimits(max_sequences=4 * context.size, max_length=20, max_prefill_tokens=12, tiers=limits),
@@ -159,7 +145,9 @@ def replace_tiered(context: RankContext, path: Path, oracle: Oracle, seed: int, 
     fields = {"layer_ids": checkpoint.layer_ids, "num_hidden_layers": checkpoint.num_hidden_layers}
     limits = TierLimits(2, policy="lookahead", look_ahead=1, host_slots=host_slots)
     placements = [
-        tiered(random_placement(checkpoint.num_layers, EXPERTS, context.size, seed=seed + n, **fields), limits, n)
+        with_random_tiers(
+            random_placement(checkpoint.num_layers, EXPERTS, context.size, seed=seed + n, **fields), limits, n
+        )
         for n in range(4)
     ]
     engine = Engine(

@@ -20,15 +20,8 @@ from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.decoder import Decoder
 from tests.model_families import save_family
 from tests.rank_pool import RankContext, RankPool
-from tests.runtime.checkpoints import VOCABULARY, save_checkpoint
+from tests.runtime.checkpoints import VOCABULARY
 from tests.runtime.placements import random_placement
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpt_oss")
-    save_checkpoint("gpt_oss", folder)
-    return folder
 
 
 def make_engine(path: Path, pages: int | None, placement: Placement | None = None, **options: Any) -> Engine:
@@ -61,9 +54,9 @@ def requests(seed: int, count: int, longest: int) -> list[Request]:
     ]
 
 
-def test_many_short_sequences_fit(checkpoint: Path) -> None:
+def test_many_short_sequences_fit(gpt_oss: Path) -> None:
     """Into memory for one of full length; each takes a page."""
-    engine = make_engine(checkpoint, pages=4)
+    engine = make_engine(gpt_oss, pages=4)
     assert engine.scheduler.kv_room == 64
     for number in range(8):
         engine.add_request(Request(str(number), (number, 3), 12, stop_ids=()))
@@ -73,12 +66,12 @@ def test_many_short_sequences_fit(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("pages", [4, 6, 11])
 def test_who_gives_way_gets_the_same_tokens(
-    checkpoint: Path, pages: int, dated_seed: int, monkeypatch: pytest.MonkeyPatch
+    gpt_oss: Path, pages: int, dated_seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drawn ones too, each once, and with their log-probabilities; somebody does give way, and memory is never more."""
     monkeypatch.setattr(lazy_zeros, "_LEAST_BYTES", 0)
     asked = requests(dated_seed % 1000, 12, longest=24)
-    plain, engine = make_engine(checkpoint, None), make_engine(checkpoint, pages)
+    plain, engine = make_engine(gpt_oss, None), make_engine(gpt_oss, pages)
     expected = plain.generate(asked)
     for request in asked:
         engine.add_request(request)
@@ -117,39 +110,37 @@ def serve_coherently(
     return {completion.request_id: completion.token_ids for completion in done}, most, gave_way
 
 
-def test_what_is_on_its_way_arrives_before_memory_is_given_back(
-    pool: RankPool, checkpoint: Path, dated_seed: int
-) -> None:
+def test_what_is_on_its_way_arrives_before_memory_is_given_back(pool: RankPool, gpt_oss: Path, dated_seed: int) -> None:
     """K/V of a coherent step travel during the next one: none of them reach a row that has been cleared."""
     asked = requests(dated_seed % 1000, 12, longest=24)
-    expected = {c.request_id: c.token_ids for c in make_engine(checkpoint, None).generate(asked)}
-    found = pool.run(serve_coherently, checkpoint, asked, 4, dated_seed % 1000, size=2)
+    expected = {c.request_id: c.token_ids for c in make_engine(gpt_oss, None).generate(asked)}
+    found = pool.run(serve_coherently, gpt_oss, asked, 4, dated_seed % 1000, size=2)
     for completions, most, gave_way in found:
         assert completions == expected
         assert gave_way
         assert most <= 4
 
 
-def test_a_check_gets_memory_of_what_runs(checkpoint: Path) -> None:
+def test_a_check_gets_memory_of_what_runs(gpt_oss: Path) -> None:
     """And what gave way for it ends with the same tokens."""
-    engine, asked = make_engine(checkpoint, pages=4), requests(3, 4, longest=9)
-    expected = {c.request_id: c.token_ids for c in make_engine(checkpoint, None).generate(asked)}
+    engine, asked = make_engine(gpt_oss, pages=4), requests(3, 4, longest=9)
+    expected = {c.request_id: c.token_ids for c in make_engine(gpt_oss, None).generate(asked)}
     for request in asked:
         engine.add_request(request)
     done = [completion for _ in range(3) for completion in engine.step()]
     sequence = list(range(40))
-    plain = make_engine(checkpoint, None).score([sequence])[0]
+    plain = make_engine(gpt_oss, None).score([sequence])[0]
     torch.testing.assert_close(engine.score([sequence])[0], plain, rtol=0, atol=1e-9)
     while not engine.scheduler.is_idle:
         done += engine.step()
     assert {c.request_id: c.token_ids for c in done} == expected
 
 
-def test_memory_for_less_than_one_is_refused(checkpoint: Path) -> None:
+def test_memory_for_less_than_one_is_refused(gpt_oss: Path) -> None:
     """With its number; memory for one is enough for a request of any length that may be asked for."""
     with pytest.raises(InputError, match="must hold at least one sequence of 64 positions"):
-        make_engine(checkpoint, pages=3)
-    engine = make_engine(checkpoint, pages=4)
+        make_engine(gpt_oss, pages=3)
+    engine = make_engine(gpt_oss, pages=4)
     (completion,) = engine.generate([Request("a", tuple(range(40)), 24, stop_ids=())])
     assert len(completion.token_ids) == 24
 

@@ -19,18 +19,11 @@ from moeplace.runtime.kv.views import DecodeView
 from moeplace.runtime.models.checkpoint import Checkpoint
 from moeplace.runtime.models.decoder import Decoder
 from moeplace.runtime.models.token_attention import attend_to
-from tests.runtime.checkpoints import VOCABULARY, save_checkpoint
+from tests.runtime.checkpoints import VOCABULARY
 
 FORMS = {"stretches": 0, "copies": 1 << 60}
 """What a call of attention is said to cost, so that rows are read so."""
 ROWS, POSITIONS = 9, 24
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("olmoe")
-    save_checkpoint("olmoe", folder)
-    return folder
 
 
 def attend_one_by_one(query: torch.Tensor, cache: KvCache, rows: Any, ends: Any, window: int | None) -> torch.Tensor:

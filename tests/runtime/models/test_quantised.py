@@ -28,7 +28,7 @@ from tests.model_families import plain_logits, save_family
 from tests.packers import FORMS, quantise_checkpoint
 from tests.rank_pool import RankContext, RankPool
 from tests.runtime.checkpoints import Oracle, ask_plain_model
-from tests.runtime.migration.test_migrate import misplaced, placements, plan_for, serve_while_moving
+from tests.runtime.migration.moving import misplaced, placements, plan_for, serve_while_moving
 from tests.runtime.placements import random_placement
 
 SEQUENCES = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [11, 12, 13, 14, 15]]

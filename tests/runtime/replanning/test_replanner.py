@@ -12,7 +12,7 @@ from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 from moeplace.runtime.replanning.controller import Change
 from moeplace.runtime.replanning.replanner import Replanner
-from tests.runtime.replanning.test_controller import EXPERTS, FIRST, LAYERS, SECOND, kinds, planned, watch, window
+from tests.runtime.replanning.controlled import EXPERTS, FIRST, LAYERS, SECOND, kinds, planned, watch, window
 
 pytestmark = pytest.mark.clock(0.1)  # reviews search for fractions of a second, on whatever machine
 

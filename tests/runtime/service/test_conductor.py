@@ -15,6 +15,7 @@ from moeplace.runtime.service.coordinator.actions import CommandLog, Outbox
 from moeplace.runtime.service.coordinator.reports import FIELDS
 from moeplace.runtime.service.coordinator.requests import RequestDesk
 from tests.runtime.service.conductor_world import EXPERTS, NEW_TOKENS, World
+from tests.runtime.service.serving_world import ask, notes, serving
 
 
 class ConductorMachine(RuleBasedStateMachine):
@@ -121,25 +122,6 @@ class ConductorMachine(RuleBasedStateMachine):
 
 ConductorMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestConductor = ConductorMachine.TestCase
-
-
-def serving(ranks: int, *, keep_width: bool = True) -> World:
-    """A world in which all ranks serve."""
-    world = World(keep_width=keep_width, ranks=ranks)
-    world.settle()
-    return world
-
-
-def ask(world: World, name: str = "a", prompt: int = 1) -> str:
-    """A request is taken; its ticket."""
-    ticket = world.conductor.submit(Request(name, (prompt,), NEW_TOKENS, stop_ids=()))
-    world.do(world.conductor.take_actions())
-    return ticket
-
-
-def notes(world: World) -> list[str]:
-    """Kinds of the events so far."""
-    return [event.kind for event in world.events]
 
 
 def die_of(world: World, poison: str) -> None:

@@ -10,7 +10,7 @@ from moeplace.runtime.event import Event
 from moeplace.runtime.service.api import RequestRecord
 from moeplace.runtime.service.coordinator import actions
 from tests.runtime.service.conductor_world import NEW_TOKENS, World, token
-from tests.runtime.service.test_conductor import ask, notes, serving
+from tests.runtime.service.serving_world import ask, notes, serving
 
 
 def events(world: World, kind: str) -> list[Event]:

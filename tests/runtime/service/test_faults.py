@@ -18,16 +18,8 @@ from moeplace.runtime.exchange.coherent import CoherentDispatcher
 from moeplace.runtime.exchange.dispatcher import Step
 from moeplace.runtime.models.checkpoint import Checkpoint
 from tests.rank_pool import RankContext, RankPool
-from tests.runtime.checkpoints import save_checkpoint
 from tests.runtime.placements import random_placement
 from tests.runtime.toy_layers import ToyModel
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("olmoe")
-    save_checkpoint("olmoe", folder)
-    return folder
 
 
 def start_engine(context: RankContext, path: Path, what: str) -> str:

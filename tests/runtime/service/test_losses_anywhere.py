@@ -1,7 +1,5 @@
 """Losses at moments that are drawn: whatever ranks do, and in whatever order they die, each request gets its tokens."""
 
-import threading
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,10 @@ from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.sampling import SamplingParameters
 from moeplace.runtime.models.checkpoint import Checkpoint
-from moeplace.runtime.service.api import TokenEvent
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
 from moeplace.runtime.service.options import ServiceOptions
-from tests.runtime.checkpoints import save_checkpoint
-from tests.runtime.placements import placement_for
+from tests.runtime.placements import placement_for, turned
+from tests.runtime.service.clients import Client
 from tests.runtime.thread_members import ThreadSpawner, thread_members
 
 __all__ = ["thread_members"]
@@ -45,13 +42,6 @@ PHASES = (
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("olmoe")
-    save_checkpoint("olmoe", folder)
-    return folder
-
-
 def make_requests(seed: int) -> list[Request]:
     """Every other one is sampled; more than there is room for."""
     rng = np.random.default_rng(seed)
@@ -65,28 +55,6 @@ def make_requests(seed: int) -> list[Request]:
         )
         for number in range(9)
     ]
-
-
-class Client:
-    """Hears of requests."""
-
-    def __init__(self) -> None:
-        self.tokens: dict[str, list[int]] = {}
-        self.reasons: dict[str, str] = {}
-        self._changed = threading.Condition()
-
-    def __call__(self, event: TokenEvent) -> None:
-        with self._changed:
-            assert event.request_id not in self.reasons
-            self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
-            if event.finish_reason is not None:
-                self.reasons[event.request_id] = event.finish_reason
-            self._changed.notify()
-
-    def await_ends(self, names: Collection[str]) -> None:
-        """Until these requests have ended."""
-        with self._changed:
-            assert self._changed.wait_for(lambda: set(names) <= set(self.reasons), WAIT), (names, self.reasons)
 
 
 def draw_fault(rng: np.random.Generator) -> dict[str, Any]:
@@ -109,11 +77,6 @@ def draw_placement(checkpoint: Checkpoint, rng: np.random.Generator) -> Placemen
     """Of the start: in index order on one node, or any one with replicas and empty slots, on two nodes."""
     seed = int(rng.integers(1000))
     return None if rng.random() < 0.5 else placement_for(checkpoint, 3, seed=seed, extra_slots=seed % 3, nodes=2)
-
-
-def turned(placement: Placement) -> Placement:
-    """Every expert one slot further."""
-    return placement.replace(slot_to_expert=np.roll(placement.slot_to_expert, 1, axis=1))
 
 
 def disturb(service: Coordinator, rng: np.random.Generator) -> None:
@@ -165,8 +128,8 @@ def test_nothing_is_lost_whenever_ranks_die(
                 repeated.append(request.request_id)
         if rng.random() < 0.5:
             service.close(drain=True, timeout=WAIT)  # ranks die while the service is waiting for its end
-        client.await_ends([request.request_id for request in requests])
-        again.await_ends(repeated)
+        client.await_ends([request.request_id for request in requests], WAIT)
+        again.await_ends(repeated, WAIT)
         events = [(event.kind, event.sentence) for event in service.events()]
     print(seed, faults, thread_members.fired(), events)  # shown if the test fails
     for completion in expected:

@@ -13,19 +13,12 @@ from moeplace.runtime.service.api import ServiceStatus
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
 from moeplace.runtime.service.coordinator.first import member_options
 from moeplace.runtime.service.options import ServiceOptions
-from tests.runtime.checkpoints import save_checkpoint
 from tests.runtime.forked_members import ForkingSpawner
 from tests.runtime.injector import EventInjector
-from tests.runtime.service.test_service import CHANGE, LIMITS, START, serve, turned
+from tests.runtime.placements import turned
+from tests.runtime.service.loaded_service import CHANGE, LIMITS, START, serve
 
 pytestmark = pytest.mark.timeout(600)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("olmoe")
-    save_checkpoint("olmoe", folder)
-    return folder
 
 
 def write_trace(folder: Path, experts: int = 6) -> str:

@@ -1,6 +1,7 @@
 """A member at work, alone and with a coordinator that is a list of commands: what each command does, and when."""
 
 import json
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -345,21 +346,23 @@ class Beats:
 
     def __init__(self) -> None:
         self.documents: list[dict[str, Any]] = []
-        self.ends = False
+        self.ends, self.changed = False, threading.Condition()
 
     def report(self, document: dict[str, Any]) -> None:
         if self.ends:
             raise ServiceEndedError("the coordinator is gone")
-        self.documents.append(document)
+        with self.changed:
+            self.documents.append(document)
+            self.changed.notify_all()
 
 
 def await_signs(beats: Beats, **wanted: Any) -> None:
     """Until such a sign has come."""
-    for _ in range(5000):
-        if any(wanted.items() <= document.items() for document in list(beats.documents)):
-            return
-        heartbeat_module.threading.Event().wait(0.002)
-    raise AssertionError(f"no sign of {wanted}")
+    with beats.changed:
+        has_come = beats.changed.wait_for(
+            lambda: any(wanted.items() <= document.items() for document in beats.documents), 30
+        )
+    assert has_come, f"no sign of {wanted}"
 
 
 def test_signs_of_life_say_what_a_member_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,23 +18,14 @@ from moeplace.runtime.engine.engine import Engine
 from moeplace.runtime.engine.limits import EngineLimits
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.sampling import SamplingParameters
-from moeplace.runtime.service.api import TokenEvent
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
 from moeplace.runtime.service.options import ServiceOptions
-from tests.runtime.checkpoints import save_checkpoint
 from tests.runtime.forked_members import ForkingSpawner
+from tests.runtime.service.clients import Client
+from tests.runtime.service.loaded_service import CHANGE, START
 
 LIMITS = EngineLimits(max_sequences=8, max_length=64, staging_rows=1, max_prefill_tokens=3)
-START, CHANGE = 180.0, 120.0
-"""Seconds, on a machine that others use too: a process may take a minute to start."""
 pytestmark = pytest.mark.timeout(600)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("olmoe")
-    save_checkpoint("olmoe", folder)
-    return folder
 
 
 def make_request(number: int, tokens: int = 40) -> Request:
@@ -50,27 +40,11 @@ def expected(checkpoint: Path, requests: list[Request]) -> dict[str, list[int]]:
     return {completion.request_id: list(completion.token_ids) for completion in engine.generate(requests)}
 
 
-class Client:
-    """Hears of requests; `ended` once all that were asked have."""
-
-    def __init__(self) -> None:
-        self.tokens: dict[str, list[int]] = {}
-        self.reasons: dict[str, str] = {}
-        self.first = threading.Event()
-
-    def __call__(self, event: TokenEvent) -> None:
-        assert event.request_id not in self.reasons
-        self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
-        self.first.set()
-        if event.finish_reason is not None:
-            self.reasons[event.request_id] = event.finish_reason
-
-    def wait(self, service: Coordinator, count: int) -> None:
-        assert service.wait_for(lambda status: len(self.reasons) == count or status.ended, timeout=CHANGE)
-        deadline = time.monotonic() + 10
-        while len(self.reasons) < count and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert set(self.reasons.values()) == {"length"}, (self.reasons, service.events())
+def await_lengths(client: Client, service: Coordinator, count: int) -> None:
+    """All requests that were asked for have ended, each with as many tokens as it asked for."""
+    assert service.wait_for(lambda status: len(client.reasons) == count or status.ended, timeout=CHANGE)
+    client.wait_for(lambda: len(client.reasons) >= count, 10)
+    assert set(client.reasons.values()) == {"length"}, (client.reasons, service.events())
 
 
 @contextmanager
@@ -98,7 +72,7 @@ def test_slow_is_not_hung_and_all_ranks_may_be_lost(checkpoint: Path) -> None:
         assert service.status().active == (0, 1), service.events()
         for member in (0, 1):
             service.member(member).kill()
-        client.wait(service, 6)
+        await_lengths(client, service, 6)
         kinds = [event.kind for event in service.events()]
         assert kinds.count("restart") == 1
         assert "start-failed" in kinds
@@ -179,10 +153,10 @@ def test_requests_outlive_their_coordinator(checkpoint: Path, tmp_path: Path) ->
         client = Client()
         assert all(service.follow(request.request_id, client) for request in requests)
         assert not service.follow("unknown", client)
-        client.wait(service, len(requests))
+        await_lengths(client, service, len(requests))
         later = Client()
         assert service.follow("r3", later, first=30)
-        later.wait(service, 1)
+        await_lengths(later, service, 1)
         record = service.find("r5")
         assert record is not None
         assert record.finish_reason == "length"
@@ -223,5 +197,5 @@ def test_a_poisonous_request_fails_alone(checkpoint: Path, chunk: int) -> None:
             service.submit(request, client)
         assert service.wait_for(lambda status: len(bad.reasons) == 1, timeout=4 * START)
         assert bad.reasons == {"poison": "failed"}
-        client.wait(service, 4)
+        await_lengths(client, service, 4)
     assert client.tokens == expected(checkpoint, requests)

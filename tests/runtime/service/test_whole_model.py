@@ -4,7 +4,8 @@ from pathlib import Path
 
 from tests.model_families import save_family
 from tests.runtime.injector import EventInjector
-from tests.runtime.service.test_service import CHANGE, serve, turned
+from tests.runtime.placements import turned
+from tests.runtime.service.loaded_service import CHANGE, serve
 
 
 def test_a_loss_within_a_step_and_a_replacement(tmp_path: Path) -> None:
