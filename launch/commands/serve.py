@@ -16,6 +16,7 @@ from moeplace.launch.serving.front_arguments import (
 from moeplace.launch.settings import add_config_argument
 
 if TYPE_CHECKING:
+    from moeplace.placement.tiers.precision import PrecisionPlan
     from moeplace.runtime.comm.group import RankGroup
     from moeplace.runtime.engine.engine import Engine
     from moeplace.runtime.service.api import Service
@@ -78,7 +79,8 @@ def _serve_file(args: argparse.Namespace) -> int:
             requests = read_requests(
                 args.requests, tokenizer.encode, max_new_tokens=args.max_new_tokens, seed=args.seed
             )
-        inputs, plan = _load_inputs(args), served_plan(args)
+        plan = served_plan(args)
+        inputs = _load_inputs(args, plan)
         if group.rank == 0 and plan is not None:
             print(inexact_sentence(args, plan), flush=True)
     except MoeplaceError as error:
@@ -118,19 +120,19 @@ def _start_service(args: argparse.Namespace) -> "Service":
     if args.ranks == 1 and not args.admin and not args.state:
         set_threads(args.threads_per_rank)
         group = RankGroup.from_environment(timeout=args.timeout, device=args.device)
-        return LocalService(_make_engine(args, group, _load_inputs(args)))
+        return LocalService(_make_engine(args, group, _load_inputs(args, served_plan(args))))
     if args.threads_per_rank is None:
         args.threads_per_rank = max(1, len(os.sched_getaffinity(0)) // max(args.ranks, 1))
     return start_coordinator(args, LocalSpawner(require_log_folder(args.log_dir)), host="127.0.0.1")
 
 
-def _load_inputs(args: argparse.Namespace) -> dict[str, Any]:
+def _load_inputs(args: argparse.Namespace, plan: "PrecisionPlan | None") -> dict[str, Any]:
     from moeplace.placement.placement_file import load_placement
     from moeplace.runtime.engine.modes import RecordedRouting
     from moeplace.runtime.models.precisions.precision_checkpoint import open_checkpoint
 
     return {
-        "checkpoint": open_checkpoint(args.model, chosen(served_plan(args))),
+        "checkpoint": open_checkpoint(args.model, chosen(plan)),
         "placement": load_placement(args.placement) if args.placement else None,
         "recorded": RecordedRouting.load(args.trace, args.calibration) if args.trace else None,
     }
