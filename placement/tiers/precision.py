@@ -8,7 +8,7 @@ units of their greatest common divisor (Dudzinski & Walukiewicz 1987). Large one
 expert's (bytes, error), whose fractional optimum is the bound.
 
 Errors are those of one expert alone, as shares of what its layer puts out; that they add up is an assumption, which
-`moeplace precision` sets beside the logits. Precision 0 is exact.
+`moeplace bench precision` sets beside the logits. Precision 0 is exact.
 
 Shape letters: L MoE layers, E experts per layer, P precisions, R ranks, N experts of a rank.
 """
@@ -48,6 +48,8 @@ class PrecisionCosts:
     experts_per_layer: np.ndarray
 
     def __post_init__(self) -> None:
+        if self.names[:1] != ("exact",) or len(set(self.names)) < len(self.names):
+            raise InputError(f"precisions ({', '.join(self.names)}) must be named once each, exact first")
         if self.experts_per_layer.ndim != 1:
             raise InputError("experts per layer must be one number a layer")
         shape = (len(self.experts_per_layer), int(np.max(self.experts_per_layer)), len(self.names))

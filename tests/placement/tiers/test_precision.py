@@ -109,6 +109,8 @@ def wrong_values(document: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, (value + 0.5).tolist()
     yield "bytes", np.zeros((2, 6, 3), int).tolist()
     yield "precisions", 5
+    yield "precisions", ["int8", "exact", "int4"]
+    yield "precisions", ["exact", "int4", "int4"]
     yield "experts_per_layer", [[6, 6], [6, 6]]
     yield "lower_bound", document["predicted_error"] + 1
     yield "predicted_error", 1.01 * document["predicted_error"]
