@@ -1,14 +1,19 @@
-"""Agreement: ranks compare, through their store and without a collective, what must be the same on all of them."""
+"""Agreement: ranks compare, through their store and without a collective, what must be the same on all of them.
 
+A store does not say that a rank has died, as a collective does. So who waits looks up now and then.
+"""
+
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from datetime import timedelta
 
 import torch.distributed as dist
 
 from moeplace.runtime.errors import DisagreementError
 
 _GAVE_UP = "gave up: "
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.05
+"""Seconds between two looks; a wait inside the store could be ended by nobody, and logs that it was."""
 
 
 class Agreement:
@@ -21,8 +26,13 @@ class Agreement:
         self._store, self._rank, self._size, self._guard = store, rank, size, guard
         self._count = 0
 
-    def reach(self, items: dict[str, str], *, timeout: float) -> None:
+    def reach(self, items: dict[str, str], *, timeout: float, look: Callable[[], None] = lambda: None) -> None:
         """Compare values over all ranks.
+
+        Args:
+            timeout: seconds for each of the others.
+            look: called while this rank waits, time and again; what it raises ends the wait, and the agreement for this
+                rank.
 
         Raises:
             DisagreementError: some rank has another value, or gave up; every rank raises it.
@@ -34,7 +44,7 @@ class Agreement:
         self._count += 1  # a key of its own per agreement: stores keep what was written
         self._store.set(self._key(self._count, self._rank), mine)
         for peer in range(self._size):
-            theirs = self._wait_for(peer, timeout)
+            theirs = self._wait_for(peer, timeout, look)
             if theirs.startswith(_GAVE_UP):
                 raise DisagreementError(f"rank {peer} {theirs}")
             if theirs != mine:
@@ -48,10 +58,15 @@ class Agreement:
             self._count += 1  # theirs ends as well, and the one after it must be the same on all
             self._store.set(self._key(self._count, self._rank), _GAVE_UP + " ".join(reason.split()))
 
-    def _wait_for(self, peer: int, timeout: float) -> str:
-        key = self._key(self._count, peer)
+    def _wait_for(self, peer: int, timeout: float, look: Callable[[], None]) -> str:
+        key, deadline, pause = self._key(self._count, peer), time.monotonic() + timeout, _FIRST_PAUSE
         with self._guard(f"waiting for rank {peer}"):
-            self._store.wait([key], timedelta(seconds=timeout))
+            while not self._store.check([key]):
+                look()
+                if time.monotonic() >= deadline:
+                    raise dist.DistStoreError("it did not report in time")
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
             return self._store.get(key).decode()
 
     def _describe_difference(self, peer: int, mine: str, theirs: str) -> str:

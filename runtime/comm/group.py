@@ -70,7 +70,10 @@ class RankGroup:
         device: where tensors of collectives live.
         counters: where collectives and bytes are counted; shared with the node group.
         short_messages: whether a receive buffer may be larger than what arrives, see `all_to_all`.
-        observer: called with the kind of each collective before it is issued; a background group inherits it.
+        observer: called with the kind of each collective before it is issued, and with "agreement" before one of
+            those; a background group inherits it.
+        while_waiting: called now and then while this rank waits in an agreement, where nobody else tells it that a peer
+            has gone; raises PeerLostError when it knows of one.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class RankGroup:
         if len(self.node_of_rank) != size:
             raise InputError(f"there are {size} ranks, but node_of_rank lists {len(self.node_of_rank)}")
         self.observer: Callable[[str], None] = _ignore
+        self.while_waiting: Callable[[], None] = _look_at_nothing
         self._store = store
         self._agreement = Agreement(store, rank=rank, size=size, guard=self._guard)
         self._derived: Counter[str] = Counter()
@@ -237,7 +241,8 @@ class RankGroup:
             DisagreementError: some rank has another value, or gave up; every rank raises it.
             PeerLostError: a rank did not report in time.
         """
-        self._agreement.reach(items, timeout=self.timeout)
+        self.observer("agreement")
+        self._agreement.reach(items, timeout=self.timeout, look=self.while_waiting)
 
     def give_up(self, reason: str) -> None:
         """Tell ranks that wait in `agree` that this one will not come."""
@@ -407,3 +412,7 @@ def _close_all() -> None:
 
 def _ignore(kind: str) -> None:
     """What observes collectives by default."""
+
+
+def _look_at_nothing() -> None:
+    """Others die unnoticed, or with this process."""

@@ -247,13 +247,9 @@ class Engine:
     def regroup(self, group: RankGroup, placement: Placement, *, version: int) -> None:
         """Go on with the ranks of another group, between two steps and on all of them together.
 
-        The experts of `placement` must be in the slots of this rank. No sequence runs afterwards: `scheduler` is a new
-        one, for the caller to fill.
-
-        Raises:
-            DisagreementError: ranks were given different placements.
+        They have agreed on it (`agree`), as ranks that begin with it do (`Engine`), and the experts of `placement` are
+        in the slots of this rank. No sequence runs afterwards: `scheduler` is a new one, for the caller to fill.
         """
-        self.agree(group, placement)
         self.group = group.with_nodes(placement.node_of_rank)
         self.executor.regroup(self.group, placement, version=version)
         self.scheduler = self._make_scheduler()

@@ -158,10 +158,12 @@ class ThreadSpawner:
     Attributes:
         started: all members that were.
         opened: checkpoints and models by folder.
+        read_while: what members gave as sign of life when they read experts.
     """
 
     def __init__(self) -> None:
         self.started: list[ThreadMember] = []
+        self.read_while: set[str] = set()
         self.opened: dict[str, tuple[Checkpoint, ServedModel]] = {}
 
     def open(self, path: Path, dtype: torch.dtype) -> None:
@@ -176,6 +178,13 @@ class ThreadSpawner:
                 return found
 
         model.logits = one_by_one
+        read = checkpoint.expert
+
+        def read_expert(layer: int, expert: int) -> Any:
+            self.read_while.add(threading.current_thread().loop._heartbeat.state)  # type: ignore[attr-defined]
+            return read(layer, expert)
+
+        checkpoint.expert = read_expert  # type: ignore[method-assign]
         self.opened[str(path)] = checkpoint, model
 
     def checkpoint(self, path: Path) -> Checkpoint:

@@ -1,6 +1,8 @@
 """Entrance: how a member enters a generation: what all bring along, the experts it is to have, where it goes on.
 
 snapshots of all -> the same placement and continuation on every rank -> experts read -> "serving" is reported
+
+Ranks agree first and read then, each as long as it takes, and wait for each other outside of collectives.
 """
 
 import json
@@ -105,20 +107,23 @@ class Entrance:
         )
 
     def _take_experts(self, generation: Generation, adoption: Adoption, group: RankGroup, version: int) -> Serving:
-        """Read what fell to this rank, and agree with the others, for whom it may have taken other times."""
-        if generation.slots is not None or adoption.adopted:
+        """Agree with the others, read what fell to this rank, and go on when all have done so."""
+        placement, is_read = adoption.placement, generation.slots is not None or bool(adoption.adopted)
+        if is_read:
             self._faults.reach("loading")
             self._heartbeat.load()
+        is_new = self._serving is None
         if self._serving is None:
-            if generation.slots is None and adoption.adopted:
-                self._await_others(generation.number)  # those who read do so first
-            self._serving = self._start_serving(adoption.placement, group)
-            self._serving.engine.executor.install(adoption.placement, version=version)
-            return self._serving
-        self._read_experts(self._serving, adoption, group.rank)
-        if adoption.adopted:
+            self._serving = self._start_serving(placement, group)
+        else:
+            self._serving.engine.agree(group, placement)
+            self._read_experts(self._serving, adoption, group.rank)
+        if is_read:
             self._await_others(generation.number)
-        self._serving.engine.regroup(group, adoption.placement, version=version)
+        if is_new:
+            self._serving.engine.executor.install(placement, version=version)
+        else:
+            self._serving.engine.regroup(group, placement, version=version)
         return self._serving
 
     def _start_serving(self, placement: Placement, group: RankGroup) -> Serving:
@@ -187,12 +192,11 @@ class Entrance:
         if knowing:
             contents.receive_reference(group, serving.engine.placement, root=knowing[0])
             return
-        self._await_others(serving.generation)
         contents.share_reference(group, serving.engine.placement)
 
     def _await_others(self, number: int) -> None:
-        """Until all have read their experts: no collective waits for that. Who takes too long is given up by the
-        coordinator, which sees by signs of life who still reads.
+        """Until all have read their experts. Who takes too long is given up by the coordinator, which sees by signs of
+        life who still reads.
 
         Raises:
             PeerLostError: a member was lost meanwhile.

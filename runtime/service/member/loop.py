@@ -157,13 +157,19 @@ class MemberLoop:
         Raises:
             PeerLostError: it failed, or a member was lost meanwhile.
         """
+        number = forming.generation.number
         while not forming.wait(_POLL):
-            if self._store.find(f"successor/{forming.generation.number}") is not None:
-                raise PeerLostError("a member was lost while the generation formed")
+            self._raise_if_succeeded(number, "the generation formed")
         if forming.group is None:
             raise PeerLostError(forming.error)
         forming.group.observer = self._faults.reach
+        forming.group.while_waiting = lambda: self._raise_if_succeeded(number, "ranks agreed")
         return forming.group
+
+    def _raise_if_succeeded(self, number: int, doing: str) -> None:
+        """Whether the ranks go on in another generation, where nothing else tells this one of a loss."""
+        if self._store.find(f"successor/{number}") is not None:
+            raise PeerLostError(f"a member was lost while {doing}")
 
     def _prepare_next(self, generation: Generation) -> None:
         if self.job.member_id in generation.members:

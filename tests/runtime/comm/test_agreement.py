@@ -96,3 +96,19 @@ def test_a_silent_rank_is_waited_for_as_long_as_was_said() -> None:
     alone.reach({"a": "1"}, timeout=0.05)
     alone.give_up("why not")
     assert store.num_keys() == before
+
+
+def test_who_waits_can_be_told_that_it_is_in_vain() -> None:
+    """As often as it looks up; who need not wait does not look."""
+    _, ranks = agreements(2)
+    looks = []
+
+    def look() -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            raise PeerLostError("rank 1 has died")
+
+    with pytest.raises(PeerLostError, match="has died"):
+        ranks[0].reach({"a": "1"}, timeout=WAIT, look=look)
+    ranks[1].reach({"a": "1"}, timeout=WAIT, look=look)  # rank 0 has said what it has
+    assert len(looks) == 3

@@ -211,7 +211,9 @@ def serve_and_let_one_join(context: RankContext, path: Path, requests: list[Requ
         store = PrefixStore("before", context.store)
         engine = make(RankGroup(store, rank=context.rank, size=newcomer, timeout=context.timeout))
         engine.generate(requests)
-        engine.regroup(context.group(), everywhere(checkpoint, context.size), version=1)
+        group, placement = context.group(), everywhere(checkpoint, context.size)
+        engine.agree(group, placement)
+        engine.regroup(group, placement, version=1)
     return [completion.token_ids for completion in engine.generate(requests)]
 
 

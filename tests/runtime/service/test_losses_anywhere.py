@@ -28,6 +28,7 @@ PHASES = (
     ("starting", 1),
     ("forming", 3),
     ("loading", 2),
+    ("agreement", 5),
     ("step", 30),
     ("migration", 6),
     ("snapshots", 3),
@@ -109,7 +110,7 @@ def test_nothing_is_lost_whenever_ranks_die(
         keep_width=True,
         bytes_per_step=1500,
         probe_tokens=int(rng.integers(2)) * 3,
-        step_timeout=60.0,
+        step_timeout=10 * WAIT,  # nobody has to wait for that
         timeout=60.0,
     )
     thread_members.open(checkpoint, torch.float64)
@@ -142,3 +143,29 @@ def test_nothing_is_lost_whenever_ranks_die(
             assert (reason, told) == ("length", whole)
         assert name not in repeated or (again.reasons[name], again.tokens[name]) == ("length", whole)
     assert not [sentence for kind, sentence in events if kind in ("bad-report", "failed")]
+    assert thread_members.read_while == {"loading"}  # else a disk has the time that a step has, and others wait
+
+
+@pytest.mark.parametrize("mode", ["coherent", "dispatch-combine"])
+@pytest.mark.parametrize(
+    "faults", [{3: [{"phase": "agreement", "at": 1}]}, {1: [{"phase": "agreement", "at": 2}]}], ids=["new", "old"]
+)
+def test_nobody_waits_for_a_rank_that_dies_where_ranks_agree(
+    checkpoint: Path, thread_members: ThreadSpawner, mode: str, faults: dict[int, list[dict[str, Any]]]
+) -> None:
+    """One that joins, and one that was there: the others hear of it, who wait for it nowhere that would tell them."""
+    requests = make_requests(0)
+    expected = Engine(checkpoint, dtype=torch.float64, limits=LIMITS).generate(requests)
+    options = ServiceOptions(mode=mode, dtype="float64", limits=LIMITS, keep_width=True, step_timeout=10 * WAIT)
+    thread_members.open(checkpoint, torch.float64)
+    client = Client()
+    with Coordinator(checkpoint, ranks=3, spawner=thread_members, options=options, faults=faults) as service:
+        service.wait_until_serving(timeout=WAIT)
+        service.scale(4)
+        for request in requests:
+            service.submit(request, client)
+        client.await_ends([request.request_id for request in requests], WAIT)
+        assert service.wait_for(lambda status: len(status.active) == 4, timeout=WAIT)
+    assert [phase for _, phase, _, _ in thread_members.fired()] == ["agreement"]
+    assert thread_members.read_while == {"loading"}
+    assert client.tokens == {completion.request_id: list(completion.token_ids) for completion in expected}

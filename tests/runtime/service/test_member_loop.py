@@ -174,6 +174,19 @@ def test_a_group_that_does_not_form_is_a_loss(monkeypatch: pytest.MonkeyPatch) -
         loop._await_group(forming)  # type: ignore[arg-type]
 
 
+def test_who_waits_for_ranks_to_agree_hears_of_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one in its own generation, and of none in an older one."""
+    loop = make_loop(Answers(), monkeypatch)
+    forming = FakeForming(Generation.of(4, {3: 0}))
+    forming.group = FakeGroup()
+    group: Any = loop._await_group(forming)  # type: ignore[arg-type]
+    loop._store = Answers(successor__3=5)  # type: ignore[assignment]
+    group.while_waiting()
+    loop._store = Answers(successor__4=5)  # type: ignore[assignment]
+    with pytest.raises(PeerLostError, match="while ranks agreed"):
+        group.while_waiting()
+
+
 @pytest.mark.parametrize(
     ("error", "final", "words"),
     [

@@ -185,19 +185,33 @@ def test_nothing_of_a_group_is_waited_for_without_end(monkeypatch: pytest.Monkey
     assert root.timeout == timedelta(seconds=7)
 
 
+@pytest.mark.parametrize("is_new", [False, True])
 @pytest.mark.parametrize("adopted", [(), ((0, 1, 0),)])
-def test_who_reads_experts_says_so(adopted: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a disk may take is another matter than what a step may; where nothing is to be read nobody waits."""
+def test_who_reads_experts_says_so(adopted: tuple[Any, ...], is_new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a disk may take is another matter than what a step may; where nothing is to be read nobody waits. Ranks
+    that are new agree as they start, the others before they read, so that nobody waits for who reads in a group."""
     done: list[str] = []
+    executor = SimpleNamespace(install=lambda *_, version: done.append(f"install {version}"))
+    engine = SimpleNamespace(
+        agree=lambda *_: done.append("agree"),
+        regroup=lambda *_, version: done.append(f"regroup {version}"),
+        executor=executor,
+    )
+    serving: Any = SimpleNamespace(engine=engine)
+
+    def start(*_: Any) -> Any:
+        done.extend(["agree", "read"])  # as an engine does
+        return serving
+
     entrance = Entrance.__new__(Entrance)
     entrance._faults = SimpleNamespace(reach=done.append)  # type: ignore[assignment]
     entrance._heartbeat = SimpleNamespace(load=lambda: done.append("load"))  # type: ignore[assignment]
+    monkeypatch.setattr(Entrance, "_start_serving", start)
     monkeypatch.setattr(Entrance, "_read_experts", lambda *_: done.append("read"))
     monkeypatch.setattr(Entrance, "_await_others", lambda *_: done.append("await"))
-    engine = SimpleNamespace(regroup=lambda *_, version: done.append(f"regroup {version}"))
-    entrance._serving = SimpleNamespace(engine=engine)  # type: ignore[assignment]
+    entrance._serving = None if is_new else serving
     adoption: Any = SimpleNamespace(adopted=adopted, placement=None)
     group: Any = SimpleNamespace(rank=0)
-    entrance._take_experts(Generation.of(4, {0: 0}), adoption, group, 9)
-    reading = ["loading", "load"] if adopted else []
-    assert done == [*reading, "read", *(["await"] if adopted else []), "regroup 9"]
+    assert entrance._take_experts(Generation.of(4, {0: 0}), adoption, group, 9) is serving
+    before, after = (["loading", "load"], ["await"]) if adopted else ([], [])
+    assert done == [*before, "agree", "read", *after, "install 9" if is_new else "regroup 9"]
