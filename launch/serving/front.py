@@ -15,7 +15,6 @@ from moeplace.launch.serving.front_arguments import replica_rule_of
 
 if TYPE_CHECKING:
     from moeplace.launch.http_front.settings import FrontSettings
-    from moeplace.placement.tiers.precision import PrecisionPlan
     from moeplace.runtime.service.api import Service
     from moeplace.runtime.service.coordinator.coordinator import Coordinator
     from moeplace.runtime.service.options import ServiceOptions, Spawner
@@ -46,7 +45,7 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
     except ModuleNotFoundError as error:
         raise missing_package("moeplace serve --http", error) or error from error
     plan = served_plan(args)
-    settings = _settings(args, plan)
+    settings = _settings(args, precision=describe_precision(plan))
     caveat = "" if plan is None else f" ({inexact_sentence(args, plan)})"
     replan_options = _replan_options(args) if args.replan else {}
     set_up_logs(args.log_format, access=args.access_log)
@@ -76,7 +75,7 @@ def serve_http(args: argparse.Namespace, start_service: "Callable[[], Service]")
     return 0
 
 
-def _settings(args: argparse.Namespace, plan: "PrecisionPlan | None") -> "FrontSettings":
+def _settings(args: argparse.Namespace, *, precision: Any) -> "FrontSettings":
     """What the front is told by its flags; keys come from files and the environment."""
     from moeplace.launch.http_front.keys import ADMIN_KEY_VARIABLE, read_api_key, read_client_keys
     from moeplace.launch.http_front.settings import FrontSettings
@@ -103,7 +102,7 @@ def _settings(args: argparse.Namespace, plan: "PrecisionPlan | None") -> "FrontS
         tls_key=args.tls_key,
         seed=args.seed,
         keeps_requests=bool(args.state),
-        precision=describe_precision(plan),
+        precision=precision,
     )
 
 
