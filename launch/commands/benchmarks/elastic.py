@@ -8,7 +8,8 @@ from moeplace.placement.modes import MODES
 
 HELP = "change the ranks and the placement of a running service and compare all tokens"
 COLUMNS = ("requests", "lost", "changed", "median_step_seconds", "worst_step_ratio", "worst_step_ratio_quiet",
-           "throughput_ratio", "seconds_from_kill_to_token", "bytes_moved", "bytes_lower_bound")  # fmt: skip
+           "p99_step_ratio", "p99_step_ratio_quiet", "throughput_ratio",
+           "seconds_from_kill_to_token", "bytes_moved", "bytes_lower_bound")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -95,6 +95,8 @@ def test_figures_of_steps() -> None:
     assert figures["worst_step_ratio"] == 3
     assert figures["median_step_ratio"] == 2
     assert figures["worst_step_ratio_quiet"] == 2
+    assert figures["p99_step_ratio"] == pytest.approx(1 + 0.99 * 2)
+    assert figures["p99_step_ratio_quiet"] == pytest.approx(1 + 0.97 * 1)  # of 1, 1, 1 and 2 times the usual
     assert figures["throughput_ratio"] == (8 / 4) / (12 / 4)
     assert (figures["steps_quiet"], figures["steps_moving"]) == (4, 2)
     assert step_figures([1.0, 1.0], [4, 4], [False, True], [2, 3])["worst_step_ratio"] is None
