@@ -308,6 +308,7 @@ class Conductor:
     def _on_died(self, report: Document) -> None:
         member = report["member"]
         self._generations.liveness.forget(member)
+        self._figures.note_end(member)
         if self._stopping is not None:
             self._members.members.pop(member, None)
             self._stopping.discard(member)

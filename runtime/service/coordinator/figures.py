@@ -11,13 +11,16 @@ import numpy as np
 
 
 class ServiceFigures:
-    """What members last reported; members that are gone stay in the sums, so that these only rise."""
+    """What members last reported; those of members that are gone stay in the sums, so that these only rise."""
 
     def __init__(self) -> None:
         self._counters: dict[int, Mapping[str, Any]] = {}
         self._load: dict[int, np.ndarray] = {}
         self._tokens: dict[int, np.ndarray] = {}
         self._tokens_before: dict[int, np.ndarray] = {}
+        self._ended: set[int] = set()
+        self._counters_of_ended: dict[str, Any] = {}
+        self._load_of_ended: np.ndarray | None = None
         self._passes: Counter[str] = Counter()
         self._pass_seconds: Counter[str] = Counter()
         self._kv = (0, 0)
@@ -45,20 +48,31 @@ class ServiceFigures:
         self._tokens[member] = np.array(tokens_L)
         self._load[member] = np.array(load)
 
+    def note_end(self, member: int) -> None:
+        """A member has ended, and all that it reported was taken: from the next generation on it is a sum alone."""
+        self._ended.add(member)
+
     def begin_generation(self) -> None:
         """Balance is that of the assignments from now on."""
+        for member in self._ended & set(self._counters):
+            self._counters_of_ended = _add(self._counters_of_ended, self._counters.pop(member))
+            load = self._load.pop(member)
+            self._load_of_ended = load if self._load_of_ended is None else self._load_of_ended + load
+            del self._tokens[member]
+        self._ended.clear()
         self._tokens_before = dict(self._tokens)
 
     def counters(self) -> dict[str, Any]:
         """Sums over members."""
-        total: dict[str, Any] = {}
+        total = self._counters_of_ended
         for counters in self._counters.values():
             total = _add(total, counters)
         return total
 
     def load(self) -> np.ndarray | None:
         """(L, E) int64 routed assignments per expert since the start; None = nothing was reported."""
-        return sum(self._load.values(), start=np.int64(0)) if self._load else None  # type: ignore[return-value]
+        loads = [*self._load.values(), *([] if self._load_of_ended is None else [self._load_of_ended])]
+        return sum(loads, start=np.int64(0)) if loads else None  # type: ignore[return-value]
 
     def imbalance_per_layer(self, active: Sequence[int]) -> tuple[float, ...]:
         """(L,) most over mean of the assignments that active members have computed in this generation."""
