@@ -29,7 +29,7 @@ from moeplace.launch.http_front.dashboard import dashboard_routes
 from moeplace.launch.http_front.fair_queue import FairQueue
 from moeplace.launch.http_front.guard import CHAT, CLIENT, COMPLETIONS, HEALTH, LIVE, READY, Guard
 from moeplace.launch.http_front.health import HealthCheck
-from moeplace.launch.http_front.keys import Keys
+from moeplace.launch.http_front.keys import Keys, owned_name
 from moeplace.launch.http_front.requests import RequestRoutes, caller_id, new_id
 from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.launch.http_front.wire.errors import ApiError, unavailable
@@ -163,7 +163,7 @@ class HttpFront:
         client = request.scope[CLIENT]
         await self._wait_for_room(request, client, body.num_choices, limit)
         try:
-            run, answer = self._make_run(body, form, given, started)
+            run, answer = self._make_run(body, form, client, given, started)
         except BaseException:
             self._queue.leave(client, body.num_choices)
             raise
@@ -180,7 +180,7 @@ class HttpFront:
         return answer  # type: ignore[return-value]  # Starlette calls what an endpoint returns as an application
 
     def _make_run(
-        self, body: CompletionBody, form: AnswerForm, given: str | None, started: float
+        self, body: CompletionBody, form: AnswerForm, client: str, given: str | None, started: float
     ) -> tuple[CompletionRun, CompletionAnswer]:
         """A run and its answer. What is in the background ends when it is done, all else when nobody waits for it."""
         created, name = int(time.time()), f"{form.prefix}-{given or new_id()}"
@@ -194,7 +194,7 @@ class HttpFront:
             self._bridge_to_loop(),
             self.metrics,
             body,
-            name=name,
+            name=owned_name(client, name),
             decode=self._decode,
             note=write_note(body, form, created=created),
             is_kept=body.background,

@@ -43,6 +43,14 @@ class Keys:
         return hmac.compare_digest(_token_digest(authorization), self._admin)
 
 
+def owned_name(client: str, name: str) -> str:
+    """The name under which the service knows a client's request: clients with names meet only requests of their own.
+
+    A blank ends the client's name: no id that is given has one, so nobody can name the request of another.
+    """
+    return name if client == ANYBODY else f"{client} {name}"
+
+
 def read_api_key(path: str | Path | None, variable: str = KEY_VARIABLE) -> str | None:
     """The bearer token: the first line of a file, or else an environment variable, or none.
 
@@ -68,6 +76,8 @@ def read_client_keys(path: str | Path | None) -> dict[str, str]:
             continue
         if len(words) != 2:
             raise InputError(f"{path} line {number} must be a client's name and its token")
+        if words[0] == ANYBODY:
+            raise InputError(f"{path} line {number}: the name {ANYBODY!r} is that of clients without a name")
         if words[0] in found or words[1] in found.values():
             raise InputError(f"{path} line {number} repeats a name or a token")
         found[words[0]] = _check(words[1], f"{path} line {number}")

@@ -18,7 +18,8 @@ from starlette.routing import Route
 from moeplace.launch.http_front.completions.answer import CompletionAnswer, skip_to_position
 from moeplace.launch.http_front.completions.note import FORMS, Recalled, recall
 from moeplace.launch.http_front.completions.run import CompletionRun, EventBridge
-from moeplace.launch.http_front.guard import REQUESTS
+from moeplace.launch.http_front.guard import CLIENT, REQUESTS
+from moeplace.launch.http_front.keys import owned_name
 from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.launch.http_front.wire.errors import ApiError
 from moeplace.runtime.service.api import Service
@@ -72,11 +73,11 @@ class RequestRoutes:
 
     async def _show(self, request: Request) -> Response:
         given = request.path_params["name"]
-        name, recalled = await self._recall(given)
+        name, recalled = await self._recall(request)
         wish = request.query_params.get("stream", "false").lower()
         if wish not in ("true", "false"):
             raise ApiError(400, f"stream ({wish}) must be true or false", param="stream")
-        run = self._run(name, recalled, stream=wish == "true")
+        run = self._run(owned_name(request.scope[CLIENT], name), recalled, stream=wish == "true")
         answer = self._answer(run, recalled, name, given)
         if not run.body.stream:
             run.show(recalled.records)
@@ -89,7 +90,7 @@ class RequestRoutes:
 
     async def _cancel(self, request: Request) -> Response:
         given = request.path_params["name"]
-        _, recalled = await self._recall(given)
+        _, recalled = await self._recall(request)
 
         def cancel() -> None:
             for record in recalled.records:
@@ -98,16 +99,17 @@ class RequestRoutes:
         await asyncio.to_thread(cancel)
         return JSONResponse({"id": given, "object": "request.cancellation"}, 202)
 
-    async def _recall(self, given: str) -> tuple[str, Recalled]:
-        """By the id of an answer, or by the client's own."""
+    async def _recall(self, request: Request) -> tuple[str, Recalled]:
+        """One of the client's own, by the id of its answer or by what the client called it."""
+        given, client = request.path_params["name"], request.scope[CLIENT]
 
         def look() -> tuple[str, Recalled] | None:
             for name in (given, *(f"{form.prefix}-{given}" for form in FORMS)):
-                if (recalled := recall(name, self._service.find)) is not None:
+                if (recalled := recall(owned_name(client, name), self._service.find)) is not None:
                     return name, recalled
             return None
 
-        found = await asyncio.to_thread(look)
+        found = None if " " in given else await asyncio.to_thread(look)  # see `owned_name`
         if found is None:
             raise ApiError(404, f"no request {given!r} is known", code="request_not_found")
         return found

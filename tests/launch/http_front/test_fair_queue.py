@@ -217,7 +217,7 @@ def test_clients_by_their_keys(tmp_path: Path) -> None:
         assert post(front, "token-3").status_code == 401
 
 
-@pytest.mark.parametrize("content", ["", "a", "a b c", "a t\na u", "a t\nb t", "a \xff"])
+@pytest.mark.parametrize("content", ["", "a", "a b c", "a t\na u", "a t\nb t", "a \xff", "anybody t"])
 def test_bad_key_files(tmp_path: Path, content: str) -> None:
     path = tmp_path / "keys"
     path.write_text(content)

@@ -63,6 +63,37 @@ def test_a_finished_answer_is_given_again(
             assert again.headers["cache-control"] == "no-store"
 
 
+def test_clients_with_names_meet_their_own_requests_alone(service: ManualService) -> None:
+    """One id, chosen by three: each finds and ends what it asked for; no spelling of an id leads to another's."""
+    tokens = {"a": "token-a", "a-b": "token-b", "": "token-0"}  # the last one has no name
+    keys = {name: token for name, token in tokens.items() if name}
+    with served(service, api_key=tokens[""], client_keys=keys, max_concurrent=3) as front:
+
+        def reach(client: str, method: str, path: str, **body: Any) -> httpx.Response:
+            headers = {"Authorization": f"Bearer {tokens[client]}", "X-Request-Id": "b-job"}
+            url = f"{front.url}/v1/{path}"
+            return httpx.request(method, url, headers=headers, timeout=WAIT, **({"json": body} if body else {}))
+
+        requests = {}
+        for client in tokens:
+            assert reach(client, "POST", "completions", prompt=f"<{client}>", background=True).status_code == 202
+            requests[client] = service.next_request()
+            service.give(requests[client], f"for {client}")
+        for client in tokens:
+            for name in ("b-job", "cmpl-b-job"):
+                assert reach(client, "GET", f"requests/{name}").json()["choices"][0]["text"] == f"for {client}"
+        for other in ("a cmpl-b-job", "a%20cmpl-b-job", "a%2520cmpl-b-job", "a-b%20cmpl-b-job", "%20cmpl-b-job"):
+            for client in tokens:
+                assert reach(client, "GET", f"requests/{other}").status_code == 404, (client, other)
+                assert reach(client, "POST", f"requests/{other}/cancel").status_code == 404
+        assert reach("a", "POST", "requests/b-job/cancel").status_code == 202
+        assert service.cancelled.get(timeout=WAIT) == requests["a"].request_id
+        for client in ("a-b", ""):
+            service.give(requests[client], "!", "length")
+            again = reach(client, "GET", "requests/b-job").json()
+            assert (again["status"], again["choices"][0]["text"]) == ("completed", f"for {client}!")
+
+
 @pytest.mark.parametrize(("path", "kind"), [("/v1/completions", "text"), ("/v1/chat/completions", "message")])
 def test_in_the_background(service: ManualService, path: str, kind: str) -> None:
     """At once an answer without tokens; asked again, what there is; it goes on without a client, and then is whole."""
