@@ -151,6 +151,7 @@ def _make_engine(args: argparse.Namespace, group: "RankGroup", inputs: dict[str,
         kv_bytes=args.kv_bytes,
         max_prefill_tokens=args.max_prefill_tokens,
         reuses_prefixes=args.prefix_reuse,
+        alike=args.alike,
         tiers=tier_limits(args),
     )
     is_verified = args.verify if args.verify is not None else needs_verification(inputs["checkpoint"].model_type)

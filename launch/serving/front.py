@@ -257,6 +257,7 @@ def _service_options(args: argparse.Namespace) -> "ServiceOptions":
             kv_bytes=args.kv_bytes,
             max_prefill_tokens=args.max_prefill_tokens,
             reuses_prefixes=args.prefix_reuse,
+            alike=args.alike,
             tiers=tier_limits(args),
             staging_rows=1,
             recent_ids=replan_window(args),

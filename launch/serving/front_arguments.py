@@ -76,6 +76,14 @@ def _add_sequence_arguments(parser: "argparse._ActionsContainer") -> None:
         help="a prompt takes over the K/V of another one that begins with the same tokens (default: yes)",
     )
     parser.add_argument(
+        "--alike",
+        type=int,
+        default=0,
+        metavar="N",
+        help="when a place is free, let in that one of the first N + 1 that wait whose experts are most like those of "
+        "the batch; no request is overtaken more than N times (default: 0, as they come)",
+    )
+    parser.add_argument(
         "--kv-bytes", type=int, metavar="B", help="K/V memory of a rank, claimed as sequences grow (default: no limit)"
     )
 

@@ -1,8 +1,8 @@
 """Requests with alike experts side by side (after ExpertFlow, arXiv 2410.17954): what a step then asks for, and costs.
 
-What a request will ask for is told by what its first tokens asked for, its prompt's: a profile of shares of experts per
-layer. Batches are filled greedily: the first request that waits, then, again and again, the one most alike to those in
-the batch already (cosine of profiles, mean over layers). The same requests in drawn order are the comparison.
+What a request will ask for is told by what its first tokens asked for, its prompt's. Batches are filled greedily: the
+first request that waits, then, again and again, the one most alike to those in the batch already (`likeness`). The same
+requests in drawn order are the comparison.
 
 Shape letters: T tokens, L MoE layers, E experts per layer, G requests, B requests of a batch.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeplace.placement.tiers.demand import count_demand
+from moeplace.placement.tiers.likeness import likeness, most_alike, unit_profile
 from moeplace.profiling.errors import InputError
 from moeplace.profiling.traces.trace import RoutingTrace
 
@@ -74,16 +75,13 @@ def group_alike(profile_GX: np.ndarray, batch: int) -> np.ndarray:
         profile_GX: (G, L x E) profiles, of length 1 in every layer.
         batch: B.
     """
-    alike_GG = profile_GX @ profile_GX.T
-    waits_G = np.ones(len(profile_GX), np.bool_)
+    alike_GG = likeness(profile_GX, profile_GX)
+    waiting = list(range(len(profile_GX)))
     groups = []
-    while waits_G.sum() >= batch:
-        group = [int(np.flatnonzero(waits_G)[0])]
-        waits_G[group] = False
+    while len(waiting) >= batch:
+        group = [waiting.pop(0)]
         while len(group) < batch:
-            likeness_G = np.where(waits_G, alike_GG[:, group].sum(axis=1), -np.inf)
-            group.append(int(likeness_G.argmax()))
-            waits_G[group] = False
+            group.append(waiting.pop(most_alike(alike_GG[np.ix_(waiting, group)])))
         groups.append(group)
     return np.array(groups, np.int64).reshape(-1, batch)
 
@@ -94,7 +92,7 @@ def _profile(trace: RoutingTrace, tokens: np.ndarray) -> np.ndarray:
     for layer in range(trace.num_layers):
         chosen = trace.layer(layer)[tokens]
         np.add.at(count_LE[layer], chosen[chosen >= 0], 1.0)
-    return (count_LE / np.maximum(np.linalg.norm(count_LE, axis=1, keepdims=True), 1e-12)).reshape(-1)
+    return unit_profile(count_LE)
 
 
 def _lanes(trace: RoutingTrace, served: list[np.ndarray], groups: np.ndarray) -> RoutingTrace:

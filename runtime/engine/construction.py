@@ -79,8 +79,8 @@ def prepare_engine(
     """Check the inputs of a rank and open the checkpoint.
 
     Raises:
-        InputError: the model is dense, the placement is for another model or number of ranks, or the replica rule is
-            that of an engine.
+        InputError: the model is dense, the placement is for another model or number of ranks, the replica rule is that
+            of an engine, or the model cannot forecast its experts and is to.
         FormatError: the checkpoint is incomplete or foreign.
     """
     if choices.replica_rule not in OWN_RULES:
@@ -90,6 +90,11 @@ def prepare_engine(
     placement = _checked_placement(checkpoint, placement, size)
     if decoder is None:
         decoder = open_model(checkpoint, dtype=choices.dtype, device=device)
+    if choices.limits.alike and isinstance(decoder, WholeModel):
+        raise InputError(
+            f"alike requests ({choices.limits.alike}) cannot be put together for family {decoder.family}: its routers "
+            f"cannot be asked before its experts have run (because {decoder.reason})"
+        )
     node_aware = choices.node_aware
     if node_aware is None:
         node_aware = checkpoint.top_k > 1

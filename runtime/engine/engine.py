@@ -19,6 +19,8 @@ import torch.distributed as dist
 from moeplace.placement.modes import Mode
 from moeplace.placement.placement import Placement
 from moeplace.runtime.comm.group import RankGroup
+from moeplace.runtime.engine.admission.forecast import ExpertForecast
+from moeplace.runtime.engine.batch import Batch
 from moeplace.runtime.engine.construction import EngineChoices, EngineParts, prepare_engine
 from moeplace.runtime.engine.executor import Executor
 from moeplace.runtime.engine.limits import DEFAULT_LIMITS, EngineLimits
@@ -127,6 +129,7 @@ class Engine:
         self.window, self._pages, self._spare_rows = self.executor.window, parts.cache_pages, parts.spare_rows
         self.scheduler = self._make_scheduler()
         self.stop_ids = frozenset(self.checkpoint.stop_ids)
+        self._forecast: ExpertForecast | None = None
 
     def _make_executor(self, parts: EngineParts) -> Executor | WholeExecutor:
         placement, model = parts.placement, parts.decoder
@@ -164,6 +167,7 @@ class Engine:
             cuts_prompts=is_cut,
             pages=self._pages,
             spare_rows=self._spare_rows,
+            most_overtaken=self.limits.alike,
             reuses_prefixes=self.limits.reuses_prefixes and is_cut and not rotates_by_length(executor.decoder),
         )
 
@@ -214,8 +218,29 @@ class Engine:
         """One pass on all ranks; what it finished. Nothing happens when no request is in flight."""
         return self.step_with_note(0).completions
 
+    def foresee(self) -> Batch:
+        """What the next step is going to run, unless a sequence goes before. On all ranks together: where requests may
+        overtake others, rank 0 tells what it takes to choose.
+
+        Raises:
+            PeerLostError: a rank is gone.
+        """
+        self._share_forecasts()
+        return self.scheduler.foresee()
+
+    def _share_forecasts(self) -> None:
+        requests = self.scheduler.unforeseen()
+        if not requests:
+            return
+        if self._forecast is None:
+            assert isinstance(self.executor, Executor), "others were refused"
+            self._forecast = ExpertForecast(self.executor.decoder, self.placement.num_experts)
+        profile_GX = self._forecast.share(self.group, [request.token_ids for request in requests])
+        self.scheduler.order.learn([request.request_id for request in requests], profile_GX)
+
     def step_with_note(self, note: int) -> Stepped:
         """`step`, in which rank 0 tells all ranks a number: it travels with the tokens, in the same collective."""
+        self._share_forecasts()
         batch = self.scheduler.next_batch()
         if not batch.sequences:
             return Stepped([], [], self.tell(note), None)

@@ -24,6 +24,8 @@ class EngineLimits:
         rank_sequences: sequences in flight per rank, where the number of ranks may change; None = a share of
             `max_sequences` (all of them where K/V are on every rank).
         reuses_prefixes: a prompt takes over the K/V of another one that begins with the same tokens, running or not.
+        alike: how many later requests may overtake one that waits, because their experts are more like those that the
+            batch asks for; 0 = requests get a place as they come. See `moeplace.runtime.engine.admission.alike`.
         fixed_shapes: whether steps of single tokens run in fixed shapes where their mode has them (not `allgather`, nor
             with tiers); see `moeplace.runtime.exchange.fixed`.
         tiers: how much of the experts is in fast memory; None = all.
@@ -39,6 +41,7 @@ class EngineLimits:
     tiers: TierLimits | None = None
     reuses_prefixes: bool = True
     fixed_shapes: bool = False
+    alike: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.tiers, Mapping):  # as it was written into a document
@@ -46,6 +49,8 @@ class EngineLimits:
         for name in ("max_sequences", "max_prefill_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.alike < 0:
+            raise InputError(f"alike ({self.alike}) must not be negative: it is how often a request may be overtaken")
 
 
 DEFAULT_LIMITS = EngineLimits()

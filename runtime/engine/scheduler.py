@@ -1,6 +1,7 @@
 """Scheduler: continuous batching over the rows of a K/V cache.
 
 Every rank runs the same scheduler on the same requests, so that all know which sequences a step serves and where.
+Places go to requests as they come, unless some may overtake others (`AlikeOrder`).
 
 A pass has a budget of tokens. Every sequence that goes on takes one of them; what is left goes to prompts, first come
 first served, in chunks where a prompt does not fit. So neither side waits for the other: a sequence gets a token in
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from moeplace.profiling.errors import InputError
+from moeplace.runtime.engine.admission.alike import AlikeOrder
 from moeplace.runtime.engine.batch import Batch
 from moeplace.runtime.engine.logprobs import TokenLogprob
 from moeplace.runtime.engine.requests import Request, RunningSequence
@@ -26,7 +28,8 @@ class Scheduler:
     """Which sequences run, where they live, and who waits.
 
     Attributes:
-        waiting: requests without a place, first come first served.
+        waiting: requests without a place, in the order in which they came.
+        order: which of them goes next.
         running: sequences with a place, in the order of admission.
         replicated: whether a sequence takes its row of the K/V cache on all ranks.
         kept_free: rows that batches leave for a check of the ranks.
@@ -44,6 +47,7 @@ class Scheduler:
         reuses_prefixes: bool = False,
         pages: int | None = None,
         spare_rows: int = 0,
+        most_overtaken: int = 0,
     ) -> None:
         """`rows` cache rows of `positions` on every rank; with `replicated` a sequence takes its row on all ranks.
 
@@ -53,11 +57,13 @@ class Scheduler:
             reuses_prefixes: whether a prompt takes over the K/V of another one that begins with the same tokens.
             pages: of memory on every rank, enough for a sequence of all positions; None = enough for all rows.
             spare_rows: of `rows`, how many are for what sequences leave behind, not for sequences.
+            most_overtaken: how many later requests may go before one that waits; see `AlikeOrder`.
         """
         self.num_ranks, self.rows, self.positions, self.replicated = num_ranks, rows, positions, replicated
         self.max_prefill_tokens, self._cuts_prompts = max_prefill_tokens, cuts_prompts
         self._reuses_prefixes = reuses_prefixes
         self.waiting: deque[Request] = deque()
+        self.order = AlikeOrder(most_overtaken)
         # Of waiting requests that ran before:
         self._added: dict[str, tuple[int, ...]] = {}
         self._logprobs: dict[str, dict[int, TokenLogprob]] = {}
@@ -101,10 +107,16 @@ class Scheduler:
             raise InputError(f"request {request.request_id!r} is already in flight; names must be unique")
 
     def resume(
-        self, request: Request, added: Sequence[int], logprobs: Mapping[int, TokenLogprob] | None = None
+        self,
+        request: Request,
+        added: Sequence[int],
+        logprobs: Mapping[int, TokenLogprob] | None = None,
+        *,
+        overtaken: int = 0,
     ) -> None:
-        """Queue, behind the others, a request that has got tokens already."""
+        """Queue, behind the others, a request that has got tokens already, or has been overtaken."""
         self.waiting.append(request)
+        self.order.restore(request.request_id, overtaken)
         self._added[request.request_id] = tuple(added)
         self._logprobs[request.request_id] = dict(logprobs or {})
 
@@ -115,6 +127,16 @@ class Scheduler:
     def logprobs(self, request: Request) -> dict[int, TokenLogprob]:
         """Log-probabilities of `added`, by index."""
         return self._logprobs.get(request.request_id, {})
+
+    def unforeseen(self) -> list[Request]:
+        """Requests whose forecast is needed before places are given away; see `AlikeOrder.learn`."""
+        if not self.order.most_overtaken:
+            return []
+        running = [sequence.request for sequence in self.running]
+        known = {request.request_id: request for request in (*running, *self.waiting)}
+        waiting = [request.request_id for request in self.waiting]
+        places = sum(map(len, self._pools))
+        return [known[name] for name in self.order.unforeseen(waiting, [r.request_id for r in running], places=places)]
 
     def seat(self, sequence: RunningSequence) -> None:
         """Take over a sequence that has a home and a row, which must be free."""
@@ -244,6 +266,7 @@ class Scheduler:
         request = sequence.request
         self.release(sequence)
         self.waiting.appendleft(request)
+        self.order.insist(request.request_id)
         self._added[request.request_id] = sequence.added
         self._logprobs[request.request_id] = dict(sequence.logprobs)
 
@@ -254,18 +277,28 @@ class Scheduler:
         return missing if is_first or missing <= room else 0
 
     def _admit(self, room: int, *, is_first: bool) -> RunningSequence | None:
-        """Give the request that has waited longest a place, if there is one and it gets a token of `room`."""
+        """Give the request that goes next a place, if there is one and it gets a token of `room`.
+
+        Where one that would overtake others does not fit, the first goes instead, if it does.
+        """
         if not self.waiting or sum(map(len, self._pools)) <= self.kept_free:
             return None
-        request = self.waiting[0]
-        if not self._chunk(len(request.token_ids) + len(self.added(request)), room, is_first=is_first):
-            return None
-        sequence = self.place(request, added=self.added(request), reuse=self._reuses_prefixes)
-        if sequence is None:
-            return None
-        sequence.logprobs.update(self.logprobs(request))
-        self._forget(self.waiting.popleft().request_id)
-        return sequence
+        chosen = 0
+        if self.order.most_overtaken:
+            waiting = (request.request_id for request in self.waiting)
+            chosen = self.order.choose(waiting, (sequence.request.request_id for sequence in self.running))
+        for index in sorted({chosen, 0}, reverse=True):
+            request = self.waiting[index]
+            if not self._chunk(len(request.token_ids) + len(self.added(request)), room, is_first=is_first):
+                continue
+            sequence = self.place(request, added=self.added(request), reuse=self._reuses_prefixes)
+            if sequence is not None:
+                sequence.logprobs.update(self.logprobs(request))
+                self.order.admit((self.waiting[other].request_id for other in range(index)), request.request_id)
+                del self.waiting[index]
+                self._forget(request.request_id)
+                return sequence
+        return None
 
     def place(self, request: Request, *, added: Sequence[int] = (), reuse: bool = False) -> RunningSequence | None:
         """A sequence at the home with the fewest sequences (the lowest of equals); None = no row is free, or there is
@@ -347,6 +380,7 @@ class Scheduler:
 
     def _forget(self, request_id: str) -> None:
         """What a request had got before; it does not wait any more."""
+        self.order.forget(request_id)
         self._added.pop(request_id, None)
         self._logprobs.pop(request_id, None)
 

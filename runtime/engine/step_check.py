@@ -17,13 +17,15 @@ def check_step(engine: Engine, *, applied: int, progress: int) -> None:
         DisagreementError: on all ranks, says what differs.
     """
     executor, group = engine.executor, engine.group
-    names = ("placement", "placement version", "commands", "progress", "sequences", "damaged slots")
+    names = ("placement", "placement version", "commands", "progress", "sequences", "requests", "damaged slots")
+    scheduler = engine.scheduler
     values = [
         int(executor.placement.digest.removeprefix("sha256:")[:15], 16),
         executor.version,
         applied,
         progress,
-        zlib.crc32(repr([(s.request, s.home, s.row, s.token_ids) for s in engine.scheduler.running]).encode()),
+        zlib.crc32(repr([(s.request, s.home, s.row, s.token_ids) for s in scheduler.running]).encode()),
+        zlib.crc32(repr([(r.request_id, scheduler.order.overtaken(r.request_id)) for r in scheduler.waiting]).encode()),
         _count_damaged(engine),
     ]
     if group.size == 1:

@@ -27,6 +27,8 @@ class HeldSequence:
         row: of the K/V cache, -1 = it waits.
         cached, replicated: positions whose K/V exist at home, on every rank.
         logprobs: (index among the added tokens, log-probabilities), where the request wants them.
+        overtaken: how many that came later have got a place before it while it waited; one that has lost its place
+            counts as overtaken as often as may be.
     """
 
     request: Request
@@ -36,6 +38,7 @@ class HeldSequence:
     cached: int = 0
     replicated: int = 0
     logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
+    overtaken: int = 0
 
     @property
     def request_id(self) -> str:
@@ -119,19 +122,31 @@ class Continuation:
             sequence = RunningSequence(held.request, held.home, held.row, tokens, held.cached, replicated, logprobs)
             scheduler.seat(sequence)
         for held in self.waiting:
-            scheduler.resume(held.request, held.added, dict(held.logprobs))
+            scheduler.resume(held.request, held.added, dict(held.logprobs), overtaken=held.overtaken)
 
 
 def take_snapshot_of(scheduler: Scheduler, members: Sequence[int]) -> tuple[HeldSequence, ...]:
     """The sequences of a scheduler; homes become members."""
     running = [
         HeldSequence(
-            s.request, s.added, members[s.home], s.row, s.cached, s.replicated, tuple(sorted(s.logprobs.items()))
+            s.request,
+            s.added,
+            members[s.home],
+            s.row,
+            s.cached,
+            s.replicated,
+            tuple(sorted(s.logprobs.items())),
+            overtaken=scheduler.order.most_overtaken,
         )
         for s in scheduler.running
     ]
     waiting = [
-        HeldSequence(request, scheduler.added(request), logprobs=tuple(sorted(scheduler.logprobs(request).items())))
+        HeldSequence(
+            request,
+            scheduler.added(request),
+            logprobs=tuple(sorted(scheduler.logprobs(request).items())),
+            overtaken=scheduler.order.overtaken(request.request_id),
+        )
         for request in scheduler.waiting
     ]
     return (*running, *waiting)

@@ -110,7 +110,7 @@ class Serving:
 
     def _announce_pass(self, is_leader: bool) -> None:
         """Let the coordinator know whose prompts run in this pass: if it ends badly, it may be because of one."""
-        tickets = self.engine.scheduler.foresee().prompt_ids
+        tickets = self.engine.foresee().prompt_ids
         if is_leader and tickets:
             self._store.report({"kind": "pass", "generation": self.generation, "tickets": tickets})
         if not self._faults.is_empty:

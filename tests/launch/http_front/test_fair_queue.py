@@ -1,6 +1,7 @@
 """Who comes next: limits, fair shares, deadlines, clients that go away; and the keys that say who a client is."""
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,10 @@ from moeplace.launch.http_front.settings import FrontSettings
 from moeplace.launch.http_front.wire.errors import ApiError
 from moeplace.launch.http_front.wire.metrics import FrontMetrics
 from moeplace.profiling.errors import InputError
+from moeplace.runtime.engine.requests import Request
+from moeplace.runtime.engine.scheduler import Scheduler
 from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served, wait_until
+from tests.runtime.engine.test_scheduler_fairness import Rows
 
 
 def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -118,6 +122,54 @@ def test_nobody_is_lost_and_nobody_counts_twice(seed: int | str, dated_seed: int
         assert all(isinstance(error, asyncio.CancelledError) for error in ended if error is not None), ended
         assert (queue.waiting, queue.running) == (0, 0)
         assert outcomes["done"] > 0
+
+    run(body)
+
+
+@pytest.mark.parametrize("most_overtaken", [0, 1, 3, 6])
+def test_shares_stay_fair_where_alike_requests_go_first(most_overtaken: int) -> None:
+    """Two clients who always ask; one's requests are alike and suit the batch, the other's are each like no other. Both
+    have as many completions under way, and of the places the odd one gets what is promised: of 8 under way 4 are its
+    own, and none of these waits for more than 8 + N others."""
+
+    async def body() -> None:
+        queue, ended = FairQueue(8, 100), Counter[str]()
+        scheduler = Scheduler(
+            num_ranks=1, rows=2, positions=16, replicated=False, max_prefill_tokens=64, most_overtaken=most_overtaken
+        )
+        rows, numbers, done = Rows(scheduler), itertools.count(), dict[str, asyncio.Event]()
+        under_way = Counter[str]()
+
+        async def ask(client: str) -> None:
+            while True:
+                await queue.enter(client, 1, timeout=None)
+                under_way[client] += 1
+                number = next(numbers)
+                name = f"{client} {number}"
+                scheduler.add(Request(name, (number % 50,) * 3, 2 + number % 3, stop_ids=()))
+                done[name] = asyncio.Event()
+                await done[name].wait()
+                under_way[client] -= 1
+                ended[client] += 1
+                queue.leave(client, 1)
+
+        tasks = [asyncio.create_task(ask(client)) for client in "ab" * 6]
+        for step in range(600):
+            await settle()
+            if step:  # all have come
+                assert under_way == {"a": 4, "b": 4}
+            requests = scheduler.unforeseen()
+            kinds = [0 if r.request_id[0] == "a" else 1 + int(r.request_id[2:]) % 20 for r in requests]
+            scheduler.order.learn([r.request_id for r in requests], np.eye(21, dtype=np.int16)[kinds])
+            before = {sequence.request.request_id for sequence in scheduler.running}
+            rows.carry_out(scheduler.next_batch())
+            for name in before - {sequence.request.request_id for sequence in scheduler.running}:
+                done.pop(name).set()
+        for task in tasks:
+            task.cancel()
+        assert min(ended.values()) / ended.total() >= 4 / (8 + most_overtaken) - 0.02
+        if not most_overtaken:
+            assert abs(ended["a"] - ended["b"]) <= 8
 
     run(body)
 

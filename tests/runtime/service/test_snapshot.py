@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import numpy as np
+
 from moeplace.runtime.engine.requests import Request
 from moeplace.runtime.engine.scheduler import Scheduler
 from moeplace.runtime.service.snapshot import HeldSequence, Snapshot, continue_from, take_snapshot_of
@@ -128,3 +130,32 @@ def test_a_scheduler_survives_the_journey() -> None:
     ]
     assert after.waiting == before.waiting
     assert after.foresee().prompt_ids == before.foresee().prompt_ids == ["4"]
+
+
+def test_how_often_a_request_was_overtaken_outlives_its_ranks() -> None:
+    """Those that wait keep their number, through JSON; nobody overtakes one that had a place."""
+
+    def make_scheduler() -> Scheduler:
+        return Scheduler(num_ranks=2, rows=1, positions=32, replicated=False, max_prefill_tokens=64, most_overtaken=2)
+
+    scheduler = make_scheduler()
+    requests = [Request(name, (1, 2, 3), 9) for name in "abcdef"]
+    for request in requests:
+        scheduler.add(request)
+    scheduler.next_batch()  # a and b run
+    scheduler.order.learn("abcdef", np.array([[9, 0], [9, 0], [0, 9], [0, 9], [9, 0], [9, 0]], np.int16))
+    scheduler.release(scheduler.running[0])
+    scheduler.next_batch()  # e has overtaken c and d
+    assert [s.request.request_id for s in scheduler.running] == ["b", "e"]
+    for sequence in scheduler.running:
+        sequence.cached = 3
+    seen = Snapshot(7, progress=4, sequences=take_snapshot_of(scheduler, members=(7, 8)))
+    start = continue_from(
+        [Snapshot.from_json(json.loads(json.dumps(seen.to_json())))], replicated=False, delivered=None
+    )
+    after = make_scheduler()
+    start.fill(after, rank=0)
+    waiting = {request.request_id: after.order.overtaken(request.request_id) for request in after.waiting}
+    lost = "b" if scheduler.running[0].home else "e"
+    assert waiting == {lost: 2, "c": 1, "d": 1, "f": 0}
+    assert next(iter(waiting)) == lost
