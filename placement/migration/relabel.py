@@ -102,6 +102,8 @@ def least_bytes(
     expert_bytes: ExpertBytes = None,
     origin: np.ndarray | None = None,
     filled: np.ndarray | None = None,
+    fewest: np.ndarray | None = None,
+    most: np.ndarray | None = None,
 ) -> int:
     """Proven lower bound on the bytes that any valid placement on `new_cluster` makes its ranks fetch.
 
@@ -116,19 +118,23 @@ def least_bytes(
         expert_bytes: as `relabel_to`.
         origin: as `relabel_to`.
         filled: (L,) slots that must hold an expert; None = as many as can.
+        fewest, most: (L, R) slots of each rank of which so many must hold an expert, and no more; None = any number.
     """
     origin_R = check_origin(origin, previous.num_ranks, new_cluster.num_ranks)
     size_LE, held_LRE = bytes_per_expert(previous, expert_bytes), held_experts(previous, origin_R)
     total = 0
     for layer, count in enumerate(previous.experts_per_layer):
         size_E, held_RE = size_LE[layer, :count].astype(np.float64), held_LRE[layer, :, :count]
-        room = int(np.minimum(new_cluster.slots_of_rank, count).sum())
-        target = room if filled is None else int(filled[layer])
-        kept = int(np.minimum(new_cluster.slots_of_rank, held_RE.sum(axis=1)).sum())
-        choices_SE = np.repeat(held_RE, np.minimum(new_cluster.slots_of_rank, count), axis=0) * size_E
+        most_R = np.minimum(new_cluster.slots_of_rank if most is None else most[layer], count)
+        least_R = np.zeros_like(most_R) if fewest is None else fewest[layer]
+        target = int(most_R.sum() if filled is None else filled[layer])
+        held_R = held_RE.sum(axis=1)
+        short = int(np.maximum(least_R - held_R, 0).sum())
+        missing = short + max(target - int(np.maximum(np.minimum(held_R, most_R), least_R).sum()), 0)
+        choices_SE = np.repeat(held_RE, most_R, axis=0) * size_E
         rows, columns = linear_sum_assignment(choices_SE, maximize=True)
         homeless = size_E.sum() - choices_SE[rows, columns].sum()
-        total += int(max(homeless, max(target - kept, 0) * size_E.min()))
+        total += int(max(homeless, missing * size_E.min()))
     return total
 
 

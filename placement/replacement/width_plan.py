@@ -20,7 +20,8 @@ class WidthPlan:
     Attributes:
         plan: between the widened placements.
         goal: the placement wanted.
-        least_bytes: proven least for any placement with the slots of `goal` that fills as many of them.
+        least_bytes: proven least for any placement with the slots of `goal` that fills as many of them, and in layers
+            that the goal fills evenly as evenly.
     """
 
     plan: MigrationPlan
@@ -45,4 +46,19 @@ def plan_width(old: Placement, goal: Placement, *, expert_bytes: ExpertBytes, st
     plan = plan_migration(with_slots(old, slots_R), wide, expert_bytes=expert_bytes, staging_bytes=staging_bytes)
     cluster = Cluster(goal.node_of_rank, goal.slots_of_rank, np.ones(goal.num_ranks))
     filled_L = (goal.slot_to_expert != EMPTY_SLOT).sum(axis=1)
-    return WidthPlan(plan, goal, least_bytes(old, cluster, expert_bytes=expert_bytes, filled=filled_L))
+    fewest_LR, most_LR = _even_shares(goal)
+    limits = {"filled": filled_L, "fewest": fewest_LR, "most": most_LR}
+    return WidthPlan(plan, goal, least_bytes(old, cluster, expert_bytes=expert_bytes, **limits))
+
+
+def _even_shares(goal: Placement) -> tuple[np.ndarray, np.ndarray]:
+    """(L, R) fewest and (L, R) most slots that each rank fills where ranks with slots differ by one at most, as those
+    of the goal do; 0 and all in layers in which they do not."""
+    filled_LR = goal.copies_LER.sum(axis=1)
+    holding_R = goal.slots_of_rank > 0
+    held_LR = filled_LR[:, holding_R]
+    even_L1 = (held_LR.max(axis=1) - held_LR.min(axis=1) <= 1)[:, None]
+    floor_L1, rest_L1 = np.divmod(held_LR.sum(axis=1, keepdims=True), int(holding_R.sum()))
+    fewest_LR = np.where(even_L1 & holding_R, floor_L1, 0)
+    most_LR = np.where(even_L1, np.minimum(floor_L1 + (rest_L1 > 0), goal.slots_of_rank), goal.slots_of_rank)
+    return fewest_LR, most_LR

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ortools.sat.python import cp_model
 
 from moeplace.placement.cluster import Cluster, even_slots
 from moeplace.placement.migration.plan import apply_plan
@@ -73,6 +74,62 @@ def test_a_change_of_width_moves_the_proven_least(experts: int, ranks: int, seed
     assert made.plan.bytes == made.least_bytes == 10 * moves(old, goal).sum()
     wide = with_slots(old, np.maximum(old.slots_of_rank, goal.slots_of_rank))
     assert with_slots(apply_plan(wide, made.plan), goal.slots_of_rank).equals(goal)
+
+
+def least_fetched(old: Placement, goal: Placement) -> int:
+    """What ranks must fetch at least for a placement with the slots of a goal, as many of them filled, and on all ranks
+    with slots as many but for one: by an integer program."""
+    total, holders = 0, np.flatnonzero(goal.slots_of_rank).tolist()
+    for layer, count in enumerate(old.experts_per_layer.tolist()):
+        model, filled_slots = cp_model.CpModel(), int((goal.slot_to_expert[layer] != EMPTY_SLOT).sum())
+        has = {(e, r): model.new_bool_var("") for e in range(count) for r in range(old.num_ranks)}
+        on_rank = [sum(has[e, r] for e in range(count)) for r in range(old.num_ranks)]
+        for rank in range(old.num_ranks):
+            model.add(on_rank[rank] <= int(goal.slots_of_rank[rank]))
+        for rank in holders:
+            model.add(on_rank[rank] >= filled_slots // len(holders))
+            model.add(on_rank[rank] <= -(-filled_slots // len(holders)))
+        for expert in range(count):
+            model.add_at_least_one(has[expert, r] for r in range(old.num_ranks))
+        model.add(sum(has.values()) == filled_slots)
+        model.minimize(sum(var for (e, r), var in has.items() if not old.copies_LER[layer, e, r]))
+        solver = cp_model.CpSolver()
+        solver.parameters.num_workers = 1
+        assert solver.solve(model) == cp_model.OPTIMAL
+        total += round(solver.objective_value)
+    return total
+
+
+@settings(max_examples=25, deadline=None)
+@given(**RANDOM, joins=st.integers(0, 2))
+def test_with_replicas_too_a_change_of_width_moves_the_least(
+    experts: int, ranks: int, seed: int, extra: int, joins: int
+) -> None:
+    """Ranks come and go at once, and a layer has more copies than another, as after a loss during a re-placement: the
+    plan costs what the bound says, and no placement as even costs less."""
+    rng = np.random.default_rng(seed)
+    old = with_ranks(
+        random_placement(2, experts, ranks, seed=seed, extra_slots=extra), [*range(ranks), *[None] * joins]
+    )
+    emptied = old.slot_to_expert.copy()
+    for layer, row in enumerate(emptied):
+        for slot in rng.permutation(len(row))[: rng.integers(3)].tolist():
+            if old.replica_counts[layer][row[slot]] > 1 and (row == row[slot]).sum() > 1:
+                row[slot] = EMPTY_SLOT
+    old = old.replace(slot_to_expert=emptied)
+    holders = sorted(rng.choice(ranks + joins, rng.integers(1, ranks + joins + 1), replace=False).tolist())
+    goal = rebalance(old, holders=holders, load=rng.integers(0, 9, (2, experts)))
+    made = plan_width(old, goal, expert_bytes=10, staging_bytes=10)
+    assert made.plan.bytes == made.least_bytes == 10 * least_fetched(old, goal)
+
+
+def test_a_goal_that_is_not_even_is_bound_by_its_slots_alone() -> None:
+    """Worked by hand, two ranks with 3 slots: what is as uneven as before costs nothing, what is even does."""
+    old = Placement(np.array([[0, 1, 2, 3, -1, -1]]), np.full(2, 3), np.zeros(2, np.int64), np.full(1, 4))
+    goal = old.replace(slot_to_expert=np.array([[0, 1, 2, 3, -1, -1]]))
+    assert plan_width(old, goal, expert_bytes=10, staging_bytes=10).least_bytes == 0
+    even = old.replace(slot_to_expert=np.array([[0, 1, -1, 3, 2, -1]]))
+    assert plan_width(old, even, expert_bytes=10, staging_bytes=10).least_bytes == 10
 
 
 def test_five_ranks_take_the_fifth_of_four() -> None:
