@@ -78,6 +78,10 @@ class RayMember:
         """See `Member`: Ray keeps them."""
         return ""
 
+    def release(self) -> None:
+        """See `Member`."""
+        self._spawner.forget(self)
+
     def kill(self) -> None:
         """See `Member`."""
         ray.kill(self._actor, no_restart=True)
@@ -132,7 +136,8 @@ class RaySpawner:
             **self._options, scheduling_strategy=strategy, runtime_env=environment, name=None
         )
         member = RayMember(self, member_id, actor.remote(), bundle, job)
-        self._members.append(member)
+        with self._lock:
+            self._members.append(member)
         return member
 
     def vacate(self, bundle: Bundle, *, lost: bool) -> None:
@@ -146,12 +151,19 @@ class RaySpawner:
                 return
         remove_placement_group(bundle.group)
 
+    def forget(self, member: RayMember) -> None:
+        """A member has ended, and nothing more is asked of it."""
+        with self._lock:
+            if member in self._members:
+                self._members.remove(member)
+
     def close(self) -> None:
         """See `Spawner`."""
         with self._lock:
             self._closed = True
             vacant, self._vacant = self._vacant, []
-        for member in self._members:
+            members = list(self._members)
+        for member in members:
             if member.is_alive():
                 member.kill()
                 remove_placement_group(member.bundle.group)

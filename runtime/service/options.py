@@ -134,6 +134,9 @@ class Member(Protocol):
     def last_words(self) -> str:
         """The end of what it printed, "" = nothing, or that is kept elsewhere."""
 
+    def release(self) -> None:
+        """It has ended and nothing more is asked of it: close what is open for it."""
+
 
 class Spawner(Protocol):
     """Where members are started."""

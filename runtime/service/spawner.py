@@ -56,8 +56,13 @@ class LocalMember:
         content = os.pread(self._words.fileno(), _LAST_BYTES, max(size - _LAST_BYTES, 0))
         return content.decode(errors="replace").strip()
 
+    @property
+    def is_released(self) -> bool:
+        """Whether nothing is open for it."""
+        return self._words.closed
+
     def release(self) -> None:
-        """Close what is open for it."""
+        """See `Member`."""
         self._words.close()
         if self._process.stdin is not None:
             with suppress(OSError):
@@ -95,6 +100,7 @@ class LocalSpawner:
         self._starter.shutdown()
 
     def _start(self, member_id: int, job: MemberJob) -> LocalMember:
+        self._started = [member for member in self._started if not member.is_released]
         place = self._free_place()
         words: IO[bytes] = tempfile.TemporaryFile() if self.folder is None else self._log(member_id)  # noqa: SIM115
         try:

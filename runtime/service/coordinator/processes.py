@@ -88,6 +88,7 @@ class MemberProcesses:
             while (code := process.wait(3600.0)) is None:
                 pass
             words = process.last_words() if code else ""
+            process.release()
         except Exception as error:
             logger.exception("member %d cannot be watched", member_id)
             code, words = -1, sentence_of(error)

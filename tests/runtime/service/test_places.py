@@ -1,10 +1,14 @@
-"""Members of a machine have places: the number of their GPU, free again when they have ended."""
+"""Members of a machine have places: the number of their GPU, free again when they have ended. They leave nothing."""
 
+import os
+import queue
 import subprocess
+import sys
 from typing import Any
 
 import pytest
 
+from moeplace.runtime.service.coordinator.processes import MemberProcesses
 from moeplace.runtime.service.options import MemberJob, ServiceOptions
 from moeplace.runtime.service.spawner import LocalSpawner
 
@@ -48,3 +52,21 @@ def test_the_lowest_free_place_is_taken(monkeypatch: pytest.MonkeyPatch) -> None
     assert b'"place": 1' in told.told
     assert b'"device": "cuda"' in told.told
     spawner.close()
+
+
+@pytest.mark.parametrize("program", ["true", "false"])
+def test_nothing_stays_open_for_members_that_have_ended(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there were: a service of which ranks come and go must not run out of files."""
+    monkeypatch.setattr(sys, "executable", program)
+    job = MemberJob(0, "127.0.0.1", 1, "p", "checkpoint", ServiceOptions())
+    died: queue.Queue[dict[str, Any]] = queue.Queue()
+    spawner = LocalSpawner()
+    processes = MemberProcesses(spawner, job_of=lambda member: job, report=died.put)
+    numbers = []
+    for member in range(12):
+        processes.start(member)
+        assert died.get(timeout=30)["code"] == ["true", "false"].index(program)
+        numbers.append(len(os.listdir("/proc/self/fd")))
+    assert len(spawner._started) == 1  # the last one, until another is started
+    processes.close(30)
+    assert max(numbers) == numbers[0]

@@ -20,7 +20,7 @@ class DumbMember:
     def __init__(self, member_id: int) -> None:
         self.member_id = member_id
         self.ended = threading.Event()
-        self.waits_for_room = self.refuses_to_end = False
+        self.waits_for_room = self.refuses_to_end = self.is_released = False
 
     def is_alive(self) -> bool:
         return not self.ended.is_set()
@@ -37,8 +37,12 @@ class DumbMember:
         return -9 if self.ended.wait(timeout) else None
 
     def last_words(self) -> str:
+        assert not self.is_released
         time.sleep(0.1)  # of a file or a cluster: this is where a watcher was when its process ended
         return "bye"
+
+    def release(self) -> None:
+        self.is_released = True
 
 
 class DumbSpawner:
