@@ -316,6 +316,9 @@ class Conductor:
         elif self._generations.take_death(member, report):
             self._follow_loss(is_death=True)
 
+    def _on_rested(self, report: Document) -> None:
+        self._generations.end_pause(report["pause"])
+
     def _on_wish(self, _: Document) -> None:
         """A caller wants something; `_pursue` sees what."""
 

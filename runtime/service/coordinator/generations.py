@@ -55,7 +55,7 @@ class Generations:
         self._errors: dict[int, tuple[str, bool]] = {}  # why members end, and whether another one would too
         self._failures = 0  # of starts, joins and proposals, in a row
         self._disconnections = 0  # since the last step
-        self._pause_until = 0.0
+        self._pauses, self._is_pausing = 0, False
         self._failure = ""
 
     @property
@@ -83,7 +83,7 @@ class Generations:
     def want(self, ranks: int) -> None:
         """Another number of ranks is wanted."""
         self.members.desired = self._width = ranks
-        self._failures, self._pause_until = 0, 0.0
+        self._failures, self._is_pausing = 0, False
 
     def end(self, reason: str) -> None:
         """Nothing is answered any more."""
@@ -131,7 +131,7 @@ class Generations:
         current = self.members.current = self._succession.settled
         assert current is not None
         self._noticed, self._loaded = set(), set()
-        self._pause_until, self._width = 0.0, self.members.desired
+        self._is_pausing, self._width = False, self.members.desired
         if current.delivered is None:  # as planned, and not because of a loss
             self._failures = 0
         self._take_placement(report)
@@ -235,6 +235,11 @@ class Generations:
         self._start_again(newest)
         return False
 
+    def end_pause(self, number: int) -> None:
+        """A pause is over, unless something else has failed since."""
+        if number == self._pauses:
+            self._is_pausing = False
+
     def check_start(self, member: int, *, has_started: bool) -> None:
         """The time in which a member must have become a rank is over; one that waits for room has not begun."""
         state = self.members.members.get(member)
@@ -252,7 +257,7 @@ class Generations:
     def pursue(self, *, load: np.ndarray | None, expert_bytes: int) -> str:
         """Take the next step towards what is wanted; why there is no hope, "" = there is."""
         members = self.members
-        if self._failure or self._out.now < self._pause_until:
+        if self._failure or self._is_pausing:
             return self._failure
         while len(members.staying) < members.desired:
             member = members.add()
@@ -361,9 +366,9 @@ class Generations:
     def _pause(self) -> None:
         """Something failed: wait, the longer the more often it has."""
         self._failures += 1
+        self._pauses, self._is_pausing = self._pauses + 1, True  # until a reminder: the clock may be set meanwhile
         seconds = min(0.1 * 2.0**self._failures, _LONGEST_PAUSE)
-        self._pause_until = self._out.now + seconds
-        self._out.add(Remind(seconds, {"kind": "wish"}))
+        self._out.add(Remind(seconds, {"kind": "rested", "pause": self._pauses}))
 
     def _remind_of_start(self, member: int) -> None:
         self._out.add(Remind(self._options.start_timeout, {"kind": "deadline", "member": member}))

@@ -1,7 +1,8 @@
 """Reports: what a report must have for the conductor to look at it.
 
 From members: ready, alive, prepared, loaded, serving, pass, step, queue, counters, routing, refused, replaced, lost,
-failed, stopped. From those who watch over them: died, late, linger, deadline, look, planned. From callers: wish.
+failed, stopped. From those who watch over them: died, late, linger, deadline, look, rested, planned. From callers:
+wish.
 """
 
 from contextlib import suppress
@@ -40,6 +41,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "linger": {"member": int},
     "deadline": {"member": int, "started": bool},
     "look": {},
+    "rested": {"pause": int},
     "planned": {"number": int},
     "wish": {},
 }

@@ -101,6 +101,22 @@ def test_a_start_that_fails_is_told_and_made_again_after_a_pause() -> None:
     assert all(later > 1.5 * earlier for earlier, later in pairwise(pauses))
 
 
+@pytest.mark.parametrize("set_by", [-100_000.0, -20.0, 20.0, 100_000.0])
+def test_a_clock_that_is_set_makes_no_pause_longer(set_by: float) -> None:
+    """A start fails, the clock of the machine is set, and others start all the same, when they would have."""
+    world = World(keep_width=True, ranks=1)
+    for _ in range(4):
+        world.die(max(world.ranks))
+        while world.queue:
+            world.deliver(0)
+        world.clock_error += set_by
+        died_at = world.now
+        while not world.ranks and world.now < died_at + 100:
+            world.pass_time(0.05)
+        assert world.now - died_at < 5
+        assert world.ranks
+
+
 def test_the_time_from_a_loss_to_a_token_is_told() -> None:
     """Once per loss, from when it was noticed; no step without a token counts."""
     world = serving(2)
