@@ -227,7 +227,8 @@ class RankGroup:
             self._under_way.pop().wait_out()
         if self._watch is not None:
             self._watch.close()
-        for name in ("_group", "_control"):
+        # The agreement knows this group: without it nothing waits for the garbage collector, least of all a connection.
+        for name in ("_group", "_control", "_store", "_agreement"):
             self.__dict__.pop(name, None)
         for group in (self._node_group, self._background):
             if group is not None:

@@ -1,8 +1,11 @@
 """Process groups: derived ones, errors that are no lost peer, and an end without an abort."""
 
+import gc
 import subprocess
 import sys
 import textwrap
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,27 @@ def test_groups_may_be_derived_again(pool: RankPool) -> None:
     """The second and third of a kind on the same base group meet in stores of their own."""
     for sums in pool.run(derive_twice):
         assert sums == [4, 2, 4] * 3
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What nobody holds any more goes at once, or stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_closed_group_goes_with_its_last_owner(no_collector: None) -> None:
+    """And its store, which may be a connection: a rank that is in many groups must not wait for the collector."""
+    store = dist.HashStore()
+    group = RankGroup(store, rank=0, size=1, timeout=5)
+    node = group.with_nodes(np.zeros(1, np.int64)).node_group()
+    kept = [weakref.ref(one) for one in (group, node, group.background(), store)]
+    group.agree({"a": "1"})
+    group.close()
+    del group, node, store
+    assert [one() for one in kept] == [None] * 4
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The invariant: for any valid placement, mode and number of ranks, the logits are those of the plain model."""
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,6 +264,26 @@ def test_a_new_group_counts_all_of_what_follows(tmp_path: Path) -> None:
     assert counted[0]["tokens_computed"] > 0
     assert counted[1] == {**counted[0], "placement_version": 1}
     assert groups[0].counters.tokens.total() == counted[0]["tokens_computed"]
+
+
+@pytest.mark.parametrize("mode", ["coherent", "dispatch-combine", "allgather"])
+def test_an_engine_lets_go_of_the_group_before(mode: str, tmp_path: Path) -> None:
+    """Of all of it, connections too, and not only when the collector comes: ranks may change for months."""
+    save_checkpoint("olmoe", tmp_path)
+    before, after = (RankGroup(HashStore(), rank=0, size=1, timeout=5) for _ in range(2))
+    engine = Engine(tmp_path, group=before, mode=mode, limits=EngineLimits(max_sequences=4, max_length=8))
+    engine.generate([Request("a", (1, 2), 3, stop_ids=())])
+    gc.collect()
+    gc.disable()
+    try:
+        engine.regroup(after, engine.placement, version=1)
+        kept = weakref.ref(before)
+        before.close()
+        del before
+        assert len(engine.generate([Request("b", (1, 2), 3, stop_ids=())])) == 1
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_arrivals_do_not_stop_what_runs() -> None:
