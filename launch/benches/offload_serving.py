@@ -170,15 +170,21 @@ class Serving:
                 experts.restart(engine.placement, self.group.rank)
                 restarted(experts)
             self._begin(engine, prompts)
-            before = _loaded(engine)
+            before = loaded_by(engine)
             seconds.append(_timed_steps(engine))
-            loaded += _loaded(engine) - before
+            loaded += loaded_by(engine) - before
             found = {kind: found.get(kind, 0) + counters.experts_found.get(kind, 0) for kind in USES}
+        pace = float(np.nanmedian(paces)) if paces[1:] else np.nan
+        return Served(np.array(seconds), self.routing(engine), found, loaded, pace)
+
+    def routing(self, engine: Engine) -> RoutingTrace:
+        """What an engine has routed since its window was cleared, of all ranks; sequences are known by `crc32` of their
+        requests' names.
+        """
         assert engine.window.recent is not None
         content = engine.window.recent.snapshot().to_bytes()
         parts = [RoutedRows.from_bytes(each) for each in self.group.all_gather_bytes(content, kind="routing")]
-        trace = join_rows(parts, self.checkpoint.experts_per_layer, layer_ids=self.checkpoint.layer_ids)
-        return Served(np.array(seconds), trace, found, loaded, float(np.nanmedian(paces)) if paces[1:] else np.nan)
+        return join_rows(parts, self.checkpoint.experts_per_layer, layer_ids=self.checkpoint.layer_ids)
 
     def alternate(self, one: Engine, other: Engine) -> tuple[float, float]:
         """Seconds of a step of two engines, in turn: what disturbs the machine disturbs both."""
@@ -232,7 +238,7 @@ def _timed_steps(engine: Engine) -> list[float]:
     return seconds
 
 
-def _loaded(engine: Engine) -> float:
-    """Bytes of experts that an engine has loaded so far."""
+def loaded_by(engine: Engine) -> float:
+    """Bytes of experts that an engine has loaded so far; of what was broken off, the share that was loaded."""
     store = engine.executor.runtime.experts
     return store.loader.bytes + store.loader.broken_bytes if isinstance(store, TieredStore) else 0.0

@@ -90,7 +90,7 @@ class HttpFront:
         self._draining = self._ending = False
         self._bridge: EventBridge | None = None
         self._health_check = HealthCheck(service, patience=settings.patience)
-        self.metrics = FrontMetrics(service, self._queue, model=settings.model)
+        self.metrics = FrontMetrics(service, self._queue, model=settings.model, precision=settings.precision)
         keys = Keys(settings.api_key, settings.client_keys, settings.admin_key)
         self.application: ASGIApp = Guard(self._routes(permit), keys=keys, metrics=self.metrics)
 

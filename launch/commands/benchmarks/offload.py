@@ -1,13 +1,16 @@
 """`moeplace bench offload`: a checkpoint served with less fast memory than its experts take."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeplace.launch.commands.benchmarks.prompts import add_prompt_arguments, prompts_of
 from moeplace.launch.options.policy import POLICY_NAMES
 from moeplace.launch.options.precision import EXACT, add_precision_arguments, served_plan
 from moeplace.launch.progress import progress
 from moeplace.placement.modes import MODES
+
+if TYPE_CHECKING:
+    from moeplace.launch.benches.offload_alike import AlikeOptions
 
 HELP = "serve with less fast memory than the experts take: budgets and policies side by side, measured and predicted"
 
@@ -39,12 +42,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bandwidth", type=float, metavar="B/S", help="bytes per second of that link (default: not limited)"
     )
+    group = parser.add_argument_group(
+        "with --alike",
+        "more requests than places, let in as they come and alike ones first (serve --alike), side by side",
+    )
+    group.add_argument(
+        "--alike",
+        metavar="N,M,...",
+        help="how often a request may be overtaken; 0, as they come, is served in any case",
+    )
+    group.add_argument("--requests", type=int, default=64, metavar="G", help="that wait at the start (64)")
+    group.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling their tokens (1)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of their order, lengths and tokens (0)")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for another rank")
     parser.add_argument("--json", metavar="F", help="write conditions and figures to F")
 
 
 def run(args: argparse.Namespace) -> int:
     from moeplace.launch.benches.offload import offload_bench
+    from moeplace.launch.benches.offload_alike import alike_bench
     from moeplace.launch.benches.offload_serving import OffloadOptions
     from moeplace.launch.options.policy import budgets_of
     from moeplace.placement.placement_file import load_placement
@@ -61,21 +77,70 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be at least {least}")
     if not 0 < args.timeout < float("inf"):
         raise InputError(f"--timeout ({args.timeout}) must be positive and finite")
-    model, prompts = prompts_of(args, length=args.prompt, count=2 * args.batch)
+    alike = _alike_options(args)
+    served = args.requests if alike else args.batch
+    model, prompts = prompts_of(args, length=args.prompt, count=served + args.batch)
     options = OffloadOptions(
-        model=model, prompts=prompts[: args.batch], other_prompts=prompts[args.batch :],
+        model=model, prompts=prompts[:served], other_prompts=prompts[served:],
         budgets=budgets_of(args.budgets), policies=policies, look_ahead=args.look_ahead,  # type: ignore[arg-type]
         transit=args.transit, host_computes=args.host_computes, latency=args.latency, bandwidth=args.bandwidth,
         mode=args.mode, steps=args.steps, rounds=args.rounds, timeout=args.timeout,
         placement=load_placement(args.placement) if args.placement else None, precision=served_plan(args),
     )  # fmt: skip
     with progress("serving") as report:
-        document = offload_bench(options, report=report)
+        document = alike_bench(options, alike, report=report) if alike else offload_bench(options, report=report)
     if document is not None:  # rank 0 speaks for the group
         if args.json:
             write_json(args.json, document)
-        print(format_report(document))
+        print(format_alike(document) if alike else format_report(document))
     return 0
+
+
+def _alike_options(args: argparse.Namespace) -> "AlikeOptions | None":
+    """What --alike and its flags say; None = it is not given.
+
+    Raises:
+        InputError: a value breaks a rule.
+    """
+    from moeplace.launch.benches.offload_alike import AlikeOptions
+    from moeplace.profiling.errors import InputError
+
+    if args.alike is None:
+        return None
+    try:
+        given = tuple(int(word) for word in args.alike.split(","))
+    except ValueError:
+        given = (-1,)
+    if min(given) < 0:
+        raise InputError(f"--alike {args.alike} must be whole numbers from 0 on, with commas between them")
+    if args.batch < 2:
+        raise InputError(f"--batch ({args.batch}) must be at least 2 with --alike: one request alone is like no other")
+    if args.requests <= args.batch:
+        raise InputError(f"--requests ({args.requests}) must be more than --batch ({args.batch}): else nobody waits")
+    if not 0 <= args.temperature < float("inf"):
+        raise InputError(f"--temperature ({args.temperature}) must not be negative, and finite")
+    overtaken = (0, *(number for number in dict.fromkeys(given) if number))
+    return AlikeOptions(overtaken, args.batch, args.temperature, args.seed)
+
+
+def format_alike(document: dict[str, Any]) -> str:
+    """The figures of --alike as a table."""
+    from moeplace.launch.tables import format_table
+
+    header = ("budget", "policy", "overtaken <=", "experts/layer", "hit rate", "KB/token", "bytes", "passes",
+              "mean wait", "longest delay", "s (this machine, now)", "other tokens")  # fmt: skip
+    rows = [
+        (
+            f"{run['budget']:.0%}", run["policy"], run["overtaken"], run["active_experts"], run["hit_rate"],
+            run["bytes_per_token"] / 1e3, f"{run['bytes_share'] - 1:+.1%}", run["passes"], run["mean_wait"],
+            run["longest_delay"], run["seconds"], run["other_tokens"],
+        )
+        for run in document["runs"]
+    ]  # fmt: skip
+    return (
+        f"{format_table(header, rows)}\nwaits and delays are in passes, delays against requests that go as they come; "
+        f"likeness of forecasts and of what was asked for correlate by {document['forecast_correlation']:.2f}"
+    )
 
 
 def format_report(document: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ Requests and latencies are counted by the front; everything else is asked of the
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -40,7 +40,8 @@ class FrontMetrics:
         queue_seconds: how long requests have waited so.
     """
 
-    def __init__(self, service: Service, places: Places, *, model: str = "") -> None:
+    def __init__(self, service: Service, places: Places, *, model: str = "", precision: Any = "exact") -> None:
+        """`precision`: "exact", or what is not, as the health check says it."""
         self._registry = registry = CollectorRegistry()
         build = Info("moeplace_build", "What runs here", registry=registry)
         build.info({"version": version("moeplace"), "model": model})
@@ -69,6 +70,7 @@ class FrontMetrics:
         self._next_seconds = Histogram(
             "moeplace_time_per_token_seconds", "Seconds between tokens", buckets=_NEXT, registry=registry
         )
+        _add_precision(registry, precision if isinstance(precision, Mapping) else {})
         registry.register(_ServiceCollector(service))
 
     def saw_tokens(self, count: int, seconds: float, *, first: bool) -> None:
@@ -83,6 +85,22 @@ class FrontMetrics:
     def render(self) -> bytes:
         """In Prometheus' text format, version 0.0.4."""
         return generate_latest(self._registry)
+
+
+def _add_precision(registry: CollectorRegistry, plan: Mapping[str, Any]) -> None:
+    """What is not exact, which does not change while a service lives; `plan` is empty where everything is."""
+    counts, error = plan.get("experts", {}), plan.get("predicted_error", 0.0)
+    inexact = Gauge("moeplace_inexact", "1 = some experts have other numbers than the checkpoint's", registry=registry)
+    inexact.set(float(any(count for name, count in counts.items() if name != "exact")))
+    predicted = Gauge(
+        "moeplace_predicted_error",
+        "Predicted error of layers, squared; 0 = exact",
+        registry=registry,
+    )
+    predicted.set(error)
+    experts = Gauge("moeplace_experts", "Experts by precision, under a plan", ["precision"], registry=registry)
+    for name, count in counts.items():
+        experts.labels(name).set(count)
 
 
 class _ServiceCollector(Collector):

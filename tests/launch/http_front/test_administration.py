@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from moeplace.launch.http_front.fair_queue import FairQueue
+from moeplace.launch.http_front.wire.metrics import FrontMetrics
 from moeplace.placement.placement import index_order
 from moeplace.placement.placement_file import save_placement
 from tests.launch.http_front.http_services import WAIT, ManualService, ThreadedFront, served
 
 GRAFANA = Path(__file__).resolve().parents[3] / "docs" / "grafana.json"
+
+
+PLAN = {"experts": {"exact": 3, "int8": 5, "int4": 0}, "predicted_error": 0.25}
 
 
 def post(front: ThreadedFront, name: str, body: Any) -> httpx.Response:
@@ -70,8 +75,8 @@ def test_re_placement_is_forbidden_and_allowed_again() -> None:
 
 @pytest.fixture(scope="module")
 def samples() -> dict[tuple[str, str], float]:
-    """(name, first label) -> value."""
-    with served(ManualService()) as front:
+    """(name, first label) -> value; of a service that keeps some experts in fewer bits."""
+    with served(ManualService(), precision=PLAN) as front:
         httpx.get(f"{front.url}/healthz", timeout=WAIT)  # an answer that can be counted
         families = text_string_to_metric_families(httpx.get(f"{front.url}/metrics", timeout=WAIT).text)
         return {(s.name, next(iter(s.labels.values()), "")): s.value for family in families for s in family.samples}
@@ -84,6 +89,18 @@ def test_what_the_service_says_of_its_passes(samples: dict[tuple[str, str], floa
     assert samples["moeplace_kv_positions", "used"] / samples["moeplace_kv_positions", "room"] == 0.25
     assert samples["moeplace_losses_total", ""] == 2
     assert any(name == "moeplace_build_info" for name, _ in samples)
+
+
+def test_what_is_not_exact_is_told(samples: dict[tuple[str, str], float]) -> None:
+    """Experts by precision and the predicted error, as the health check says them; without a plan, that nothing is."""
+    assert samples["moeplace_inexact", ""] == 1
+    assert samples["moeplace_predicted_error", ""] == 0.25
+    assert {p: n for (name, p), n in samples.items() if name == "moeplace_experts"} == PLAN["experts"]
+    for plan in ("exact", {"experts": {"exact": 8, "int8": 0}, "predicted_error": 0.0}):
+        text = FrontMetrics(ManualService(), FairQueue(1, 0), precision=plan).render().decode()
+        assert "moeplace_inexact 0.0\n" in text
+        assert "moeplace_predicted_error 0.0\n" in text
+        assert ("moeplace_experts{" in text) == (plan != "exact")
 
 
 def test_names_keep_to_the_conventions(samples: dict[tuple[str, str], float]) -> None:
