@@ -41,13 +41,18 @@ class ExpertForecast:
         self._cache: KvCache | None = None
 
     def share(self, group: RankGroup, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """(G, X) int16 profiles of prompts, on every rank those of rank 0: a collective outside the layers."""
-        content = b""
+        """(G, X) int32 profiles of prompts, on every rank those of rank 0: a collective outside the layers.
+
+        Raises:
+            PeerLostError: a rank is gone.
+        """
+        profile_GX = np.zeros((len(prompts), len(self._decoder.blocks) * self._num_experts), np.int32)
         if group.rank == 0:
-            profiles = [unit_profile(self.count(token_ids)) for token_ids in prompts]
-            content = np.rint(_UNIT * np.stack(profiles)).astype("<i2").tobytes()
-        content = group.broadcast_bytes(content, root=0, kind="forecasts")
-        return np.frombuffer(content, "<i2").reshape(len(prompts), -1)
+            for profile_X, token_ids in zip(profile_GX, prompts, strict=True):
+                profile_X[:] = np.rint(_UNIT * unit_profile(self.count(token_ids)))
+        if group.size > 1:
+            group.broadcast(torch.from_numpy(profile_GX), root=0, kind="forecasts")
+        return profile_GX
 
     def count(self, token_ids: Sequence[int]) -> np.ndarray:
         """(L, E) how often each expert will probably be chosen by the end of a prompt."""

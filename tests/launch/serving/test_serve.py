@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moeplace.launch.commands import serve as command
+from moeplace.launch.serving.front import _service_options
 from moeplace.launch.serving.requests_file import read_requests
 from moeplace.placement.placement_file import save_placement
 from moeplace.profiling.errors import FormatError, InputError
+from moeplace.runtime.engine import engine
+from moeplace.runtime.engine.limits import EngineLimits
 from tests.runtime.placements import random_placement
 from tests.shared_data import ROOT, tiny_moe_path
 
@@ -67,6 +71,25 @@ def test_two_ranks_under_torchrun_write_what_one_writes(tmp_path: Path) -> None:
     assert done.stdout.count("3 requests, 16 tokens") == 1
     run_command(str(tiny_moe_path()), *common, "--out", str(tmp_path / "one.jsonl"))
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+def test_flags_of_the_queue_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one rank, and what members of a service are told."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    made: list[EngineLimits] = []
+
+    def note(**options: Any) -> None:
+        made.append(options["limits"])
+
+    monkeypatch.setattr(engine, "Engine", note)
+    for words, alike in (((), 0), (("--alike", "5"), 5)):
+        args = parser.parse_args((str(tiny_moe_path()), "--http", ":0", "--no-verify", *words))
+        inputs = {"checkpoint": None, "placement": None, "recorded": None}
+        command._make_engine(args, None, inputs)  # type: ignore[arg-type]
+        assert made[-1].alike == alike
+        assert _service_options(args).limits.alike == alike
+    assert "alike" in _service_options(args).to_json()["limits"]
 
 
 def test_bad_input_ends_every_rank(tmp_path: Path) -> None:

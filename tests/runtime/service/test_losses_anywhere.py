@@ -170,3 +170,25 @@ def test_nobody_waits_for_a_rank_that_dies_where_ranks_agree(
     assert [phase for _, phase, _, _ in thread_members.fired()] == ["agreement"]
     assert thread_members.read_while == {"loading"}
     assert client.tokens == {completion.request_id: list(completion.token_ids) for completion in expected}
+
+
+@pytest.mark.parametrize("member", [0, 1])
+@pytest.mark.parametrize("mode", ["coherent", "dispatch-combine"])
+def test_a_rank_dies_while_forecasts_are_told(
+    checkpoint: Path, thread_members: ThreadSpawner, mode: str, member: int
+) -> None:
+    """Rank 0, who tells them, or another: the others go on, choose alike in every step, and no token changes."""
+    requests, limits = make_requests(3), replace(LIMITS, max_sequences=3, alike=4)
+    expected = Engine(checkpoint, dtype=torch.float64, limits=LIMITS).generate(requests)
+    options = ServiceOptions(
+        mode=mode, dtype="float64", limits=limits, keep_width=True, check_steps=True, step_timeout=60.0, timeout=60.0
+    )
+    thread_members.open(checkpoint, torch.float64)
+    client, faults = Client(), {member: [{"phase": "forecasts", "at": 2}]}
+    with Coordinator(checkpoint, ranks=3, spawner=thread_members, options=options, faults=faults) as service:
+        service.wait_until_serving(timeout=WAIT)
+        for request in requests:
+            service.submit(request, client)
+        client.await_ends([request.request_id for request in requests], WAIT)
+    assert thread_members.fired() == [(member, "forecasts", 2, False)]
+    assert client.tokens == {completion.request_id: list(completion.token_ids) for completion in expected}
