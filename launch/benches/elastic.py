@@ -101,7 +101,7 @@ def step_figures(
     usual = {width: median(s for s, _, w in quiet if w == width) for width in widths}
     pace = {width: _seconds_per_token([step for step in quiet if step[2] == width]) for width in widths}
     expected = sum(n * pace[width] for _, n, width in during)
-    ratios, calm = ([s / usual[width] for s, _, width in steps] for steps in (during, quiet))
+    ratios, calm = ([s / usual[width] for s, _, width in some] for some in (during, quiet))
     figures = {
         "median_step_seconds": median(s for s, _, _ in quiet) if quiet else math.nan,
         "median_step_ratio": median(ratios) if ratios else math.nan,

@@ -75,12 +75,12 @@ def _serve_file(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer(args.model)
     requests = None
     try:  # rank 0 speaks for the group: the others must hear of its failure, not wait for it
+        plan = served_plan(args)
+        inputs = _load_inputs(args, plan)  # first: what is wrong with the folder is not the tokenizer's to say
         if group.rank == 0:
             requests = read_requests(
                 args.requests, tokenizer.encode, max_new_tokens=args.max_new_tokens, seed=args.seed
             )
-        plan = served_plan(args)
-        inputs = _load_inputs(args, plan)
         if group.rank == 0 and plan is not None:
             print(inexact_sentence(args, plan), flush=True)
     except MoeplaceError as error:

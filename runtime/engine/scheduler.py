@@ -133,10 +133,9 @@ class Scheduler:
         if not self.order.most_overtaken:
             return []
         running = [sequence.request for sequence in self.running]
-        known = {request.request_id: request for request in (*running, *self.waiting)}
-        waiting = [request.request_id for request in self.waiting]
-        places = sum(map(len, self._pools))
-        return [known[name] for name in self.order.unforeseen(waiting, [r.request_id for r in running], places=places)]
+        names, running_names = ([request.request_id for request in some] for some in (self.waiting, running))
+        wanted = set(self.order.unforeseen(names, running_names, places=sum(map(len, self._pools))))
+        return [request for request in (*running, *self.waiting) if request.request_id in wanted] if wanted else []
 
     def seat(self, sequence: RunningSequence) -> None:
         """Take over a sequence that has a home and a row, which must be free."""

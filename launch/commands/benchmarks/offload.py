@@ -119,6 +119,8 @@ def _alike_options(args: argparse.Namespace) -> "AlikeOptions | None":
         raise InputError(f"--requests ({args.requests}) must be more than --batch ({args.batch}): else nobody waits")
     if not 0 <= args.temperature < float("inf"):
         raise InputError(f"--temperature ({args.temperature}) must not be negative, and finite")
+    if args.seed < 0:
+        raise InputError(f"--seed ({args.seed}) must not be negative")
     overtaken = (0, *(number for number in dict.fromkeys(given) if number))
     return AlikeOptions(overtaken, args.batch, args.temperature, args.seed)
 

@@ -88,10 +88,10 @@ class MemberProcesses:
             while (code := process.wait(3600.0)) is None:
                 pass
             words = process.last_words() if code else ""
-            process.release()
         except Exception as error:
             logger.exception("member %d cannot be watched", member_id)
             code, words = -1, sentence_of(error)
+        self._release(process)
         told = f"its process ended with code {code}"
         if words:
             told = f"{told}: {words.splitlines()[-1][:200]}"
@@ -99,3 +99,9 @@ class MemberProcesses:
         with self._lock:
             self._alive.pop(member_id, None)
         self._report({"kind": "died", "member": member_id, "code": code, "error": told})
+
+    def _release(self, process: Member) -> None:
+        try:
+            process.release()
+        except Exception:  # its end is told all the same
+            logger.exception("what was open for member %d could not be closed", process.member_id)

@@ -45,7 +45,7 @@ def test_orders_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize(
     "words",
     ["--alike x", "--alike -1", "--alike 3,", "--alike 3 --batch 1", "--alike 3 --requests 2",
-     "--alike 3 --temperature -1", "--alike 3 --temperature inf"],
+     "--alike 3 --temperature -1", "--alike 3 --temperature inf", "--alike 3 --temperature nan", "--alike 3 --seed -1"],
 )  # fmt: skip
 def test_wrong_values_are_one_sentence(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Said before anything is served; nothing is written."""

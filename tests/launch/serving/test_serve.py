@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from moeplace.launch.cli import main
 from moeplace.launch.commands import serve as command
 from moeplace.launch.serving.front import _service_options
 from moeplace.launch.serving.requests_file import read_requests
@@ -90,6 +91,19 @@ def test_flags_of_the_queue_reach_the_engine(monkeypatch: pytest.MonkeyPatch) ->
         assert made[-1].alike == alike
         assert _service_options(args).limits.alike == alike
     assert "alike" in _service_options(args).to_json()["limits"]
+
+
+@pytest.mark.parametrize("words", [["--exact"], ["--alike", "2"]])
+def test_a_folder_that_is_not_there_is_named(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not its tokenizer, which requests of text need first; nothing is written."""
+    requests = tmp_path / "in.jsonl"
+    requests.write_text('{"prompt": "In"}\n')
+    out = tmp_path / "out.jsonl"
+    assert main(["serve", str(tmp_path / "nowhere"), "--requests", str(requests), "--out", str(out), *words]) == 1
+    assert "no such checkpoint folder: " in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_bad_input_ends_every_rank(tmp_path: Path) -> None:

@@ -98,6 +98,15 @@ def test_a_silent_rank_is_waited_for_as_long_as_was_said() -> None:
     assert store.num_keys() == before
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_of_agreements_the_last_one_stays(size: int) -> None:
+    """A key of each rank, however many there were."""
+    store, ranks = agreements(size)
+    for _ in range(4):
+        assert run_ranks(lambda rank: ranks[rank].reach({"a": "1"}, timeout=WAIT), size) == [None] * size
+        assert store.num_keys() == size
+
+
 def test_who_waits_can_be_told_that_it_is_in_vain() -> None:
     """As often as it looks up; who need not wait does not look."""
     _, ranks = agreements(2)

@@ -24,6 +24,18 @@ def test_balance_begins_anew_with_a_generation() -> None:
     np.testing.assert_array_equal(load, [[5, 6]])
 
 
+def test_one_assignment_alone_is_uneven() -> None:
+    """Of two ranks one has computed, however little; and what is told of the caches is kept."""
+    figures = ServiceFigures()
+    figures.report(0, {}, [1], [[1]])
+    figures.report(1, {}, [0], [[0]])
+    assert figures.imbalance_per_layer((0, 1)) == (2.0,)
+    figures.note_pass("decode", 0.5, [3, 8])
+    figures.note_pass("decode", 0.25, [1, 2, 3])
+    known = figures.passes()
+    assert known == {"passes": {"decode": 2}, "pass_seconds": {"decode": 0.75}, "kv_used": 3, "kv_room": 8}
+
+
 def test_members_that_are_gone_count_and_cost_nothing(dated_seed: int) -> None:
     """Of a service in which members come and go all the time: sums as if all were there, kept for those that are."""
     rng, figures = np.random.default_rng(dated_seed), ServiceFigures()

@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ class DumbMember:
     def __init__(self, member_id: int) -> None:
         self.member_id = member_id
         self.ended = threading.Event()
-        self.waits_for_room = self.refuses_to_end = self.is_released = False
+        self.waits_for_room = self.refuses_to_end = self.refuses_to_be_released = self.is_released = False
 
     def is_alive(self) -> bool:
         return not self.ended.is_set()
@@ -43,6 +44,8 @@ class DumbMember:
 
     def release(self) -> None:
         self.is_released = True
+        if self.refuses_to_be_released:
+            raise OSError("the disk is full")
 
 
 class DumbSpawner:
@@ -75,6 +78,22 @@ def test_none_is_left_when_a_service_is_closed(before: set[threading.Thread]) ->
     service.close(drain=False)
     assert set(threading.enumerate()) <= before
     service.close()  # again: nothing happens
+
+
+def test_an_end_is_told_whatever_becomes_of_what_was_open(caplog: pytest.LogCaptureFixture) -> None:
+    """With the code and the last words; that it could not be closed is in the log."""
+    died: queue.Queue[dict[str, Any]] = queue.Queue()
+    spawner = DumbSpawner()
+    processes = MemberProcesses(spawner, job_of=lambda member: None, report=died.put)  # type: ignore[arg-type, return-value]
+    processes.start(0)
+    spawner.members[0].refuses_to_be_released = True
+    processes.kill(0)
+    report = died.get(timeout=WAIT)
+    assert (report["member"], report["code"]) == (0, -9)
+    assert report["error"].endswith(": bye")
+    assert spawner.members[0].is_released
+    assert "could not be closed" in caplog.text
+    processes.close(WAIT)
 
 
 def test_members_are_ended_by_their_number(caplog: pytest.LogCaptureFixture) -> None:
