@@ -4,6 +4,7 @@ import os
 import queue
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,3 +71,20 @@ def test_nothing_stays_open_for_members_that_have_ended(program: str, monkeypatc
     assert len(spawner._started) == 1  # the last one, until another is started
     processes.close(30)
     assert max(numbers) == numbers[0]
+
+
+def test_the_last_words_of_a_member_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that failed, and of none that was released."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho first\necho out of luck >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    job = MemberJob(0, "127.0.0.1", 1, "p", "checkpoint", ServiceOptions())
+    died: queue.Queue[dict[str, Any]] = queue.Queue()
+    spawner = LocalSpawner()
+    processes = MemberProcesses(spawner, job_of=lambda member: job, report=died.put)
+    processes.start(0)
+    report = died.get(timeout=30)
+    assert (report["code"], report["error"]) == (3, "its process ended with code 3: out of luck")
+    assert spawner._started[0].last_words() == ""
+    processes.close(30)
