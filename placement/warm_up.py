@@ -52,8 +52,10 @@ def _search(trace: RoutingTrace) -> None:
     flat = Cluster.uniform(4, slots_per_rank=2)
     nodes = Cluster.uniform(4, slots_per_rank=3, ranks_per_node=2)
     spare = Cluster.uniform(4, slots_per_rank=4, ranks_per_node=2)
+    wide = np.argsort(np.random.default_rng(1).random((60, 1, 12)), axis=2)[:, :, :9].astype(np.int16)
     for tokens, cluster, mode, survive in (
         (trace, flat, "dispatch-combine", 0),
+        (RoutingTrace(wide, np.full(1, 12)), nodes, "dispatch-combine", 0),  # k-sets too large for all their subsets
         (trace, nodes, "dispatch-combine", 0),
         (trace, spare, "dispatch-combine", 1),
         (trace.primary(), flat, "coherent", 0),

@@ -16,7 +16,7 @@ FORMAT = "moeplace.certificate/1"
 Proof = dict[str, Any]
 
 
-def proof_of(dual: Dual, kind: str, *, nodes: bool, first: int, layers: int) -> Proof:
+def proof_of(dual: Dual, kind: str, *, nodes: bool, first: int, layers: int, pieces: str = "") -> Proof:
     """One bound of the relaxation.
 
     Args:
@@ -24,10 +24,13 @@ def proof_of(dual: Dual, kind: str, *, nodes: bool, first: int, layers: int) -> 
         kind: "connectivity", parts per token of a layer, or "stay", stayed tokens of a window of layers.
         nodes: parts are nodes, else ranks.
         first, layers: the layers it is about.
+        pieces: which minorants z picks from: those of "subsets" of k-sets, or of the "inverse" of experts that meet.
     """
     proof = {"kind": kind, "nodes": nodes, "first": first, "layers": layers, "h": pack(dual.h), "h_scale": dual.scale,
              "mu": dual.mu.tolist()}  # fmt: skip
-    return {**proof, "z": [pack(z) for z in dual.z]} if kind == "connectivity" else proof
+    if dual.seats is not None:
+        proof["seats"] = dual.seats.tolist()
+    return {**proof, "z": [pack(z) for z in dual.z], "pieces": pieces} if kind == "connectivity" else proof
 
 
 def certificate(proofs: list[Proof], *, by_search: bool) -> dict[str, Any]:

@@ -10,7 +10,16 @@ import numpy as np
 
 from moeplace.placement.bounds.certificate import Proof, proof_of
 from moeplace.placement.bounds.dual import solve_dual
-from moeplace.placement.bounds.relaxation import Layout, connectivity_slope, linear_slope, load_spread
+from moeplace.placement.bounds.ksets import LARGEST_SET
+from moeplace.placement.bounds.relaxation import (
+    STEP,
+    Layout,
+    connectivity_slope,
+    kset_slope,
+    linear_slope,
+    load_spread,
+)
+from moeplace.placement.bounds.replicated import Copies
 from moeplace.placement.bounds.traffic import ksets_of, ranks_per_token, stay_by_load, stay_by_rows, stay_by_spectrum
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.problem import Problem
@@ -18,6 +27,8 @@ from moeplace.profiling.traces.trace import RoutingTrace
 
 TOLERANCE = 1e-9
 """Taken off every bound that comes from floating-point eigenvalues."""
+_SET_STEP, _COPIES_STEP = 12.0, 8.0
+"""rho over the root mean square of the first slope where minorants are those of subsets, and with redundant slots."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,13 @@ class Connectivity(Job):
 
     @property
     def seconds_per_iteration(self) -> float:
-        return super().seconds_per_iteration + 3e-9 * self._trace.num_tokens * self._trace.top_k**2
+        tokens, top_k = self._trace.num_tokens, self._trace.top_k
+        slope = 3e-9 * tokens * 2**top_k if self._by_subsets else 3e-9 * tokens * top_k**2
+        return super().seconds_per_iteration * (2 if self._spare else 1) + slope
+
+    @property
+    def _by_subsets(self) -> bool:
+        return self._trace.top_k <= LARGEST_SET
 
     def close(self, *, spectral: bool) -> None:
         self._improve(
@@ -124,10 +141,21 @@ class Connectivity(Job):
 
     def relax(self, iterations: int, deadline: float) -> None:
         sets_UK, share_U = ksets_of(self._trace.layer(self._first))
-        slope = connectivity_slope(sets_UK, share_U, int(self._experts_w[0]), self._parts.capacity)
-        dual = solve_dual(self._layout(), slope, iterations=iterations, deadline=deadline)
+        experts, parts, sets = int(self._experts_w[0]), self._parts, self._by_subsets
+        slope = (kset_slope if sets else connectivity_slope)(sets_UK, share_U, experts, parts.capacity)
+        layout: Layout | Copies = self._layout()
+        if self._spare:
+            layout = Copies(experts, parts.count, parts.capacity, experts + self._spare, parts.even)
+        dual = solve_dual(
+            layout,
+            slope,
+            iterations=iterations,
+            deadline=deadline,
+            step=(_COPIES_STEP if self._spare else _SET_STEP) if sets else STEP,
+        )
         if self._improve(dual.bound):
-            self.proof = proof_of(dual, "connectivity", nodes=self._parts.nodes, first=self._first, layers=1)
+            pieces = "subsets" if sets else "inverse"
+            self.proof = proof_of(dual, "connectivity", nodes=parts.nodes, first=self._first, layers=1, pieces=pieces)
 
     def _improve(self, bound: float) -> bool:
         better = bound - TOLERANCE > self._target[self._first]

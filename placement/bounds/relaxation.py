@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moeplace.placement.bounds.ksets import UNIT, set_lines, set_pieces
 from moeplace.profiling.kernel_cache import njit
 
 Slope = Callable[[np.ndarray], tuple[float, np.ndarray]]
@@ -46,8 +47,9 @@ class Layout:
         capacity: C, (most) experts of a layer on a part.
         exact: every part holds exactly C experts of each layer.
         loads: (p, eps) for each load that is held down: p (n,) centred if exact, p'Zp <= eps.
-        spare: redundant slots of all layers together. Z is then the layout of one copy of each expert, and each
-            further copy adds at most its best C partners (C - 1 in its own layer) to <G, Z>.
+        spare: redundant slots of all layers together, for several layers side by side (`replicated` has one layer). Z
+            is then the layout of one copy of each expert, and each further copy adds at most its best C partners in
+            each neighbouring layer to <G, Z>.
     """
 
     layers: int
@@ -121,7 +123,7 @@ def certify(layout: Layout, constant: float, gain: np.ndarray, h: np.ndarray, mu
 
 def _most_extra(layout: Layout, gain: np.ndarray) -> float:
     """Most that the copies in spare slots add to <gain, Z>: an expert's copies take disjoint sets of partners."""
-    width = layout.capacity - 1 if layout.layers == 1 else layout.capacity * min(layout.layers - 1, 2)
+    width = layout.capacity * min(layout.layers - 1, 2)
     if not layout.spare or not width:
         return 0.0
     falling = -np.sort(-2 * gain, axis=1)
@@ -177,6 +179,20 @@ def connectivity_slope(sets_UK: np.ndarray, share_U: np.ndarray, experts: int, c
         gain = np.zeros((experts, experts))
         constant = _connectivity_pieces(sets_UK, share_U, z, most, gain)
         return constant, (gain + gain.T) / 2
+
+    return slope
+
+
+def kset_slope(sets_UK: np.ndarray, share_U: np.ndarray, experts: int, capacity: int) -> Slope:
+    """F = mean d of a layer, convexified token by token: the best minorant of each k-set's subsets (`ksets`).
+
+    Tighter than `connectivity_slope`, for k-sets of up to `LARGEST_SET` experts; same arguments.
+    """
+    lines, number = set_lines(sets_UK.shape[1], capacity)
+
+    def slope(z: np.ndarray) -> tuple[float, np.ndarray]:
+        gain = np.zeros((experts, experts))
+        return float(set_pieces(sets_UK, share_U, np.rint(UNIT * z).astype(np.int64), lines, number, gain)), gain
 
     return slope
 

@@ -19,7 +19,9 @@ from moeplace.placement.verification.relaxed import (
     stay_pieces,
     unpack,
 )
+from moeplace.placement.verification.replicated import certified_copies
 from moeplace.placement.verification.statement import UNREADABLE, Statement, what_is_wrong
+from moeplace.placement.verification.subsets import subset_pieces
 from moeplace.profiling.errors import FormatError
 from moeplace.profiling.traces.trace import RoutingTrace
 
@@ -133,7 +135,12 @@ class Prover:
         loads = held_loads(self.load_LE[span, :experts], caps, parts, exact, scale)
         frame = Frame(parts, experts, width, spare, loads)
         if kind == "connectivity":
-            d_L[first] = max(d_L[first], certified(document, frame, self._pieces(document, first, parts)))
+            pieces = self._pieces(document, first, parts)
+            if "seats" in document:
+                found = certified_copies(document, parts, experts, spare, pieces)
+            else:
+                found = certified(document, frame, pieces)
+            d_L[first] = max(d_L[first], found)
             return
         stayed = -certified(document, frame, stay_pieces([self.weight(first + x) for x in range(width - 1)]))
         boundaries = slice(first, first + width - 1)
@@ -142,13 +149,19 @@ class Prover:
 
     def _pieces(self, document: Any, layer: int, parts: Parts) -> tuple[float, np.ndarray]:
         experts = int(self.statement.experts_L[layer])
-        try:
-            matrices = [(unpack(text, experts, "u1") + 1 / 64) / 255.0 for text in document["z"]]
-            if not matrices:
-                raise ValueError("no matrix picks a minorant")
-        except UNREADABLE as error:
-            raise FormatError(f"a certificate cannot be read: {what_is_wrong(error)}") from error
         rows_UK, count_U = np.unique(np.sort(self.ids[layer], axis=1), axis=0, return_counts=True)
         share_U = count_U / self.trace.num_tokens
-        pieces = [connectivity_pieces(rows_UK, share_U, z, parts.capacity) for z in matrices]
+        try:
+            kind = str(document.get("pieces", "inverse"))
+            if kind not in ("inverse", "subsets"):
+                raise ValueError(f"pieces {kind!r} are none of inverse, subsets")
+            matrices = [unpack(text, experts, "u1") for text in document["z"]]
+            if not matrices:
+                raise ValueError("no matrix picks a minorant")
+            if kind == "subsets":
+                pieces = [subset_pieces(rows_UK, share_U, z, parts.capacity) for z in matrices]
+            else:
+                pieces = [connectivity_pieces(rows_UK, share_U, (z + 1 / 64) / 255.0, parts.capacity) for z in matrices]
+        except UNREADABLE as error:
+            raise FormatError(f"a certificate cannot be read: {what_is_wrong(error)}") from error
         return float(np.mean([a for a, _ in pieces])), np.mean([gain for _, gain in pieces], axis=0)

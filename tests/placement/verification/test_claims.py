@@ -72,11 +72,20 @@ def assert_bounds_agree(problem: Problem) -> None:
 @pytest.fixture(scope="module")
 def solved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(placement file, trace file) of a small problem whose bound needs the relaxation, however busy the machine."""
-    folder = tmp_path_factory.mktemp("solved")
+    return solved_with(4, 1.1, tmp_path_factory.mktemp("solved"))
+
+
+@pytest.fixture(scope="module")
+def with_replicas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same with a redundant slot on each rank."""
+    return solved_with(5, None, tmp_path_factory.mktemp("replicas"))
+
+
+def solved_with(slots: int, cap: float | None, folder: Path) -> tuple[Path, Path]:
     trace = topics(num_tokens=1024, num_layers=2, num_experts=16, top_k=3, num_topics=6, contrast=2.0, seed=1)
     save_trace(folder / "t.trace", trace)
-    cluster = Cluster.uniform(4, slots_per_rank=4)
-    problem = Problem.from_trace(trace.split("train"), cluster, objective="traffic", max_imbalance=1.1)
+    cluster = Cluster.uniform(4, slots_per_rank=slots)
+    problem = Problem.from_trace(trace.split("train"), cluster, objective="traffic", max_imbalance=cap)
     caps_L = held_imbalance(problem)
     placement = problem.placement(get_solver("lpt")(problem, Budget(1.0)).slot_to_expert)
     name, value, values = measure(problem, placement)
@@ -188,6 +197,53 @@ def test_a_certificate_proves_whatever_it_says(seed: int, solved: tuple[Path, Pa
                               "weights": rng.uniform(0, 0.1, 9).tolist()}  # fmt: skip
         found = proven(statement, tokens, statement.slots_R, [proof])
         assert found["traffic"] <= document["solver"]["objective"] + 1e-9
+
+
+@pytest.mark.parametrize("seed", FIXED_AND_TODAY)
+def test_a_certificate_with_replicas_proves_whatever_it_says(seed: int, with_replicas: tuple[Path, Path]) -> None:
+    """As it was written it is confirmed; with other multipliers it never proves more than the placement has."""
+    placement, trace = with_replicas
+    document, rng = json.loads(placement.read_text()), np.random.default_rng(seed)
+    assert refuted(document, trace) == []
+    proofs = document["certificate"]["proofs"]
+    assert proofs
+    assert all(len(proof["seats"]) == 16 and proof["pieces"] == "subsets" for proof in proofs)
+    tokens, statement = load_trace(trace).split("train"), Statement.from_document(document["problem"])
+    document["certificate"]["proofs"] = []
+    assert "lower bound" in refuted(document, trace)
+    for proof in copy.deepcopy(proofs):
+        proof["h_scale"] *= float(rng.uniform(-2, 3))
+        proof["seats"] = (np.array(proof["seats"]) * rng.uniform(-2, 3, 16)).tolist()
+        proof["pieces"] = str(rng.choice(["subsets", "inverse"]))
+        found = proven(statement, tokens, statement.slots_R, [proof])
+        assert found["traffic"] <= document["solver"]["objective"] + 1e-9
+
+
+def test_certificates_of_an_older_kind_still_count(with_replicas: tuple[Path, Path]) -> None:
+    """Pieces by expert, and redundant slots bounded by the best partners of a copy: less, but not refused."""
+    placement, trace = with_replicas
+    document = json.loads(placement.read_text())
+    for proof in document["certificate"]["proofs"]:
+        proof.pop("pieces")
+        proof.pop("seats")
+        proof["mu"] = []
+    tokens, statement = load_trace(trace).split("train"), Statement.from_document(document["problem"])
+    found = proven(statement, tokens, statement.slots_R, document["certificate"]["proofs"])
+    assert 1 <= found["traffic"] <= document["solver"]["objective"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda proof: proof.update(seats=proof["seats"][1:]), lambda proof: proof.update(pieces="others"),
+    lambda proof: proof["seats"].__setitem__(0, float("inf")), lambda proof: proof.update(h_scale=1e200),
+    lambda proof: proof["seats"].__setitem__(3, -1e300), lambda proof: proof.update(seats=None),
+    lambda proof: proof.update(h="AAAA"), lambda proof: proof.update(z=[]),
+])  # fmt: skip
+def test_damaged_certificates_with_replicas_are_refused(change: Any, with_replicas: tuple[Path, Path]) -> None:
+    placement, trace = with_replicas
+    document = json.loads(placement.read_text())
+    change(document["certificate"]["proofs"][0])
+    with pytest.raises(FormatError):
+        check_claims(document, load_trace(trace).split("train"))
 
 
 ODD = (None, "x", -1, 0, [], {}, True, float("nan"), float("inf"), 10**30, [["a"]])
