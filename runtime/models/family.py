@@ -126,6 +126,18 @@ class Family:
         return ExpertsForm(experts, bool(transposed), _activation(experts))
 
 
+def import_code(folder: str | Path) -> None:
+    """Import what `transformers` has for the family of a checkpoint, so that opening it later need not.
+
+    Raises:
+        InputError, FormatError: as `Family`, where the configuration alone says so.
+    """
+    import transformers
+
+    config = read_model_config(Path(folder))
+    transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+
+
 def refuse(family: str, reason: str) -> InputError:
     """The sentence of a family that cannot be served."""
     from moeplace.runtime.models.recorded import recorded_families

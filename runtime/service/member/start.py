@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 
@@ -26,7 +27,7 @@ def watch_input() -> None:
     """End this process when standard input ends."""
 
     def wait() -> None:
-        while os.read(sys.stdin.fileno(), 1):  # not through a buffer, whose lock would be held at the end
+        while os.read(0, 1):  # not through a buffer, whose lock would be held at the end
             pass
         os._exit(1)
 
@@ -37,17 +38,15 @@ def read_line() -> bytes:
     """The first line of standard input, and nothing of what follows it."""
     line = bytearray()
     while not line.endswith(b"\n"):
-        content = os.read(sys.stdin.fileno(), 1 << 16)
+        content = os.read(0, 1 << 16)
         if not content:
             os._exit(1)
         line += content
     return bytes(line)
 
 
-def main(parent: int) -> int:
-    """Be a member; its exit code."""
-    end_with_parent(parent)
-    content = read_line()
+def be_member(content: bytes) -> int:
+    """Do the job of a line; the exit code."""
     watch_input()
     import json
     import logging
@@ -59,10 +58,23 @@ def main(parent: int) -> int:
     return run_member(MemberJob.from_json(json.loads(content)))
 
 
-if __name__ == "__main__":
-    code = main(int(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads of groups that never connected may still wait for their timeout; an ordinary exit would wait for them, or
-    # be aborted by them.
+def leave(code: int) -> NoReturn:
+    """End this process now.
+
+    Threads of groups that never connected may still wait for their timeout; an ordinary exit would wait for them, or
+    be aborted by them.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code)
+
+
+def main(parent: int) -> int:
+    """Be a member of a program of its own; its exit code."""
+    end_with_parent(parent)
+    return be_member(read_line())
+
+
+if __name__ == "__main__":
+    leave(main(int(sys.argv[1])))

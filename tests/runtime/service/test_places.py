@@ -15,18 +15,16 @@ from moeplace.runtime.service.spawner import LocalSpawner
 
 
 class FakeProcess:
-    """A process that keeps what it is told, and ends when it is killed."""
+    """A process that reads what it is told, and ends when it is killed."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    pid = 0
+
+    def __init__(self, *_: Any, stdin: int, **__: Any) -> None:
         self.code: int | None = None
-        self.stdin, self.pid, self.told = self, 0, b""
+        self._input = os.dup(stdin)
 
-    def write(self, content: bytes) -> None:
-        self.told += content
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
+    def told(self) -> bytes:
+        return os.read(self._input, 1 << 16)
 
     def poll(self) -> int | None:
         return self.code
@@ -40,18 +38,26 @@ class FakeProcess:
 
 def test_the_lowest_free_place_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Members 0 to 3 at places 0 to 3; who comes after 1 and 2 are gone takes those, whatever its own number."""
-    monkeypatch.setattr(subprocess, "Popen", FakeProcess)
-    spawner = LocalSpawner()
+    processes: list[FakeProcess] = []
+
+    def start(*words: Any, **options: Any) -> FakeProcess:
+        processes.append(FakeProcess(*words, **options))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    spawner = LocalSpawner(forks=False)
     job = MemberJob(0, "127.0.0.1", 1, "p", "checkpoint", ServiceOptions(device="cuda"))
     members = [spawner.start(number, job) for number in range(4)]
+    assert [member.pid for member in members] == [0, 0, 0, 0]  # all have started
     assert [member.place for member in members] == [0, 1, 2, 3]
     for number in (2, 1):
         members[number].kill()
     later = [spawner.start(number, job) for number in (4, 5, 6)]
     assert [member.place for member in later] == [1, 2, 4]
-    told: Any = later[0]._process
-    assert b'"place": 1' in told.told
-    assert b'"device": "cuda"' in told.told
+    assert later[0].pid == 0
+    told = processes[4].told()
+    assert b'"place": 1' in told
+    assert b'"device": "cuda"' in told
     spawner.close()
 
 
