@@ -119,7 +119,8 @@ class LocalSpawner:
             else:
                 process, life = self._start_process(member, job)
         except Exception as error:
-            logger.exception("member %d could not be started", member.member_id)
+            if not member.is_killed:  # else the fork server was closed meanwhile
+                logger.exception("member %d could not be started", member.member_id)
             process = NotStarted(1, sentence_of(error))
             with suppress(OSError, ValueError):  # nobody may want to know any more
                 os.write(member.words, sentence_of(error).encode() + b"\n")

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import NoReturn
 
-from moeplace.runtime.service.member.start import be_member, end_with_parent, leave, read_line
+from moeplace.runtime.service.member.start import be_member, end_with_parent, leave, name_process, read_line
 
 
 def main(coordinator: int, channel: int, checkpoint: str) -> int:
@@ -28,6 +28,7 @@ def main(coordinator: int, channel: int, checkpoint: str) -> int:
     end_with_parent(coordinator)
     connection = socket.socket(fileno=channel)
     import_for(checkpoint)
+    name_process("fork-server")
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         _answer(connection, {"error": f"its imports have left {threads} threads, and a fork has but one"})

@@ -81,6 +81,10 @@ def running_server(log: Path, *options: str, environment: dict[str, str] | None 
 
 
 def members(server: ServerProcess) -> list[int]:
-    """Process ids of the ranks, whichever thread started them."""
+    """Process ids of the ranks, whichever thread started them, in the order of their numbers."""
     files = Path(f"/proc/{server.process.pid}/task").glob("*/children")
-    return sorted(int(child) for file in files for child in file.read_text().split())
+    names = {
+        int(child): Path(f"/proc/{child}/comm").read_text() for file in files for child in file.read_text().split()
+    }
+    ranks = {int(name.removeprefix("member-")): child for child, name in names.items() if name.startswith("member-")}
+    return [ranks[number] for number in sorted(ranks)]

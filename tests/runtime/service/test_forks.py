@@ -128,6 +128,7 @@ def test_a_fork_is_a_child_like_any_other(fork: Callable[..., Fork], server: For
     assert len(os.listdir(f"/proc/{pid}/task")) == 1
     assert made.process.poll() is None
     assert server.pid in children()
+    assert Path(f"/proc/{server.pid}/comm").read_text() == "fork-server\n"
 
 
 def test_it_says_what_is_wrong_and_ends_with_a_code(fork: Callable[..., Fork]) -> None:
