@@ -142,11 +142,11 @@ class ForkServer:
         running = self._running
         return None if running is None else running.process.pid
 
-    def fork(self, checkpoint: str, environment: Mapping[str, str], *, words: int, job: int) -> ForkedProcess:
+    def fork(self, checkpoint: str | None, environment: Mapping[str, str], *, words: int, job: int) -> ForkedProcess:
         """A member.
 
         Args:
-            checkpoint: which it is likely to serve: what this takes is imported beforehand.
+            checkpoint: what serving it takes is imported before the first fork; None = nothing is.
             environment: of its process.
             words: file for what it prints.
             job: file from which it reads its job, a line that is written *after* this has returned.
@@ -170,7 +170,7 @@ class ForkServer:
             self._thread.submit(self._drop).result()
         self._thread.shutdown()
 
-    def _fork(self, checkpoint: str, environment: dict[str, str], words: int, job: int) -> ForkedProcess:
+    def _fork(self, checkpoint: str | None, environment: dict[str, str], words: int, job: int) -> ForkedProcess:
         if self._closed.is_set() or self._refusal:
             raise ForkServerError(self._refusal or _CLOSED)
         try:
@@ -185,7 +185,7 @@ class ForkServer:
             self._drop()
             raise ForkServerError(f"{type(error).__name__}: {error}") from error
 
-    def _started(self, checkpoint: str, environment: dict[str, str]) -> _Running:
+    def _started(self, checkpoint: str | None, environment: dict[str, str]) -> _Running:
         """The server for forks with this environment."""
         kind = (sys.executable, os.getcwd(), environment)
         if self._running is not None and (self._running.kind != kind or self._running.process.poll() is not None):
@@ -194,14 +194,14 @@ class ForkServer:
             self._running = self._start(checkpoint, kind)
         return self._running
 
-    def _start(self, checkpoint: str, kind: tuple[Any, ...]) -> _Running:
+    def _start(self, checkpoint: str | None, kind: tuple[Any, ...]) -> _Running:
         executable, _, environment = kind
         here, there = socket.socketpair()
         module = "moeplace.runtime.service.member.fork_server"
         with tempfile.TemporaryFile() as words:
             with there:
                 process = subprocess.Popen(
-                    [executable, "-m", module, str(os.getpid()), str(there.fileno()), checkpoint],
+                    [executable, "-m", module, str(os.getpid()), str(there.fileno()), *filter(None, [checkpoint])],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=words,

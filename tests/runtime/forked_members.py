@@ -12,7 +12,7 @@ from moeplace.runtime.service.spawner import LocalSpawner
 class SharedForkServer(ForkServer):
     """One for members of all tests, whatever test they are of."""
 
-    def fork(self, checkpoint: str, environment: Mapping[str, str], **files: int) -> ForkedProcess:
+    def fork(self, checkpoint: str | None, environment: Mapping[str, str], **files: int) -> ForkedProcess:
         kept = {name: value for name, value in environment.items() if name != "PYTEST_CURRENT_TEST"}
         return super().fork(checkpoint, kept, **files)
 

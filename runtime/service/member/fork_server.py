@@ -1,4 +1,4 @@
-"""A process that forks members: `python -m moeplace.runtime.service.member.fork_server COORDINATOR SOCKET CHECKPOINT`.
+"""A process that forks members: `python -m moeplace.runtime.service.member.fork_server COORDINATOR SOCKET [MODEL]`.
 
 It imports once what every member imports: seconds of processor time for each that would start as a program of its own,
 and hundreds of megabytes that forks share. See `moeplace.runtime.service.forks`, which asks.
@@ -23,11 +23,12 @@ from typing import NoReturn
 from moeplace.runtime.service.member.start import be_member, end_with_parent, leave, name_process, read_line
 
 
-def main(coordinator: int, channel: int, checkpoint: str) -> int:
-    """Fork until the coordinator closes its end; the exit code."""
+def main(coordinator: int, channel: int, checkpoint: str | None = None) -> int:
+    """Fork until the coordinator closes its end; the exit code. Without a checkpoint forks import for themselves."""
     end_with_parent(coordinator)
     connection = socket.socket(fileno=channel)
-    import_for(checkpoint)
+    if checkpoint is not None:
+        import_for(checkpoint)
     name_process("fork-server")
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
@@ -115,4 +116,4 @@ def _answer(connection: socket.socket, content: Mapping[str, object]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os._exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
+    os._exit(main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]))

@@ -60,6 +60,7 @@ class Fork:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
+    """One that imports nothing: forks do, where they come so far."""
     forks = ForkServer(timeout=PATIENCE)
     yield forks
     forks.close()
@@ -69,10 +70,10 @@ def server() -> Iterator[ForkServer]:
 def fork(server: ForkServer) -> Iterator[Callable[..., Fork]]:
     forks: list[Fork] = []
 
-    def make(by: ForkServer = server, **variables: str) -> Fork:
+    def make(by: ForkServer = server, checkpoint: str | None = None, **variables: str) -> Fork:
         theirs, ours = os.pipe()
         words = tempfile.TemporaryFile()  # noqa: SIM115
-        process = by.fork("no checkpoint", environment(**variables), words=words.fileno(), job=theirs)
+        process = by.fork(checkpoint, environment(**variables), words=words.fileno(), job=theirs)
         os.close(theirs)
         forks.append(Fork(process, ours, words))
         return forks[-1]
@@ -117,18 +118,22 @@ def make_orphan() -> int:
         return int(process.stdout.readline())
 
 
-def test_a_fork_is_a_child_like_any_other(fork: Callable[..., Fork], server: ForkServer) -> None:
-    """Of this process, in a session of its own, with nothing open but its three streams, and libraries loaded."""
-    made = fork()
+@pytest.mark.parametrize("checkpoint", [None, "no checkpoint"])
+def test_a_fork_is_a_child_like_any_other(checkpoint: str | None, fork: Callable[..., Fork]) -> None:
+    """Of this process, in a session of its own, with nothing open but its three streams, and one thread; libraries are
+    loaded where a checkpoint was given."""
+    server = ForkServer(timeout=PATIENCE)
+    made = fork(server, checkpoint)
     pid = made.process.pid
     assert stat(pid)[1] == str(os.getpid())
     await_true(lambda: stat(pid)[3] == str(pid), "it shares a session")
     await_true(lambda: len(os.listdir(f"/proc/{pid}/fd")) == 3, f"open: {os.listdir(f'/proc/{pid}/fd')}")
-    assert "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    assert ("libtorch" in Path(f"/proc/{pid}/maps").read_text()) == (checkpoint is not None)
     assert len(os.listdir(f"/proc/{pid}/task")) == 1
     assert made.process.poll() is None
     assert server.pid in children()
     assert Path(f"/proc/{server.pid}/comm").read_text() == "fork-server\n"
+    server.close()
 
 
 def test_it_says_what_is_wrong_and_ends_with_a_code(fork: Callable[..., Fork]) -> None:
@@ -210,7 +215,7 @@ def test_servers_fork_at_the_same_time(server: ForkServer) -> None:
         try:
             for _ in range(12):
                 theirs, ours = os.pipe()
-                made = by.fork("none", environment(), words=theirs, job=theirs)
+                made = by.fork(None, environment(), words=theirs, job=theirs)
                 os.close(theirs)
                 os.close(ours)
                 made.wait(PATIENCE)
@@ -390,7 +395,7 @@ def test_all_end_with_the_process_that_asked_for_them() -> None:
         "pids = []\n"
         "for _ in range(3):\n"
         "    theirs, ours = os.pipe()\n"
-        "    pids.append(server.fork('none', dict(os.environ), words=words.fileno(), job=theirs).pid)\n"
+        "    pids.append(server.fork(None, dict(os.environ), words=words.fileno(), job=theirs).pid)\n"
         "    os.close(theirs)\n"
         "print(json.dumps([*pids, server.pid]), flush=True)\n"
         "time.sleep(600)\n"
