@@ -1,7 +1,7 @@
 """Certificates for layers whose experts may have several slots.
 
-x_r in {0, 1}^E says what part r holds, M = sum x_r x_r', c = diag M = slots of experts. A token finds e and f together at
-most B_ef = min(M_ef, 1). For any symmetric K and any v, with H = K - (v1' + 1v') / 2:
+x_r in {0, 1}^E says what part r holds, M = sum x_r x_r', c = diag M = slots of experts. A token finds e and f together
+at most B_ef = min(M_ef, 1). For any symmetric K and any v, with H = K - (v1' + 1v') / 2:
 
     <G, B> = <G - H, B> - <H, M - B> + <K, M> - v'M 1 - sum H_ee c_e     (first two: off the diagonal)
 

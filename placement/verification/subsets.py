@@ -8,7 +8,7 @@ the smallest Q (as binary numbers over the token's experts in rising order; no Q
 Shape letters: U distinct k-sets, K experts of one, A their subsets, P their pairs.
 """
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -54,7 +54,7 @@ def lines_below(size: int, capacity: int) -> list[tuple[int, int]]:
         sizes = [size // parts + (number < size % parts) for number in range(parts)]
         points.append((parts, sum(n * (n - 1) // 2 for n in sizes)))
     lines = []
-    for (parts, pairs), (_, then) in zip(points[:-1], points[1:], strict=True):
+    for (parts, pairs), (_, then) in pairwise(points):
         slope = SLOPES // (then - pairs)
         lines.append((SLOPES * parts + pairs * slope, slope))
     return [*lines, (SLOPES * few, 0)]

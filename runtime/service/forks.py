@@ -121,7 +121,7 @@ class ForkServer:
     The process starts when the first fork is asked for, and again where one is wanted with another environment, from
     another working directory, or after it has ended.
 
-    A process that never says that it is ready is not tried twice.
+    A process that never says that it is ready is not tried twice, nor one whose forks fail twice in a row.
 
     Attributes:
         timeout: seconds for its imports, and for a fork.
@@ -130,7 +130,7 @@ class ForkServer:
     def __init__(self, *, timeout: float = 120.0) -> None:
         self.timeout = timeout
         self._running: _Running | None = None
-        self._refusal = ""
+        self._refusal, self._failed = "", 0
         self._starting: subprocess.Popen[bytes] | None = None
         self._closed = threading.Event()
         # The process is killed when the thread that started it ends: so it is one that lives as long as this object.
@@ -180,10 +180,16 @@ class ForkServer:
                 answer = _read_answer(running.connection)
                 if "pid" not in answer:
                     raise ForkServerError(str(answer.get("error", answer)))
-                return ForkedProcess(int(answer["pid"]))
+                process = ForkedProcess(int(answer["pid"]))
+            self._failed = 0
+            return process
         except (OSError, ValueError) as error:
             self._drop()
-            raise ForkServerError(f"{type(error).__name__}: {error}") from error
+            sentence = f"{type(error).__name__}: {error}"
+            self._failed += 1
+            if self._failed > 1:  # in a row: it is the system, not an accident
+                self._refusal = sentence
+            raise ForkServerError(sentence) from error
 
     def _started(self, checkpoint: str | None, environment: dict[str, str]) -> _Running:
         """The server for forks with this environment."""
@@ -236,8 +242,12 @@ class ForkServer:
 
 
 def can_fork() -> bool:
-    """Whether this system has what it takes."""
-    return sys.platform == "linux" and hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")
+    """Whether this system has what it takes; in a container it may be forbidden."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return hasattr(signal, "pidfd_send_signal")
 
 
 def _read_answer(connection: socket.socket) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from moeplace.runtime.service.forks import ForkedProcess, ForkServer, ForkServerError
+from moeplace.runtime.service.forks import ForkedProcess, ForkServer, ForkServerError, can_fork
 from moeplace.runtime.service.options import MemberJob, ServiceOptions
 from moeplace.runtime.service.spawner import LocalSpawner
 
@@ -256,6 +256,48 @@ def test_a_server_that_hangs_is_given_up(fork: Callable[..., Fork]) -> None:
     server.timeout = PATIENCE
     fork(server)
     server.close()
+
+
+def test_a_system_that_forbids_it_is_asked_twice(fork: Callable[..., Fork], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accident costs one fork; what fails again is given up, and no server is started for it any more."""
+    server, started, start = ForkServer(timeout=PATIENCE), [], ForkServer._start
+
+    def count(*arguments: Any) -> Any:
+        started.append(0)
+        return start(*arguments)
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(ForkServer, "_start", count)
+    for accident in (True, False):
+        with monkeypatch.context() as forbidden:
+            forbidden.setattr(os, "pidfd_open", refuse)
+            for _ in range(1 if accident else 3):
+                with pytest.raises(ForkServerError, match="not here"):
+                    fork(server)
+        if accident:
+            fork(server)
+    assert len(started) == 3  # after the accident, and after the first of the failures
+    with pytest.raises(ForkServerError, match="not here"):
+        fork(server)
+    server.close()
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_where_processes_have_no_handles_nothing_is_forked(is_old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old system does not know them, and a container may forbid them."""
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("not here")
+
+    assert can_fork()
+    if is_old:
+        monkeypatch.delattr(os, "pidfd_open")
+    else:
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+    assert not can_fork()
+    assert not LocalSpawner()._forks
 
 
 def test_a_closed_server_forks_nothing(fork: Callable[..., Fork]) -> None:
