@@ -4,6 +4,7 @@ Shape letters: L MoE layers, R ranks, N nodes.
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -102,11 +103,34 @@ def _relax(jobs: list[Job], deadline: float) -> None:
     jobs = [job for job in jobs if job.relaxable]
     affordable = _affordable(jobs, deadline)
     iterations = int(np.clip(affordable, FEWEST_ITERATIONS, MOST_ITERATIONS))
-    jobs = jobs[: int(len(jobs) * min(affordable / iterations, 1.0))]
+    shares = _Shares(jobs[: int(len(jobs) * min(affordable / iterations, 1.0))], deadline)
 
     def relax(job: Job) -> None:
         if time.monotonic() < deadline:
-            job.relax(iterations, deadline)
+            shares.relax(job)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(relax, jobs))
+        list(pool.map(relax, shares.jobs))
+
+
+class _Shares:
+    """Iterations of each job by what the jobs before took: on a busy machine all have fewer, instead of some none."""
+
+    def __init__(self, jobs: list[Job], deadline: float) -> None:
+        self.jobs, self._deadline = jobs, deadline
+        self._waiting = sum(job.seconds_per_iteration for job in jobs)
+        self._planned = self._spent = 0.0
+        self._lock = threading.Lock()
+
+    def relax(self, job: Job) -> None:
+        started, own = time.monotonic(), job.seconds_per_iteration
+        with self._lock:
+            slowness = self._spent / self._planned if self._planned else 1.0
+            left = THREADS * max(self._deadline - started, 0.0) / max(slowness, 1e-12)
+            most = MOST_ITERATIONS if self._planned else ENOUGH_ITERATIONS  # until it is known how fast they are
+            iterations = int(np.clip(left / self._waiting, FEWEST_ITERATIONS, most))
+            self._waiting -= own
+        job.relax(iterations, self._deadline)
+        with self._lock:
+            self._planned += iterations * own
+            self._spent += time.monotonic() - started

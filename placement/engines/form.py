@@ -95,7 +95,7 @@ def check_form(placement: Placement, engine: str, *, allow_empty: bool = False) 
         layer, slot = np.argwhere(placement.slot_to_expert == EMPTY_SLOT)[0]
         raise InputError(
             f"{engine} cannot express empty slots, but slot {slot} of MoE layer {layer} is empty: "
-            "fill it with a replica or solve with fewer slots per rank"
+            "fill it with a replica, or solve without --leave-empty, a looser --max-imbalance or fewer slots per rank"
         )
 
 

@@ -19,7 +19,12 @@ def write(placement: Placement, path: Path) -> Export:
         raise InputError(f"{path} must end in .npy: Omni loads a numpy array")
     check_form(placement, "Omni", allow_empty=True)
     pattern_RLE = placement.copies_LER.transpose(2, 0, 1).astype(np.int32)
-    _check_counts(pattern_RLE, "Omni")
+    what_to_do = ""
+    if (placement.slot_to_expert == EMPTY_SLOT).any():
+        what_to_do = (
+            ": some slots are empty; solve without --leave-empty, with a looser --max-imbalance or fewer slots per rank"
+        )
+    _check_counts(pattern_RLE, "Omni", what_to_do)
     most = pattern_RLE.sum(axis=2).max()
     if most != placement.slots_of_rank[0]:
         raise InputError(
@@ -53,12 +58,12 @@ def read(path: Path, known: Facts) -> Rows:
     return Rows(rows.reshape(layers, -1).tolist(), Facts(num_ranks=ranks, num_experts=experts))
 
 
-def _check_counts(pattern_RLE: np.ndarray, who: str) -> None:
+def _check_counts(pattern_RLE: np.ndarray, who: str, what_to_do: str = "") -> None:
     counts_RL = pattern_RLE.sum(axis=2, dtype=np.int64)
     uneven_L = (counts_RL != counts_RL[0]).any(axis=0)
     if uneven_L.any():
         layer = int(uneven_L.argmax())
         raise FormatError(
             f"{who}: all ranks must hold equally many experts of a layer, but in MoE layer {layer} they hold "
-            f"{counts_RL[:, layer].tolist()}"
+            f"{counts_RL[:, layer].tolist()}{what_to_do}"
         )

@@ -39,7 +39,7 @@ from moeplace.placement.solvers.replicas.on_the_way import search_chain_with_rep
 from moeplace.placement.solvers.replicas.running import keep_caps_by_rule
 from moeplace.placement.solvers.schedule import search_layers, searches_within
 from moeplace.placement.solvers.seconds import fastest
-from moeplace.placement.solvers.spare import use_all_slots, widened, without_spare
+from moeplace.placement.solvers.spare import FILLING, use_all_slots, widened, without_spare
 
 _MENDING = 77
 """Key of the random numbers with which layers above their caps are mended."""
@@ -62,14 +62,14 @@ def solve_portfolio(problem: Problem, budget: Budget) -> Draft:
         narrow = without_spare(problem)
         if narrow is not None:  # split by the rule of the runtime, a load need not be as even as packing has it
             drafts.append(widened(problem, narrow, solve_lpt(narrow, budget).slot_to_expert))
-            slots_LS, note = use_all_slots(problem, drafts, ties, judge, judge.best)
+            slots_LS, note = use_all_slots(problem, drafts, ties, judge, judge.best, budget.rng(FILLING))
             drafts = [slots_LS]
         return Draft(drafts[0], notes=(note,) if note else ())
     if fits(problem) and (ties is None or not ties.bind):
         return solve_viterbi(problem, budget)
     if problem.objective == "traffic":
         drafts, cut = search(problem, budget, problem.max_imbalance, 1.0, ties)
-        slots_LS, note = use_all_slots(problem, drafts, ties, judge, judge.best)
+        slots_LS, note = use_all_slots(problem, drafts, ties, judge, judge.best, budget.rng(FILLING))
         return Draft(slots_LS, "time_limit" if cut else "feasible", notes=(note,) if note else ())
     return fastest(problem, budget, search, ties)
 

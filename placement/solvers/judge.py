@@ -40,6 +40,11 @@ class Judge:
             self._trace = judging_trace(problem, seconds)
         self._known: dict[bytes, _Values] = {}
 
+    @property
+    def caps_L(self) -> np.ndarray | None:
+        """(L,) imbalance that each layer is held to, None = any."""
+        return self._caps_L
+
     def best(self, drafts: Sequence[np.ndarray]) -> np.ndarray:
         """The best draft, (L, S) slots; of equal ones the one that moves least, then the first."""
         if len(drafts) == 1:

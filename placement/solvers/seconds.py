@@ -18,7 +18,7 @@ from moeplace.placement.solvers.index_order import solve_index_order
 from moeplace.placement.solvers.judge import Judge
 from moeplace.placement.solvers.lpt import solve_lpt
 from moeplace.placement.solvers.schedule import searches_within
-from moeplace.placement.solvers.spare import use_all_slots
+from moeplace.placement.solvers.spare import FILLING, use_all_slots
 from moeplace.profiling.traces.trace import RoutingTrace
 
 Search = Callable[[Problem, Budget, float | None, float, Ties | None], tuple[Sequence[np.ndarray], bool]]
@@ -75,7 +75,7 @@ def fastest(problem: Problem, budget: Budget, search: Search, ties: Ties | None 
     known = [by_index] * (hardest is None) + ([] if ties is None else [ties.rows_LS])
     longest = min((judge.key(each)[1] for each in known), default=np.inf)
     choose = partial(_best, problem, trace, judge, longest)
-    slots_LS, note = use_all_slots(problem, drafts, ties, judge, choose)
+    slots_LS, note = use_all_slots(problem, drafts, ties, judge, choose, budget.rng(FILLING))
     return Draft(slots_LS, "time_limit" if cut else "feasible", notes=(note,) if note else ())
 
 

@@ -25,5 +25,5 @@ def test_slots_stay_empty_only_where_that_was_asked_for(flags: list[str]) -> Non
     problem = Problem.from_trace(trace, cluster, **problem_options(args, trace, cluster))
     sparse_LS = np.array([[0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1]] * 2, np.int32)
     judge = Judge(problem, ties_of(problem), None)
-    found_LS, _ = use_all_slots(problem, [sparse_LS], None, judge, judge.best)
+    found_LS, _ = use_all_slots(problem, [sparse_LS], None, judge, judge.best, np.random.default_rng(0))
     assert int((found_LS < 0).sum()) == (8 if flags else 0)

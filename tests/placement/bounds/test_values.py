@@ -1,11 +1,13 @@
 """Bounds on seconds worked out by hand: links cost next to nothing, or all but one term does."""
 
 import os
+from types import SimpleNamespace
 
 import networkx as nx
 import numpy as np
 import pytest
 
+from moeplace.placement.bounds import layers
 from moeplace.placement.bounds.layers import THREADS
 from moeplace.placement.bounds.problem import problem_bounds
 from moeplace.placement.bounds.relaxation import _cap_to_sum
@@ -124,3 +126,24 @@ def test_the_nearest_entries_within_limits_that_sum_to_so_much(seed: int) -> Non
 
 def test_bounds_take_no_more_threads_than_cores() -> None:
     assert 1 <= THREADS <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("slowness", [0.2, 1.0, 4.0])
+def test_a_busy_machine_gives_no_layer_nothing(slowness: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten layers, time for 200 iterations each: on a machine four times as slow all have some, within the time."""
+    now, given = [0.0], []
+
+    class Timed:
+        relaxable, seconds_per_iteration = True, 0.01
+
+        def relax(self, iterations: int, deadline: float) -> None:
+            now[0] += 0.01 * slowness * iterations
+            given.append(iterations)
+
+    monkeypatch.setattr(layers, "THREADS", 1)
+    monkeypatch.setattr(layers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    layers._relax([Timed() for _ in range(10)], 20.0)
+    assert len(given) == 10
+    assert min(given) >= layers.FEWEST_ITERATIONS
+    assert now[0] <= 20.0 * 1.01
+    assert max(given) > 200 or slowness >= 1

@@ -17,6 +17,7 @@ from moeplace.placement.solvers.auto import search
 from moeplace.placement.solvers.judge import Judge
 from moeplace.placement.solvers.spare import _fill, use_all_slots, widened, without_spare
 from tests.placement.instances import skewed_problem, skewed_trace
+from tests.placement.oracles import layer_rows
 from tests.seeds import TODAY
 
 WORK_PER_SECOND = 2e7
@@ -132,6 +133,48 @@ def test_a_few_tokens_do_not_say_that_a_cap_is_broken(seed: int) -> None:
     caps_L = np.max([problem.evaluate(problem.placement(draft)).imbalance_L for draft in drafts], axis=0) + 1e-9
     judge = Judge(problem, None, caps_L, seconds=1e-6)
     assert judge.sampled
-    slots_LS, note = use_all_slots(problem, [sparse], None, judge, judge.best)
+    slots_LS, note = use_all_slots(problem, [sparse], None, judge, judge.best, np.random.default_rng(seed))
     assert (slots_LS >= 0).all()
     assert "break a constraint" not in note
+
+
+@pytest.mark.parametrize("seed", [*range(12), TODAY])
+def test_a_tight_cap_leaves_no_slot_empty_that_can_be_used(seed: int) -> None:
+    """A plan for fewer slots that keeps its cap is filled within it, if any layout of all slots keeps it.
+
+    No clock is asked: a search that was cut short hands in plans that have had no replica yet.
+    """
+    rng = np.random.default_rng(seed)
+    ranks, experts = ((2, 4), (3, 4), (2, 6))[seed % 3]
+    slots = experts // ranks + 2 if experts % ranks else experts // ranks + 1
+    trace = skewed_trace(seed, tokens=150, layers=2, experts=experts, top_k=2)
+    problem = Problem.from_trace(trace, Cluster.uniform(ranks, slots_per_rank=slots), objective="traffic")
+    narrow = without_spare(problem)
+    assert narrow is not None
+    rows = [rng.permutation(np.pad(np.arange(experts), (0, narrow.cluster.num_slots - experts), constant_values=-1))
+            for _ in range(2)]  # fmt: skip
+    sparse = widened(problem, narrow, np.array(rows, np.int32))
+    caps_L = problem.evaluate(problem.placement(sparse)).imbalance_L + 1e-6
+    problem = problem.replace(max_imbalance=float(caps_L.max()))
+    judge = Judge(problem, None, caps_L)
+    found, note = use_all_slots(problem, [sparse], None, judge, judge.best, rng)
+    imbalance_L = problem.evaluate(problem.placement(found)).imbalance_L
+    assert (imbalance_L <= caps_L + 1e-9).all()
+    for layer in range(2):
+        full = [np.stack([row if x == layer else found[x] for x in range(2)])
+                for row in layer_rows(problem, layer, fill=True)]  # fmt: skip
+        least = min(problem.evaluate(problem.placement(draft)).imbalance_L[layer] for draft in full)
+        assert bool((found[layer] < 0).any()) == bool(least > caps_L[layer])
+    assert ("break a constraint" in note) == bool((found < 0).any())
+
+
+@pytest.mark.parametrize("seed", [0, 1, TODAY])
+@pytest.mark.parametrize("objective", ["traffic", "seconds"])
+@pytest.mark.clock(300)
+def test_a_search_without_time_uses_every_slot(objective: Any, seed: int) -> None:
+    """As on a machine that is busy with other things: the limit passes before the first round ends."""
+    trace = skewed_trace(seed, tokens=1500, layers=4, experts=32, top_k=4)
+    cluster = Cluster.uniform(8, slots_per_rank=5, ranks_per_node=4)
+    problem = Problem.from_trace(trace, cluster, objective=objective, max_imbalance=1.1)
+    result = solve(problem, time_limit=1.0, seed=seed)
+    assert not (result.placement.slot_to_expert < 0).any()
