@@ -6,8 +6,8 @@ at most B_ef = min(M_ef, 1). For any symmetric K and any v, with H = K - (v1' + 
     <G, B> = <G - H, B> - <H, M - B> + <K, M> - v'M 1 - sum H_ee c_e     (first two: off the diagonal)
 
 * <K, M> <= C sum c_e Q_ee, Q the positive part of K: y'My = sum_r (sum of y on r)^2 <= C sum_e c_e y_e^2.
-* M 1 = C c if every part holds C experts. A part may be filled up, which only brings more together. Where parts differ
-  M 1 <= C c, and v must not be positive.
+* M 1 = C c if every part holds C experts, C at most E. A part may be filled up, which only brings more together. Where
+  parts differ M 1 <= C c, and v must not be positive.
 * Row e has (C - 1) c_e seats: a partner e meets for the first time is worth (G - H)_ef, again -H_ef; none is met again
   if c_e = 1.
 
@@ -60,7 +60,10 @@ def most_together(gain: np.ndarray, k: np.ndarray, v: np.ndarray, parts: Parts, 
         parts: the parts.
         spare: slots beyond one per expert.
     """
-    experts, capacity = len(gain), parts.capacity
+    experts = len(gain)
+    capacity = min(parts.capacity, experts)  # no part holds an expert twice
+    if parts.even:
+        spare = parts.count * capacity - experts
     v = v if parts.even else np.minimum(v, 0.0)
     h = k - np.add.outer(v, v) / 2
     values, vectors = np.linalg.eigh(k)

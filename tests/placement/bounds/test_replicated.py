@@ -13,6 +13,8 @@ from moeplace.placement.bounds.traffic import ksets_of, ranks_per_token
 from moeplace.placement.cluster import Cluster
 from moeplace.placement.problem import Problem
 from moeplace.placement.solve import solve
+from moeplace.placement.verification.closed_forms import Parts
+from moeplace.placement.verification.replicated import most_together
 from moeplace.profiling.traces.trace import RoutingTrace
 from tests.placement.instances import skewed_problem, skewed_trace
 from tests.placement.oracles import layer_rows
@@ -130,3 +132,24 @@ def test_rows_and_counts_are_as_they_must_be(seed: int) -> None:
     assert np.diag(z) == pytest.approx(c)
     assert z.min() >= 0
     assert z.sum(axis=1) == pytest.approx(5 * c, abs=0.05)
+
+
+@pytest.mark.parametrize("seed", FIXED_AND_TODAY)
+@pytest.mark.parametrize(("experts", "slots"), [*SHAPES, (4, [6, 6]), (4, [4, 4]), (3, [5, 3]), (5, [9, 9, 9])])
+def test_the_verifier_believes_no_multiplier(seed: int, experts: int, slots: list[int]) -> None:
+    """Random ones, also where a part has room for all experts: never more than the best layout; and as much as ours."""
+    rng = np.random.default_rng(seed)
+    ids_TK = layer(seed, experts)
+    least = optimum(ids_TK, experts, slots)
+    parts = Parts(len(slots), max(slots), len(set(slots)) == 1, 1.0)
+    layout = Copies(experts, len(slots), max(slots), sum(slots), parts.even)
+    slope = kset_slope(*ksets_of(ids_TK), experts, layout.capacity)
+    for _ in range(100):
+        constant, gain = slope(rng.random((experts, experts)))
+        size = 10 ** rng.uniform(-3, 1)
+        k = size * rng.standard_normal((experts, experts)) - size * rng.uniform(0, 3) * np.eye(experts)
+        v = size * rng.uniform(-2, 2, experts)
+        proven = constant - most_together(gain, (k + k.T) / 2, v, parts, sum(slots) - experts)
+        assert proven <= least + 1e-9
+        if max(slots) < experts:
+            assert proven == pytest.approx(certify_copies(layout, constant, gain, (k + k.T) / 2, v))
