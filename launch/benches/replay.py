@@ -228,7 +228,7 @@ class _Bench:
 
     @property
     def _kv_pieces(self) -> int:
-        return self.options.kv_pieces or default_pieces(self.steps.num_layers)
+        return self.options.kv_pieces or default_pieces(self.steps.num_layers, self.group.num_nodes)
 
     def _is_node_aware(self, name: RunName) -> bool:
         """Where the form is not fixed: index order sends one copy per rank, which is what dispatch-combine means; a

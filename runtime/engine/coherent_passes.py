@@ -141,7 +141,7 @@ class CoherentPasses:
         """All ranks make it in the same pass."""
         if self._stream is None:
             exchanging = sorted(self._decoder.moe_index)
-            pieces, layers = default_pieces(len(exchanging)), self._decoder.num_layers
+            pieces, layers = default_pieces(len(exchanging), self._group.num_nodes), self._decoder.num_layers
             self._stream = KvStream(self._group, exchanging, num_layers=layers, pieces=pieces, keep=self._keep)
         return self._stream
 

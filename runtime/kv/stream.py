@@ -105,6 +105,11 @@ class KvStream(Generic[StepT]):
             self._keep(step, transfer.finish())
 
 
-def default_pieces(exchanging: int) -> int:
-    """Pieces for so many layers with an exchange: one for every two, so that each has the time of two to travel."""
-    return -(-exchanging // 2)
+def default_pieces(exchanging: int, num_nodes: int) -> int:
+    """Pieces for so many layers with an exchange.
+
+    Between nodes one for every layer: small pieces fill the gaps that the exchanges of tokens leave on slow links, and
+    long messages that cross each other on a link hinder each other. Within one node one for every two layers, because
+    there an exchange costs more than it hides.
+    """
+    return exchanging if num_nodes > 1 else -(-exchanging // 2)

@@ -26,6 +26,7 @@ from moeplace.runtime.comm.group import RankGroup
 from moeplace.runtime.counters import Counters
 from moeplace.runtime.experts.computation import ExpertComputation
 from moeplace.runtime.experts.store import ExpertStore
+from moeplace.runtime.kv.stream import default_pieces
 from moeplace.runtime.measure.replay import RecordedSteps, Replay, ReplayShape, ReplayTensors
 from moeplace.runtime.measure.traffic import (
     ReplayTraffic,
@@ -240,7 +241,7 @@ def _measure_modes(
     runs = {run_label(mode, node_aware=False): make(mode) for mode in MODES}
     if group.num_nodes > 1:
         runs[run_label("dispatch-combine", node_aware=True)] = make("dispatch-combine", node_aware=True)
-    with_kv = make("coherent", kv_pieces=-(-LAYERS // 2)) if group.size > 1 else None
+    with_kv = make("coherent", kv_pieces=default_pieces(LAYERS, group.num_nodes)) if group.size > 1 else None
     seconds = _alternate(group, [*runs.values(), *([] if with_kv is None else [with_kv])])
 
     overheads = {}

@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=24, metavar="N", help="timed steps of each run (24)")
     parser.add_argument("--block", type=int, default=3, metavar="N", help="steps of a run before the next one (3)")
     parser.add_argument(
-        "--kv-pieces", type=int, metavar="N", help="pieces of a step's K/V exchange (default: one per two layers)"
+        "--kv-pieces",
+        type=int,
+        metavar="N",
+        help="pieces of a step's K/V exchange (default: one per layer between nodes, one per two layers within one)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and hidden states")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for another rank")

@@ -80,10 +80,11 @@ def test_logits_and_tokens_are_those_of_the_plain_model(pool: RankPool, oracle: 
             assert completions == oracle.completions, label
 
 
-def count_decoding(context: RankContext, path: Path, mode: str) -> tuple[dict[str, Any], int]:
+def count_decoding(context: RankContext, path: Path, mode: str, nodes: int = 1) -> tuple[dict[str, Any], int]:
     """Counters of a run that only decodes, and the load that all ranks saw."""
-    group = context.group()
-    engine = Engine(path, random_placement(3, 6, context.size, seed=3), mode=mode, group=group)
+    placement = random_placement(3, 6, context.size, seed=3, nodes=nodes)
+    group = context.group().with_nodes(placement.node_of_rank)
+    engine = Engine(path, placement, mode=mode, group=group)
     for number in range(6):
         engine.add_request(Request(str(number), (number, 5), max_new_tokens=6, stop_ids=()))
     engine.step()  # the prefill, of all
@@ -108,6 +109,15 @@ def test_collectives_of_a_decode_step(pool: RankPool, tmp_path: Path, mode: str,
         outside = {"tokens": 5} | ({"kv": kv} if mode == "coherent" else {})
         assert counters["collectives_outside_layers"] == outside
         assert counters["single_exchange_share"] == (mode == "coherent")
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_kv_travel_in_more_pieces_between_nodes(pool: RankPool, tmp_path: Path, nodes: int) -> None:
+    """One for two layers within a node; between nodes one for each, which is passed on inside them."""
+    save_checkpoint("olmoe", tmp_path)
+    pieces, hops = (2, 1) if nodes == 1 else (3, 2)
+    for counters, _ in pool.run(count_decoding, tmp_path, "coherent", nodes, size=4):
+        assert counters["collectives_outside_layers"]["kv"] == (1 + 5 * pieces) * hops, counters
 
 
 class AlternatingModes:
