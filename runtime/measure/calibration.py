@@ -37,8 +37,9 @@ from moeplace.runtime.measure.traffic import (
     run_label,
 )
 
-LINK_BYTES = (1 << 14, 1 << 16, 1 << 17, 1 << 18)
-"""Bytes per message, by which bandwidth is measured: those of 4 to 64 hidden vectors of a large model."""
+LINK_BYTES = (1 << 14, 1 << 15, 1 << 16, 1 << 17)
+"""Bytes per message, by which bandwidth is measured: those of 4 to 32 hidden vectors of a large model. Longer ones that
+cross each other on a slow link hinder each other, and would measure that."""
 LEAST_SHARE = 0.05
 """Share of the largest message's time that is taken for its transfer, at least."""
 REPEATS = 9
