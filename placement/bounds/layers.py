@@ -19,6 +19,8 @@ from moeplace.placement.problem import Problem
 from moeplace.profiling.traces.trace import RoutingTrace
 
 FEWEST_ITERATIONS, ENOUGH_ITERATIONS, MOST_ITERATIONS = 40, 100, 300
+DOUBT = 4.0
+"""How many times as slow as planned a machine may turn out to be."""
 """Of the relaxation: below 40 it seldom beats the closed forms, a wider window is worth it from 100 on."""
 WIDTHS = (5, 4, 3)
 """Layers side by side in one relaxation of the chain, if the time allows."""
@@ -127,8 +129,11 @@ class _Shares:
         with self._lock:
             slowness = self._spent / self._planned if self._planned else 1.0
             left = THREADS * max(self._deadline - started, 0.0) / max(slowness, 1e-12)
-            most = MOST_ITERATIONS if self._planned else ENOUGH_ITERATIONS  # until it is known how fast they are
-            iterations = int(np.clip(left / self._waiting, FEWEST_ITERATIONS, most))
+            wanted = left / self._waiting
+            # Until it is known how fast they are, none takes what others may need.
+            is_sure = self._planned or len(self.jobs) <= THREADS or wanted >= DOUBT * MOST_ITERATIONS
+            most = MOST_ITERATIONS if is_sure else ENOUGH_ITERATIONS
+            iterations = int(np.clip(wanted, FEWEST_ITERATIONS, most))
             self._waiting -= own
         job.relax(iterations, self._deadline)
         with self._lock:

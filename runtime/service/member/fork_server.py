@@ -58,7 +58,7 @@ def import_for(checkpoint: str) -> None:
 
 
 def fork_member(coordinator: int, connection: socket.socket, words: int, job: int) -> dict[str, int | str]:
-    """The answer to a request.
+    """The answer to a request, once the member is the coordinator's child and sure to end with it.
 
     Args:
         coordinator: process id of who is to be the parent.
@@ -66,23 +66,30 @@ def fork_member(coordinator: int, connection: socket.socket, words: int, job: in
         words: file for what the member prints.
         job: file from which it reads its job.
     """
-    told, tell = os.pipe()
+    (told, tell), (heard, go_on) = os.pipe(), os.pipe()
     try:
         between = os.fork()
     except OSError as error:
-        os.close(told)
-        os.close(tell)
+        for file in (told, tell, heard, go_on):
+            os.close(file)
         return {"error": str(error)}
     if between == 0:
-        _fork_again(coordinator, (connection.fileno(), told), tell, words, job)
-    os.close(tell)
+        foreign = (connection.fileno(), told, go_on)
+        _fork_again(coordinator, foreign, tell=tell, heard=heard, words=words, job=job)
+    for file in (tell, heard):
+        os.close(file)
     content = os.read(told, 64)
-    os.close(told)
     os.waitpid(between, 0)  # now the coordinator is the parent of the member
+    with suppress(BrokenPipeError):
+        os.write(go_on, b"!")
+    os.close(go_on)
+    while os.read(told, 1):  # closed by the member when it will end with its parent
+        pass
+    os.close(told)
     return json.loads(content or b'{"error": "the process between ended early"}')  # type: ignore[no-any-return]
 
 
-def _fork_again(coordinator: int, foreign: tuple[int, ...], tell: int, words: int, job: int) -> NoReturn:
+def _fork_again(coordinator: int, foreign: tuple[int, ...], *, tell: int, heard: int, words: int, job: int) -> NoReturn:
     """In the process between: fork the member, say which it is, end."""
     try:
         member = os.fork()
@@ -94,19 +101,26 @@ def _fork_again(coordinator: int, foreign: tuple[int, ...], tell: int, words: in
         os._exit(1)
     code = 1
     try:
-        for file in (*foreign, tell):
+        for file in foreign:
             os.close(file)
-        os.setsid()  # Ctrl-C is for the coordinator, which ends its members in order
-        for file, place in ((job, 0), (words, 1), (words, 2)):
-            os.dup2(file, place)
-        for file in (job, words):
-            os.close(file)
-        content = read_line()  # comes when the coordinator is the parent
-        end_with_parent(coordinator)
-        code = be_member(content)
+        if os.read(heard, 1):  # else the fork server is gone
+            end_with_parent(coordinator)
+            for file in (heard, tell):
+                os.close(file)
+            code = _become_member(words, job)
     except BaseException:
         traceback.print_exc()
     leave(code)
+
+
+def _become_member(words: int, job: int) -> int:
+    """Be a process like one that runs a program; its exit code."""
+    os.setsid()  # Ctrl-C is for the coordinator, which ends its members in order
+    for file, place in ((job, 0), (words, 1), (words, 2)):
+        os.dup2(file, place)
+    for file in (job, words):
+        os.close(file)
+    return be_member(read_line())
 
 
 def _answer(connection: socket.socket, content: Mapping[str, object]) -> None:

@@ -45,14 +45,15 @@ class Heartbeat:
         self._stopping.set()
         self._thread.join(1.0)
 
+    def sign(self) -> dict[str, Any]:
+        """The report that is a sign of life."""
+        return {"kind": "alive", "member": self._member, "turn": self.turn, "state": self.state}
+
     def _beat(self) -> None:
         try:
             store = self._connect()
             while not self._stopping.wait(self._every):
-                store.report(self._sign())
+                store.report(self.sign())
         except ServiceEndedError:
             if not self._stopping.is_set():
                 os._exit(1)  # whatever it is doing: nobody is there to take what comes of it
-
-    def _sign(self) -> dict[str, Any]:
-        return {"kind": "alive", "member": self._member, "turn": self.turn, "state": self.state}

@@ -63,6 +63,8 @@ class MemberLoop:
 
     def run(self) -> None:
         """Serve until the service stops or goes on without this member."""
+        # A sign of life comes first: who becomes a rank and hangs before the thread has given one is missed as well.
+        self._store.report(self._heartbeat.sign())
         self._store.report({"kind": "ready", "member": self.job.member_id, "limits": self._limits()})
         forming: Forming | None = self._await_assignment()
         while forming is not None:

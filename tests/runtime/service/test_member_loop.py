@@ -238,6 +238,9 @@ def test_a_member_says_what_it_can_take_and_lives_until_the_end(
         def __init__(self, connect: Any, member: int, *, every: float) -> None:
             done.append(f"every {every:g}")
 
+        def sign(self) -> dict[str, Any]:
+            return {"kind": "alive", "member": MEMBER}
+
         def stop(self) -> None:
             done.append("stop")
 
@@ -255,7 +258,8 @@ def test_a_member_says_what_it_can_take_and_lives_until_the_end(
     loop.run()
     assert done == [f"every {every:g}", "first", "second", "stop"]
     assert group.is_closed
-    (ready,) = store.reports
+    sign, ready = store.reports
+    assert sign["kind"] == "alive"  # before it can be a rank: who hangs as one is missed
     positions = 40 if timeout > 1 else 99
     assert ready == {
         "kind": "ready",
