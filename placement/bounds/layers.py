@@ -19,9 +19,9 @@ from moeplace.placement.problem import Problem
 from moeplace.profiling.traces.trace import RoutingTrace
 
 FEWEST_ITERATIONS, ENOUGH_ITERATIONS, MOST_ITERATIONS = 40, 100, 300
+"""Of the relaxation: below 40 it seldom beats the closed forms, a wider window is worth it from 100 on."""
 DOUBT = 4.0
 """How many times as slow as planned a machine may turn out to be."""
-"""Of the relaxation: below 40 it seldom beats the closed forms, a wider window is worth it from 100 on."""
 WIDTHS = (5, 4, 3)
 """Layers side by side in one relaxation of the chain, if the time allows."""
 THREADS = min(os.cpu_count() or 1, 4)
