@@ -15,6 +15,7 @@ import statistics
 import time
 from pathlib import Path
 
+from moeplace.profiling.errors import MoeplaceError
 from moeplace.runtime.service.coordinator.coordinator import Coordinator
 from moeplace.runtime.service.options import ServiceOptions
 from moeplace.runtime.service.spawner import LocalSpawner
@@ -67,10 +68,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json")
     args = parser.parse_args()
+    if min(args.ranks, args.joins, args.repeats) < 1:
+        parser.error("--ranks, --joins and --repeats must be at least 1")
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
-    for _ in range(args.repeats):
-        for kind, forks in KINDS.items():
-            found[kind].append(measure(args.model, forks=forks, ranks=args.ranks, joins=args.joins))
+    try:
+        for _ in range(args.repeats):
+            for kind, forks in KINDS.items():
+                found[kind].append(measure(args.model, forks=forks, ranks=args.ranks, joins=args.joins))
+    except MoeplaceError as error:
+        raise SystemExit(f"member_starts.py: {error}") from None
     names = list(found["forks"][0])
     print("".join(f"{name:>20}" for name in ("", *names)))
     for kind, rows in found.items():

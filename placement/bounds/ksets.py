@@ -72,15 +72,9 @@ def set_pieces(sets_UK, share_U, near_EE, lines, number, gain_EE):  # type: igno
         gain_EE: (E, E) float64; both halves get half of a pair's slope.
     """
     top_k = sets_UK.shape[1]
-    size, lowest = np.zeros(1 << top_k, np.int64), np.zeros(1 << top_k, np.int64)
-    for subset in range(1, 1 << top_k):
-        size[subset] = size[subset >> 1] + (subset & 1)
-        lowest[subset] = 0 if subset & 1 else lowest[subset >> 1] + 1
-    near = np.zeros(top_k, np.int64)
-    pairs = np.zeros(1 << top_k, np.int64)
-    beside = np.zeros(1 << top_k, np.int64)
-    ids = np.zeros(top_k, np.int64)
-    constant = 0.0
+    size, lowest = _subsets(top_k)
+    pairs, beside = np.zeros(1 << top_k, np.int64), np.zeros(1 << top_k, np.int64)
+    ids, constant = np.zeros(top_k, np.int64), 0.0
     for u in range(len(sets_UK)):
         k = 0
         for a in range(top_k):
@@ -89,45 +83,12 @@ def set_pieces(sets_UK, share_U, near_EE, lines, number, gain_EE):  # type: igno
                 k += 1
         if k == 0:
             continue
-        best, chosen = 0, 0  # representatives alone
-        for last in range(k):
-            for b in range(last):
-                near[b] = near_EE[ids[last], ids[b]]
-            for rest in range(1 << last):
-                if rest:  # pairs of the last expert with the others
-                    beside[rest] = beside[rest & (rest - 1)] + near[lowest[rest]]
-                subset = rest | 1 << last
-                pairs[subset] = pairs[rest] + beside[rest]
-                value = UNIT * size[subset] - pairs[subset]
-                if value > best:
-                    best, chosen = value, subset
-        best *= PARTS
-        within, at = 0, 0
-        for inner in range(1, 1 << k):  # with an inner set, of which each superset keeps what it has more
-            if pairs[inner] <= UNIT or not number[size[inner]]:  # no line is above representatives
-                continue
-            alone = PARTS * (UNIT * size[inner] - pairs[inner])
-            bonus, line = 0, 0
-            for x in range(number[size[inner]]):
-                value = UNIT * lines[size[inner], x, 0] - lines[size[inner], x, 1] * pairs[inner] - alone
-                if value > bonus:
-                    bonus, line = value, x
-            if not bonus:
-                continue
-            others = (1 << k) - 1 ^ inner
-            more = others
-            while True:
-                subset = inner | more
-                value = PARTS * (UNIT * size[subset] - pairs[subset]) + bonus
-                if value > best or (value == best and subset < chosen):
-                    best, chosen, within, at = value, subset, inner, line
-                if not more:
-                    break
-                more = (more - 1) & others
+        best, chosen = _best_representatives(ids[:k], near_EE, size, lowest, beside, pairs)
+        chosen, within, line = _best_inner_set(k, best, chosen, size, pairs, lines, number)
         slope, base = 1.0, 0.0
         if within:
-            slope = lines[size[within], at, 1] / PARTS
-            base = lines[size[within], at, 0] / PARTS - size[within]
+            slope = lines[size[within], line, 1] / PARTS
+            base = lines[size[within], line, 0] / PARTS - size[within]
         constant += share_U[u] * (size[chosen] + base)
         for a in range(k):
             for b in range(a):
@@ -138,3 +99,73 @@ def set_pieces(sets_UK, share_U, near_EE, lines, number, gain_EE):  # type: igno
                     gain_EE[ids[a], ids[b]] += paid
                     gain_EE[ids[b], ids[a]] += paid
     return constant
+
+
+@njit(cache=True, nogil=True)
+def _subsets(top_k):  # type: ignore[no-untyped-def]
+    """(2^K,) each: members of a subset, and the lowest of them."""
+    size, lowest = np.zeros(1 << top_k, np.int64), np.zeros(1 << top_k, np.int64)
+    for subset in range(1, 1 << top_k):
+        size[subset] = size[subset >> 1] + (subset & 1)
+        lowest[subset] = 0 if subset & 1 else lowest[subset >> 1] + 1
+    return size, lowest
+
+
+@njit(cache=True, nogil=True)
+def _best_representatives(ids, near_EE, size, lowest, beside, pairs):  # type: ignore[no-untyped-def]
+    """(`PARTS` times the greatest value, its subset A) without a Q. `pairs` gets y of all pairs within each subset.
+
+    Args:
+        ids: (k,) the token's experts.
+        near_EE: see `set_pieces`.
+        size, lowest: of `_subsets`.
+        beside: (2^K,) room.
+        pairs: (2^K,), [0] = 0.
+    """
+    best, chosen = 0, 0
+    for last in range(len(ids)):
+        for rest in range(1 << last):
+            if rest:  # pairs of the last expert with the others
+                beside[rest] = beside[rest & (rest - 1)] + near_EE[ids[last], ids[lowest[rest]]]
+            subset = rest | 1 << last
+            pairs[subset] = pairs[rest] + beside[rest]
+            value = UNIT * size[subset] - pairs[subset]
+            if value > best:
+                best, chosen = value, subset
+    return PARTS * best, chosen
+
+
+@njit(cache=True, nogil=True)
+def _best_inner_set(k, best, chosen, size, pairs, lines, number):  # type: ignore[no-untyped-def]
+    """(A, Q, line) of the greatest value, Q = 0 where representatives alone have it.
+
+    Args:
+        k: experts of the token.
+        best, chosen: of `_best_representatives`.
+        size: of `_subsets`.
+        pairs: (2^K,) y of all pairs within each subset.
+        lines, number: of `set_lines`.
+    """
+    within, at = 0, 0
+    for inner in range(1, 1 << k):
+        if pairs[inner] <= UNIT or not number[size[inner]]:  # no line is above representatives
+            continue
+        alone = PARTS * (UNIT * size[inner] - pairs[inner])
+        bonus, line = 0, 0
+        for x in range(number[size[inner]]):
+            value = UNIT * lines[size[inner], x, 0] - lines[size[inner], x, 1] * pairs[inner] - alone
+            if value > bonus:
+                bonus, line = value, x
+        if not bonus:
+            continue
+        others = (1 << k) - 1 ^ inner
+        more = others
+        while True:  # each superset keeps what it has beyond the inner set
+            subset = inner | more
+            value = PARTS * (UNIT * size[subset] - pairs[subset]) + bonus
+            if value > best or (value == best and subset < chosen):
+                best, chosen, within, at = value, subset, inner, line
+            if not more:
+                break
+            more = (more - 1) & others
+    return chosen, within, at

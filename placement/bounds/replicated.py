@@ -92,9 +92,7 @@ def _most_worth(layout: Copies, new: np.ndarray, again: np.ndarray, price: np.nd
     if not layout.spare:
         return total
     blocks = seats.reshape(layout.experts, layout.most, beside).sum(axis=2)
-    blocks[:, 1] += blocks[:, 0] - falling[:, :beside].sum(
-        axis=1
-    )  # with a second slot the first one's seats may repeat
+    blocks[:, 1] += blocks[:, 0] - falling[:, :beside].sum(axis=1)  # with a second slot the first one's may repeat
     worth = np.sort((blocks[:, 1:] + price[:, None]).ravel())[::-1][: layout.spare]
     return total + float(worth.sum() if layout.exact else np.maximum(worth, 0.0).sum())
 

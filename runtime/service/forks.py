@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,9 +155,10 @@ class ForkServer:
             ForkServerError: it cannot be forked.
         """
         try:
-            return self._thread.submit(self._fork, checkpoint, dict(environment), words, job).result()
+            forking = self._thread.submit(self._fork, checkpoint, dict(environment), words, job)
         except RuntimeError as error:  # of an executor that was shut down
             raise ForkServerError(_CLOSED) from error
+        return forking.result()
 
     def close(self) -> None:
         """End the server; its forks live on."""
@@ -205,7 +206,8 @@ class ForkServer:
         here, there = socket.socketpair()
         module = "moeplace.runtime.service.member.fork_server"
         with tempfile.TemporaryFile() as words:
-            with there:
+            with there, ExitStack() as failing:
+                failing.callback(here.close)
                 process = subprocess.Popen(
                     [executable, "-m", module, str(os.getpid()), str(there.fileno()), *filter(None, [checkpoint])],
                     stdin=subprocess.DEVNULL,
@@ -216,6 +218,7 @@ class ForkServer:
                     pass_fds=[there.fileno()],
                     start_new_session=True,
                 )
+                failing.pop_all()
             running = _Running(process, here, kind)
             here.settimeout(self.timeout)
             self._starting = process

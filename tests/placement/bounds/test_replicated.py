@@ -80,10 +80,14 @@ def test_any_multiplier_proves_a_bound(seed: int, experts: int, slots: list[int]
     slope = kset_slope(*ksets_of(ids_TK), experts, layout.capacity)
     for _ in range(200):
         constant, gain = slope(rng.random((experts, experts)))
-        size = 10 ** rng.uniform(-3, 1)
-        k = size * rng.standard_normal((experts, experts)) - size * rng.uniform(0, 3) * np.eye(experts)
-        v = size * rng.uniform(-2, 1, experts)
-        assert certify_copies(layout, constant, gain, (k + k.T) / 2, v) <= least + 1e-9
+        assert certify_copies(layout, constant, gain, *multipliers(rng, experts)) <= least + 1e-9
+
+
+def multipliers(rng: np.random.Generator, experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random symmetric K and v, of any size and sign."""
+    size = 10 ** rng.uniform(-3, 1)
+    k = size * rng.standard_normal((experts, experts)) - size * rng.uniform(0, 3) * np.eye(experts)
+    return (k + k.T) / 2, size * rng.uniform(-2, 2, experts)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -146,10 +150,8 @@ def test_the_verifier_believes_no_multiplier(seed: int, experts: int, slots: lis
     slope = kset_slope(*ksets_of(ids_TK), experts, layout.capacity)
     for _ in range(100):
         constant, gain = slope(rng.random((experts, experts)))
-        size = 10 ** rng.uniform(-3, 1)
-        k = size * rng.standard_normal((experts, experts)) - size * rng.uniform(0, 3) * np.eye(experts)
-        v = size * rng.uniform(-2, 2, experts)
-        proven = constant - most_together(gain, (k + k.T) / 2, v, parts, sum(slots) - experts)
+        k, v = multipliers(rng, experts)
+        proven = constant - most_together(gain, k, v, parts, sum(slots) - experts)
         assert proven <= least + 1e-9
         if max(slots) < experts:
-            assert proven == pytest.approx(certify_copies(layout, constant, gain, (k + k.T) / 2, v))
+            assert proven == pytest.approx(certify_copies(layout, constant, gain, k, v))

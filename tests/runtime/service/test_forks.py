@@ -1,5 +1,6 @@
 """Forks are children of this process, end with it, and outlive the process that forked them."""
 
+import gc
 import json
 import os
 import signal
@@ -298,6 +299,29 @@ def test_where_processes_have_no_handles_nothing_is_forked(is_old: bool, monkeyp
         monkeypatch.setattr(os, "pidfd_open", refuse)
     assert not can_fork()
     assert not LocalSpawner()._forks
+
+
+def test_nothing_stays_open_for_a_server_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No such program, twice: then it is not tried again."""
+    server = ForkServer(timeout=PATIENCE)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    theirs, ours = os.pipe()
+    before = os.listdir("/proc/self/fd")
+    gc.disable()  # closed by whoever opened it, not by chance
+    try:
+        failed = []
+        for _ in range(3):
+            try:
+                server.fork(None, environment(), words=ours, job=theirs)
+            except ForkServerError as error:
+                failed.append(error)  # whose traceback holds what was local
+        assert ["nothing" in str(error) for error in failed] == [True] * 3
+        assert os.listdir("/proc/self/fd") == before
+    finally:
+        gc.enable()
+    server.close()
+    os.close(theirs)
+    os.close(ours)
 
 
 def test_a_closed_server_forks_nothing(fork: Callable[..., Fork]) -> None:
